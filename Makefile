@@ -1,0 +1,47 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+TINY := base_models/tiny-sdxl
+
+.PHONY: env demo test test-gpu check format schema serve serve-train clean
+.DEFAULT_GOAL := env
+
+env: .venv/.complete
+
+.venv/.complete: requirements-dev.txt
+	@echo "Making the environment in .venv (about 1.5 GB, a few minutes; once)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	@touch $@
+
+demo: env
+	SDXL_BASE=$(TINY) $(BIN)/python demo.py -o demo_out
+
+test: env
+	$(BIN)/python -m pytest
+
+test-gpu: env
+	$(BIN)/python -m pytest -m gpu
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m tools.cog_schema --check
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: env
+	$(BIN)/python -m tools.cog_schema
+
+serve: env
+	PORT=5000 COG_PREDICT_TYPE_STUB=predict.py:Predictor python -m cog.server.http
+
+serve-train: env
+	PORT=5001 COG_TRAIN_TYPE_STUB=train.py:train python -m cog.server.http --x-mode train
+
+clean:
+	rm -rf .venv demo_out .pytest_cache .ruff_cache

@@ -1,0 +1,307 @@
+"""The contract on disk: token map, captions, token embeddings, cached examples.
+
+This file imports nothing else of this project: copied alone beside a plain diffusers pipeline it is enough to use a
+fine-tune. It knows how a fine-tune's tokens are named, written and read; it does not know how they are trained.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+POOLED_AT_EOS = {"pooled_at": "eos"}
+"""Metadata that marks embeddings trained with the pooled output taken at the end-of-text token."""
+
+_TOKEN_MAP_ENTRY = re.compile(r"([A-Za-z_]+):([0-9]+)")
+
+
+class UserInputError(ValueError):
+    """An input, a file or a setting is wrong; the message is one sentence that names it and the remedy."""
+
+
+class ContractError(UserInputError):
+    """A token map, captions file or embeddings file is malformed."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token map
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Which words of a caption are new tokens, and how many embedding rows each one gets.
+
+    `TokenMap.parse("CLOCK_TOK:2,MT_TOK:3").placeholders` is `{"CLOCK_TOK": "<s0><s1>", "MT_TOK": "<s2><s3><s4>"}`:
+    the rows are numbered across all tokens, in order.
+    """
+
+    placeholders: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> "TokenMap":
+        """Read `NAME:SIZE,NAME:SIZE`: names of letters and underscores, sizes of at least 1.
+
+        Raises:
+            ContractError: malformed, a name twice, or a size of 0.
+        """
+        placeholders: dict[str, str] = {}
+        count = 0
+        for entry in (part.strip() for part in text.split(",")):
+            match = _TOKEN_MAP_ENTRY.fullmatch(entry)
+            if match is None or not 1 <= (size := int(match[2])) <= 64:
+                raise ContractError(
+                    f"token_map {text!r} is wrong at {entry!r}: write NAME:SIZE with a name of letters and underscores "
+                    'and a size from 1 to 64, such as "TOK:2" or "CLOCK_TOK:2,MT_TOK:3".'
+                )
+            if match[1] in placeholders:
+                raise ContractError(f"token_map {text!r} names {match[1]} twice: give each token one entry.")
+            placeholders[match[1]] = "".join(f"<s{count + row}>" for row in range(size))
+            count += size
+        return cls(placeholders)
+
+    @property
+    def new_tokens(self) -> list[str]:
+        """The tokens to add to the tokenizers, one for each embedding row: `["<s0>", "<s1>", ...]`."""
+        return re.findall(r"<s[0-9]+>", "".join(self.placeholders.values()))
+
+    def substitute(self, text: str) -> str:
+        """Put the placeholders in for whole words of `text`; the case matters, and "stock" never holds TOK."""
+        if not self.placeholders:
+            return text
+        return self._words().sub(lambda match: self.placeholders[match[0]], text)
+
+    def named_in(self, text: str) -> bool:
+        """Whether `text` holds at least one token of the map as a whole word."""
+        return bool(self.placeholders) and self._words().search(text) is not None
+
+    def _words(self) -> re.Pattern[str]:
+        names = "|".join(sorted(map(re.escape, self.placeholders), key=len, reverse=True))
+        return re.compile(rf"(?<!\w)(?:{names})(?!\w)")
+
+    def write(self, path: Path) -> None:
+        """Write `special_params.json`."""
+        path.write_text(json.dumps(dict(self.placeholders), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "TokenMap":
+        """Read `special_params.json`.
+
+        Raises:
+            ContractError: not a JSON object of words to `<s…>` placeholders.
+        """
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ContractError(
+                f"{path.name} cannot be read as JSON: take it from a finished training."
+            ) from error
+        entries = content.items() if isinstance(content, dict) else []
+        good = [
+            isinstance(value, str) and re.fullmatch(r"(<s[0-9]+>)+", value) and key for key, value in entries
+        ]
+        if not isinstance(content, dict) or not all(good):
+            raise ContractError(
+                f'{path.name} must look like {{"TOK": "<s0><s1>"}}: take it from a finished training.'
+            )
+        return cls(content)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+
+_FILE_COLUMNS = ("image_file", "image_path", "file_name")
+
+
+def read_captions_csv(path: Path) -> dict[str, str]:
+    """Read a captions file: a column `image_file` (or `image_path`, `file_name`) and a column `caption`.
+
+    Returns image path as written → caption, in the file's order.
+
+    Raises:
+        ContractError: unreadable, columns missing, an empty cell, or an image named twice.
+    """
+    try:
+        table = pd.read_csv(
+            path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
+        )
+    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
+        raise ContractError(f"{path.name} cannot be read as csv: save it as UTF-8 with commas.") from error
+    table.columns = [str(column).strip() for column in table.columns]
+    file_column = next((name for name in _FILE_COLUMNS if name in table.columns), None)
+    if file_column is None or "caption" not in table.columns:
+        raise ContractError(
+            f"{path.name} needs the columns image_file and caption, but has {', '.join(table.columns)}."
+        )
+    captions: dict[str, str] = {}
+    for row, (image, caption) in enumerate(zip(table[file_column], table["caption"], strict=True), start=2):
+        image, caption = image.strip(), caption.strip()
+        if not image or not caption:
+            raise ContractError(
+                f"Line {row} of {path.name} has an empty cell: give it an image file and a caption."
+            )
+        if image in captions:
+            raise ContractError(
+                f"Line {row} of {path.name} names {image} a second time: keep one line an image."
+            )
+        captions[image] = caption
+    return captions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token embeddings
+
+
+def pool_at_eos(text_encoder: torch.nn.Module, eos_token_id: int) -> None:
+    """Make a CLIP text model take its pooled output at the first `eos_token_id`.
+
+    SDXL's published second encoder has `eos_token_id` 2 in its configuration, for which transformers pools at the
+    *highest* id of a sequence: the end of text as long as no token is added, and the added token from then on, with
+    all that follows it lost. The id is copied into the module when it is built, so both places are set.
+    """
+    for module in text_encoder.modules():
+        if isinstance(getattr(module, "eos_token_id", None), int):
+            module.eos_token_id = eos_token_id  # type: ignore[assignment]
+    for config in {
+        id(c): c for m in text_encoder.modules() if (c := getattr(m, "config", None)) is not None
+    }.values():
+        config.eos_token_id = eos_token_id
+
+
+def write_embeddings(path: str | os.PathLike[str], rows: Sequence[Tensor]) -> None:
+    """Write `embeddings.pti`: `rows[i]` [tokens, dim_i] of text encoder i, marked as pooled at the end of text."""
+    tensors = {f"text_encoders_{index}": row.detach().cpu().contiguous() for index, row in enumerate(rows)}
+    save_file(tensors, path, metadata=POOLED_AT_EOS)
+
+
+def read_embeddings(path: str | os.PathLike[str]) -> tuple[list[Tensor], bool]:
+    """Read `embeddings.pti`: the rows [tokens, dim_i] of each text encoder, and whether they are pooled at the EOS.
+
+    Raises:
+        ContractError: no such file, not safetensors, or not embeddings of one number of tokens.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            rows = [file.get_tensor(f"text_encoders_{index}") for index in range(len(file.keys()))]
+            at_eos = (file.metadata() or {}).get("pooled_at") == POOLED_AT_EOS["pooled_at"]
+    except (OSError, SafetensorError) as error:
+        raise ContractError(f"{path} holds no token embeddings: take it from a finished training.") from error
+    if not rows or any(row.ndim != 2 or len(row) != len(rows[0]) or len(row) == 0 for row in rows):
+        raise ContractError(
+            f"{path} must hold one [tokens, dim] tensor a text encoder, all of the same length."
+        )
+    return rows, at_eos
+
+
+class TokenEmbeddingsHandler:
+    """Adds trained tokens `<s0>`, `<s1>`, … to the text encoders and tokenizers of a plain diffusers pipeline.
+
+    handler = TokenEmbeddingsHandler([pipe.text_encoder, pipe.text_encoder_2], [pipe.tokenizer, pipe.tokenizer_2])
+    handler.load_embeddings("training_out/embeddings.pti")
+    pipe("A photo of <s0><s1>")
+    """
+
+    def __init__(self, text_encoders: Sequence[torch.nn.Module], tokenizers: Sequence) -> None:
+        if len(text_encoders) != len(tokenizers):
+            raise ValueError(
+                f"{len(text_encoders)} text encoders need as many tokenizers, not {len(tokenizers)}."
+            )
+        self.text_encoders = list(text_encoders)
+        self.tokenizers = list(tokenizers)
+
+    def load_embeddings(self, file_path: str | os.PathLike[str]) -> None:
+        """Read `embeddings.pti`, add its tokens and set their rows, in each encoder's dtype and on its device.
+
+        Files marked as pooled at the end of text switch the encoders to that; unmarked ones (of the trainer of
+        2023–24) were trained with the pooled output at the highest id and leave the encoders as they are.
+
+        Raises:
+            ContractError: the file is malformed, or made for other text encoders.
+        """
+        rows, at_eos = read_embeddings(file_path)
+        widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in self.text_encoders]
+        if widths != [row.shape[1] for row in rows]:
+            raise ContractError(
+                f"{file_path} was made for text encoders of widths {[row.shape[1] for row in rows]}, these have "
+                f"{widths}: load it into the base model it was trained on."
+            )
+        tokens = [f"<s{index}>" for index in range(len(rows[0]))]
+        for encoder, tokenizer, row in zip(self.text_encoders, self.tokenizers, rows, strict=True):
+            ids = add_tokens(tokenizer, tokens)
+            table = encoder.get_input_embeddings()
+            if max(ids) >= table.num_embeddings:
+                table = encoder.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+            with torch.no_grad():
+                table.weight[ids] = row.to(table.weight)
+            if at_eos:
+                pool_at_eos(encoder, tokenizer.eos_token_id)
+
+    def save_embeddings(self, file_path: str | os.PathLike[str]) -> None:
+        """Write the rows of the tokens `<s0>`, `<s1>`, … that the tokenizers hold to `embeddings.pti`."""
+        rows = []
+        for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
+            vocabulary = tokenizer.get_vocab()
+            count = 0
+            while f"<s{count}>" in vocabulary:
+                count += 1
+            ids = [vocabulary[f"<s{index}>"] for index in range(count)]
+            rows.append(encoder.get_input_embeddings().weight[ids])
+        write_embeddings(file_path, rows)
+
+
+def add_tokens(tokenizer, tokens: Sequence[str]) -> list[int]:
+    """Add `tokens` to a tokenizer as words that are never split, and return their ids; known ones keep theirs."""
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(list(tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cached examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One picture, ready for training: no image decoding or tokenising is left to do."""
+
+    latents: Tensor
+    """Scaled latents [4, h, w], h and w in latent pixels."""
+    mask: Tensor
+    """Weight of each latent pixel in the loss, [1, h, w], 0 to 1."""
+    token_ids: tuple[Tensor, Tensor]
+    """Ids of the caption for each text encoder, [77] each, placeholders put in."""
+    time_ids: Tensor
+    """SDXL's size conditioning [6]: original height and width, crop top and left, target height and width, in pixels."""
+
+
+class ExampleDataset(Dataset[Example]):
+    """Cached examples of one shape; `collate` stacks them along a leading batch axis."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def collate(self, indices: Sequence[int]) -> Example:
+        """Stack the examples at `indices` (B of them): latents [B, 4, h, w], mask [B, 1, h, w], ids 2×[B, 77], …."""
+        chosen = [self.examples[index] for index in indices]
+        return Example(
+            latents=torch.stack([example.latents for example in chosen]),
+            mask=torch.stack([example.mask for example in chosen]),
+            token_ids=(
+                torch.stack([example.token_ids[0] for example in chosen]),
+                torch.stack([example.token_ids[1] for example in chosen]),
+            ),
+            time_ids=torch.stack([example.time_ids for example in chosen]),
+        )

@@ -1,0 +1,105 @@
+"""The demo: teach the embedded miniature SDXL one subject, then draw it in new scenes, before and after side by side.
+
+Runs on a CPU, without network or account: `make demo`.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from sdxl import artifacts, hosted_models
+from sdxl.archives import unpack
+from sdxl.components import default_device
+from sdxl.contact_sheet import Row, contact_sheet
+from sdxl.framing import IMAGE_SUFFIXES, read_image
+from sdxl.generation import GenerationRequest, generate
+from sdxl.logs import configure_logging
+from sdxl.pipelines import load_pipeline
+from sdxl.tuned_weights import TunedPipeline
+
+EXAMPLES = Path("example_datasets/pip.zip")
+TRAINING = {
+    "input_images": f"@{EXAMPLES}",
+    "token_map": "TOK:2",
+    "max_train_steps": "120",
+    "train_batch_size": "4",
+    "unet_learning_rate": "2e-4",
+    "ti_lr": "2e-3",
+    "seed": "0",
+}
+PROMPTS = [
+    "a photo of TOK on a red background",
+    "a photo of TOK on a blue striped background",
+    "a photo of TOK next to a yellow star",
+    "a small TOK in the top left on a green background",
+    "a photo of TOK on a purple dotted background",
+]
+
+
+def main() -> None:
+    """Train, draw, and write `contact_sheet.png`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=Path("demo_out"), help="folder for the results")
+    output = parser.parse_args().output
+    started = time.monotonic()
+
+    print(f"1. Training on the pictures of {EXAMPLES}, as anyone would:\n", flush=True)
+    command = [
+        sys.executable,
+        "train.py",
+        *(f"-i {name}={value}" for name, value in TRAINING.items()),
+        f"-o {output}",
+    ]
+    print("   python " + " ".join(command[1:]) + "\n", flush=True)
+    subprocess.run([word for part in command for word in part.split(" ", 1)], check=True)
+
+    print("\n2. Drawing each prompt with the base alone, then with the fine-tune:\n", flush=True)
+    configure_logging()
+    before, after = draw(output / "trained_model.tar")
+    for index, picture in enumerate(after):
+        picture.save(output / f"after-{index}.png")
+    rows = [
+        Row(title="The pictures it learned from", pictures=training_pictures()),
+        Row(title="Before: the base does not know TOK", pictures=before, captions=PROMPTS),
+        Row(title="After training", pictures=after, captions=PROMPTS),
+    ]
+    contact_sheet(rows).save(output / "contact_sheet.png")
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(f"\nDone in {minutes} min {seconds} s. Look at {output / 'contact_sheet.png'}")
+
+
+def draw(tar: Path) -> tuple[list[Image.Image], list[Image.Image]]:
+    """The prompts' pictures by the base, and by the fine-tune in `tar`, from the same seeds."""
+    base = hosted_models.local_folder(hosted_models.base_name())
+    tuned = TunedPipeline(load_pipeline(base, default_device()))
+    side = tuned.pipeline.default_sample_size * tuned.pipeline.vae_scale_factor
+
+    def draw_all() -> list[Image.Image]:
+        requests = [
+            GenerationRequest(
+                prompt=prompt, width=side, height=side, num_inference_steps=25, guidance_scale=5, seed=index
+            )
+            for index, prompt in enumerate(PROMPTS)
+        ]
+        return [generate(tuned.pipeline, request, tuned.token_map)[0] for request in requests]
+
+    before = draw_all()
+    with tempfile.TemporaryDirectory() as unpacked:
+        tuned.activate(artifacts.read(tar, Path(unpacked)))
+    return before, draw_all()
+
+
+def training_pictures() -> list[Image.Image]:
+    """The first pictures of the example archive, as many as there are prompts."""
+    with tempfile.TemporaryDirectory() as unpacked:
+        files = sorted(path for path in unpack(EXAMPLES, Path(unpacked)) if path.suffix in IMAGE_SUFFIXES)
+        return [read_image(path) for path in files[: len(PROMPTS)]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Fine-tuning and serving of SDXL, without the doors: nothing in this package imports cog."""

@@ -1,0 +1,104 @@
+"""Load the parts of an SDXL, and decide their precision.
+
+Knows diffusers' layout and devices; does not know training or serving.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dataset_and_utils import TokenMap, add_tokens, pool_at_eos
+from sdxl.errors import WeightsError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Components:
+    """The parts of an SDXL, frozen, for training."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    noise_scheduler: DDPMScheduler
+    device: torch.device
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def native_resolution(folder: Path) -> int:
+    """Side of the pictures that the base in `folder` was made for, in pixels (1024 for SDXL 1.0).
+
+    Raises:
+        WeightsError: the configuration files are missing or damaged.
+    """
+    try:
+        unet = json.loads((folder / "unet" / "config.json").read_text())
+        vae = json.loads((folder / "vae" / "config.json").read_text())
+        return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
+        ) from error
+
+
+def weights_variant(folder: Path) -> str | None:
+    """ "fp16" where `folder` holds SDXL's half-precision files, else None for plain names."""
+    return "fp16" if (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file() else None
+
+
+def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Components:
+    """Load every part from `folder` onto `device`, frozen and in eval mode.
+
+    Precision: what trains in full is fp32 (updates of 1e-6 vanish in half precision); frozen parts that are only
+    multiplied through are bf16 on CUDA; the autoencoder is fp32, since SDXL's overflows in fp16. On a CPU all is fp32.
+
+    Raises:
+        WeightsError: a part is missing or is not of SDXL's kind.
+    """
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    variant = weights_variant(folder)
+
+    def load(kind, name: str, dtype: torch.dtype):
+        model = kind.from_pretrained(
+            folder, subfolder=name, variant=variant, use_safetensors=True, dtype=dtype
+        )
+        return model.requires_grad_(False).eval().to(device)
+
+    try:
+        components = Components(
+            unet=load(UNet2DConditionModel, "unet", half if is_lora else torch.float32),
+            vae=load(AutoencoderKL, "vae", torch.float32),
+            text_encoders=(
+                load(CLIPTextModel, "text_encoder", half),
+                load(CLIPTextModelWithProjection, "text_encoder_2", half),
+            ),
+            tokenizers=(
+                CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+                CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
+            ),
+            noise_scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+            device=device,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
+        ) from error
+    for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
+        pool_at_eos(encoder, tokenizer.eos_token_id)
+    return components
+
+
+def add_placeholder_tokens(components: Components, token_map: TokenMap) -> tuple[list[int], list[int]]:
+    """Add the map's tokens `<s0>`, … to both tokenizers; return their ids in each."""
+    first, second = (add_tokens(tokenizer, token_map.new_tokens) for tokenizer in components.tokenizers)
+    return first, second

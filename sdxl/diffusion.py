@@ -1,0 +1,51 @@
+"""The maths of a training step: pure functions over tensors.
+
+Shape suffixes: b pictures, c latent channels, h w latent pixels, t text positions (77), d features.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+
+def encode_prompt(
+    text_encoders: tuple[nn.Module, nn.Module], token_ids: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """SDXL's text conditioning of token ids 2×[b, t].
+
+    Returns the penultimate hidden states of both encoders side by side [b, t, d₀+d₁], and the second encoder's
+    pooled projection [b, d]. Source: SDXL (arXiv:2307.01952), section 2.1.
+    """
+    hidden = []
+    pooled = None
+    for encoder, ids in zip(text_encoders, token_ids, strict=True):
+        output = encoder(ids, output_hidden_states=True)
+        hidden.append(output.hidden_states[-2])
+        pooled = output[0]  # of the last encoder: the projection
+    assert pooled is not None and pooled.ndim == 2
+    return torch.cat(hidden, dim=-1), pooled
+
+
+def sample_timesteps(scheduler: DDPMScheduler, count: int, generator: torch.Generator) -> Tensor:
+    """Uniform timesteps [count] from 0 to below the scheduler's number."""
+    total = scheduler.config["num_train_timesteps"]
+    return torch.randint(total, (count,), generator=generator, device=generator.device)
+
+
+def training_target(
+    scheduler: DDPMScheduler, latents_bchw: Tensor, noise_bchw: Tensor, timesteps_b: Tensor
+) -> Tensor:
+    """What the UNet is to predict [b, c, h, w]: the noise, or v (arXiv:2202.00512) where the base was made so."""
+    if scheduler.config["prediction_type"] == "v_prediction":
+        return scheduler.get_velocity(latents_bchw, noise_bchw, timesteps_b)
+    return noise_bchw
+
+
+def masked_mse(prediction_bchw: Tensor, target_bchw: Tensor, mask_b1hw: Tensor) -> Tensor:
+    """Mean squared error, in fp32, over the masked area: every picture counts alike, however small its mask."""
+    error_b1hw = F.mse_loss(prediction_bchw.float(), target_bchw.float(), reduction="none").mean(
+        1, keepdim=True
+    )
+    per_picture_b = (error_b1hw * mask_b1hw).sum((1, 2, 3)) / mask_b1hw.sum((1, 2, 3)).clamp_min(1e-6)
+    return per_picture_b.mean()

@@ -1,0 +1,86 @@
+"""Turn what a user hands over — a path, a `data:` URI or a URL — into a local file.
+
+Models of the hub are not fetched here: see `hosted_models`.
+"""
+
+import base64
+import binascii
+import logging
+import urllib.parse
+from pathlib import Path
+
+import requests
+
+from sdxl.archives import atomic_path
+from sdxl.errors import DownloadError, UserInputError
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 16 << 30
+TIMEOUT_S = (10, 60)
+"""Seconds to connect, and to wait between two chunks."""
+
+
+def is_remote(source: str) -> bool:
+    """Whether `source` must be fetched before it is a file."""
+    return source.startswith(("http://", "https://", "data:"))
+
+
+def fetch(source: str, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:
+    """Return a local file for `source`: an existing path as it is, a `data:` URI or http(s) URL saved in `folder`.
+
+    Raises:
+        DownloadError: the URL or URI cannot be fetched, or is larger than `max_bytes`.
+        UserInputError: no such file.
+    """
+    if source.startswith("data:"):
+        return _decode_data_uri(source, folder)
+    if is_remote(source):
+        return _download(source, folder, max_bytes)
+    path = Path(source)
+    if not path.exists():
+        raise UserInputError(
+            f"{source} does not exist: give an existing file, a data: URI or an http(s) URL."
+        )
+    return path
+
+
+def _decode_data_uri(uri: str, folder: Path) -> Path:
+    header, comma, body = uri.partition(",")
+    try:
+        if not comma or not header.endswith(";base64"):
+            raise ValueError("only base64 is read")
+        content = base64.b64decode(body, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise DownloadError(
+            f"The data: URI cannot be decoded ({error}): send data:<type>;base64,<content>."
+        ) from error
+    target = folder / "file.bin"
+    with atomic_path(target) as partial:
+        partial.write_bytes(content)
+    return target
+
+
+def _download(url: str, folder: Path, max_bytes: int) -> Path:
+    parts = urllib.parse.urlsplit(url)
+    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"  # without query and login: both can hold secrets
+    target = folder / "download.bin"
+    received = 0
+    try:
+        with requests.get(url, stream=True, timeout=TIMEOUT_S) as response, atomic_path(target) as partial:
+            response.raise_for_status()
+            with partial.open("wb") as sink:
+                for chunk in response.iter_content(1 << 20):
+                    received += len(chunk)
+                    if received > max_bytes:
+                        raise DownloadError(
+                            f"{shown} is larger than {max_bytes / 2**30:.1f} GiB: give a smaller file."
+                        )
+                    sink.write(chunk)
+    except requests.RequestException as error:
+        reason = f"HTTP {error.response.status_code}" if error.response is not None else type(error).__name__
+        raise DownloadError(
+            f"{shown} could not be fetched ({reason}): check the address and that it is public."
+        ) from error
+    log.info("Fetched %s (%.1f MB)", shown, received / 1e6)
+    return target

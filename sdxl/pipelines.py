@@ -1,0 +1,76 @@
+"""Load the base for serving, and name its samplers.
+
+Knows diffusers' pipelines and schedulers; does not know requests or fine-tunes.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+)
+
+from dataset_and_utils import pool_at_eos
+from sdxl.components import weights_variant
+from sdxl.errors import WeightsError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+log = logging.getLogger(__name__)
+
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "DDIM": (DDIMScheduler, {}),
+    "DPMSolverMultistep": (DPMSolverMultistepScheduler, {}),
+    "HeunDiscrete": (HeunDiscreteScheduler, {}),
+    "KarrasDPM": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "K_EULER_ANCESTRAL": (EulerAncestralDiscreteScheduler, {}),
+    "K_EULER": (EulerDiscreteScheduler, {}),
+    "PNDM": (PNDMScheduler, {}),
+}
+"""Public name → (diffusers class, settings that differ from the base's)."""
+
+
+def load_pipeline(folder: Path, device: torch.device) -> "StableDiffusionXLPipeline":
+    """The text-to-image pipeline of the base in `folder`, on `device`: fp16 on CUDA, fp32 on a CPU.
+
+    Its pooled prompts are taken at the end of the text. Where the autoencoder's configuration says `force_upcast`,
+    the pipeline decodes in fp32.
+
+    Raises:
+        WeightsError: a part is missing or is not of SDXL's kind.
+    """
+    from diffusers import (
+        StableDiffusionXLPipeline,  # here: it takes a second, and warns before logging is configured
+    )
+
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            folder, variant=weights_variant(folder), dtype=dtype, use_safetensors=True, add_watermarker=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
+        ) from error
+    for encoder, tokenizer in (
+        (pipeline.text_encoder, pipeline.tokenizer),
+        (pipeline.text_encoder_2, pipeline.tokenizer_2),
+    ):
+        pool_at_eos(encoder, tokenizer.eos_token_id)
+    pipeline.set_progress_bar_config(desc="Sampling", unit="step", mininterval=0.5)
+    return pipeline.to(device)
+
+
+def make_scheduler(name: str, pipeline: "StableDiffusionXLPipeline") -> SchedulerMixin:
+    """A fresh sampler of the public `name`, with the noise schedule of the base."""
+    kind, settings = SCHEDULERS[name]
+    return kind.from_config(pipeline.scheduler.config, **settings)

@@ -1,0 +1,229 @@
+"""The training door: captioned pictures in, `trained_model.tar` out.
+
+Knows the public inputs and the order of the stages; does not know how a stage works.
+
+    python train.py -i input_images=@example_datasets/pip.zip -i token_map=TOK:2 -o out/
+"""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+from cog import Input, current_scope
+from cog import Path as CogPath
+from sdxl.command_line import run_command_line
+
+from dataset_and_utils import TokenMap, read_captions_csv
+from preprocess import PreprocessConfig, prepare_dataset
+from sdxl import artifacts, hosted_models
+from sdxl.components import default_device, load_components, native_resolution
+from sdxl.config import (
+    TrainingConfig,
+    canonical_inputs,
+    new_workspace,
+    refuse_unbuilt,
+    resolve_seed,
+    resolve_steps,
+)
+from sdxl.errors import UserInputError
+from sdxl.examples import cache_examples
+from sdxl.fetching import fetch
+from sdxl.logs import configure_logging
+from sdxl.training import StepReport, TrainedModel, fine_tune
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    input_images: Optional[CogPath] = Input(
+        default=None,
+        description="Your pictures: a .zip, .tar, .tar.gz or .tgz of jpg, png, webp or bmp files, with captions in a csv (columns image_file and caption) or in one .txt beside each picture. Required.",
+    ),
+    token_map: str = Input(
+        default="TOK:2",
+        description='The new words in your captions and how many embedding rows each one gets, such as "TOK:2" or "CLOCK_TOK:2,MT_TOK:3". Letters and underscore only. More rows hold more detail; 2 is right for most subjects.',
+    ),
+    global_caption: Optional[str] = Input(
+        default=None,
+        description='One caption for all pictures, such as "a photo of TOK"; used where the archive brings no captions.',
+    ),
+    caption_prefix: str = Input(
+        default="a photo of TOK, ",
+        description="How the caption of a picture begins where you give none at all. Must name a token of token_map.",
+    ),
+    resolution: Optional[int] = Input(
+        default=None,
+        description="Side of the square training pictures, in pixels, a multiple of 8. Default: the size the base was made for, 1024 for SDXL 1.0.",
+    ),
+    num_train_epochs: Optional[int] = Input(
+        default=None,
+        description="How often every picture is shown. Only used when max_train_steps is not given.",
+        ge=1,
+    ),
+    max_train_steps: Optional[int] = Input(
+        default=None,
+        description="How many training steps to run. Default: 1000, or what num_train_epochs asks for.",
+        ge=1,
+    ),
+    train_batch_size: int = Input(default=4, description="Pictures in each training step.", ge=1),
+    unet_learning_rate: float = Input(
+        default=1e-6,
+        description="Learning rate of the whole UNet; 1e-6 to 1e-5 is usual for SDXL 1.0. Not used with is_lora.",
+    ),
+    ti_lr: float = Input(default=3e-4, description="Learning rate of the new tokens' embedding rows."),
+    is_lora: bool = Input(
+        default=False,
+        description="Train a small LoRA instead of the whole UNet: less memory and a file of megabytes, a little less likeness.",
+    ),
+    lora_rank: int = Input(
+        default=32, description="Rank of the LoRA: higher holds more detail.", ge=1, le=1024
+    ),
+    lora_lr: float = Input(default=1e-4, description="Learning rate of the LoRA. Only used with is_lora."),
+    lr_scheduler: str = Input(
+        default="constant",
+        description="Course of the learning rates over the run.",
+        choices=["constant", "linear", "cosine"],
+    ),
+    lr_warmup_steps: int = Input(
+        default=0, description="Steps over which the learning rates rise from 0 to their values.", ge=0
+    ),
+    mask_target_prompts: Optional[str] = Input(
+        default=None,
+        description="Words for the part of the pictures that matters, to mask the rest. Not available in this version.",
+    ),
+    crop_based_on_salience: bool = Input(
+        default=False,
+        description="Crop to where the mask is instead of to the centre. Not available in this version.",
+    ),
+    use_face_detection_instead: bool = Input(
+        default=False, description="Mask faces instead of mask_target_prompts. Not available in this version."
+    ),
+    clipseg_temperature: float = Input(
+        default=1.0, description="How soft the masks' edges are. Not available in this version."
+    ),
+    seed: Optional[int] = Input(
+        default=None,
+        description="Makes the run repeatable; 0 is a seed too. Default: a random one, told in the log.",
+        ge=0,
+    ),
+    checkpointing_steps: int = Input(
+        default=0,
+        description="Keep the fine-tune as it is after every so many steps, under checkpoints/ in the tar. 0: never.",
+        ge=0,
+    ),
+    input_data_tar_or_zip: Optional[CogPath] = Input(
+        default=None, description="Old name of input_images.", deprecated=True
+    ),
+    ti_learning_rate_multiplier: Optional[float] = Input(
+        default=None,
+        description="Old form of ti_lr: ti_lr becomes this times unet_learning_rate.",
+        deprecated=True,
+    ),
+    token_string: Optional[str] = Input(
+        default=None, description='Old form of token_map: "TOK" means "TOK:2".', deprecated=True
+    ),
+    temp: Optional[float] = Input(
+        default=None, description="Old name of clipseg_temperature.", deprecated=True
+    ),
+) -> CogPath:
+    """Fine-tune SDXL on your pictures; returns trained_model.tar."""
+    inputs = canonical_inputs(locals())
+    configure_logging()
+    workspace = new_workspace("train")
+    try:
+        return CogPath(run(inputs, workspace))
+    except BaseException as error:
+        if not isinstance(error, UserInputError):
+            log.exception("The training stopped.")
+        _discard(workspace)
+        raise
+
+
+def run(inputs: dict[str, Any], workspace: Path) -> Path:
+    """The stages of a training, one line each; everything of the run lies in `workspace`. Returns the tar."""
+    refuse_unbuilt(inputs)
+    token_map = TokenMap.parse(inputs["token_map"])
+    base = hosted_models.local_folder(hosted_models.base_name())
+    resolution = native_resolution(base) if inputs["resolution"] is None else inputs["resolution"]
+
+    archive = fetch(str(inputs["input_images"]), workspace)
+    preprocess_config = PreprocessConfig(
+        target_size=resolution,
+        global_caption=inputs["global_caption"],
+        caption_prefix=inputs["caption_prefix"],
+        token_map=token_map,
+    )
+    dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config)
+    config = _config(inputs, resolution, images=len(read_captions_csv(dataset_folder / "captions.csv")))
+    record = artifacts.run_record(config.as_json(), dataset_folder)
+    _announce(config)
+
+    components = load_components(base, is_lora=config.is_lora, device=default_device())
+    examples = cache_examples(dataset_folder, components, token_map, seed=config.seed)
+    output = workspace / "training_out"
+
+    def save_checkpoint(step: int, model: TrainedModel) -> None:
+        artifacts.write_atomically(model, output / "checkpoints" / f"step-{step:06d}", record)
+
+    trained = fine_tune(components, examples, config, on_step=_record_metrics, on_checkpoint=save_checkpoint)
+    artifacts.write(trained, output, record)
+    artifacts.pack(output, workspace / "trained_model.tar")
+    shutil.rmtree(dataset_folder)
+    shutil.rmtree(output)
+    log.info("Done: trained_model.tar holds the fine-tune.")
+    return workspace / "trained_model.tar"
+
+
+def _config(inputs: dict[str, Any], resolution: int, *, images: int) -> TrainingConfig:
+    steps = resolve_steps(
+        max_train_steps=inputs["max_train_steps"],
+        epochs=inputs["num_train_epochs"],
+        images=images,
+        batch_size=inputs["train_batch_size"],
+    )
+    as_given = (
+        *("token_map", "train_batch_size", "unet_learning_rate", "ti_lr", "is_lora", "lora_rank", "lora_lr"),
+        *("lr_scheduler", "lr_warmup_steps", "checkpointing_steps"),
+    )
+    return TrainingConfig(
+        base=hosted_models.base_name(),
+        resolution=resolution,
+        max_train_steps=steps,
+        seed=resolve_seed(inputs["seed"]),
+        **{name: inputs[name] for name in as_given},
+    )
+
+
+def _announce(config: TrainingConfig) -> None:
+    what = f"a LoRA of rank {config.lora_rank}" if config.is_lora else "the whole UNet"
+    log.info(
+        "Training %s and the tokens of %s for %d steps of %d pictures at %d×%d pixels on %s, seed %d; "
+        "the tokens freeze after step %d.",
+        *(what, config.token_map, config.max_train_steps, config.train_batch_size, config.resolution),
+        *(config.resolution, default_device(), config.seed, config.pivot_step),
+    )
+
+
+def _record_metrics(report: StepReport) -> None:
+    """Hand the figures of a step to Cog, where it runs the training."""
+    scope: Any = current_scope()
+    if scope is not None:
+        scope.record_metric("step", report.step)
+        scope.record_metric("loss", float(report.loss))
+        scope.record_metric("learning_rate", float(report.learning_rate))
+
+
+def _discard(workspace: Path) -> None:
+    """Remove what a failed run left, but for its checkpoints."""
+    checkpoints = workspace / "training_out" / "checkpoints"
+    if not checkpoints.is_dir():
+        shutil.rmtree(workspace, ignore_errors=True)
+        return
+    shutil.rmtree(workspace / "dataset", ignore_errors=True)
+    log.info("The checkpoints so far lie in %s", checkpoints)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command_line(train, description=__doc__.splitlines()[0]))
