@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 POOLED_AT_EOS = {"pooled_at": "eos"}
 """Metadata that marks embeddings trained with the pooled output taken at the end-of-text token."""
@@ -142,8 +143,8 @@ def read_captions_csv(path: Path) -> dict[str, str]:
             f"{path.name} needs the columns image_file and caption, but has {', '.join(table.columns)}."
         )
     captions: dict[str, str] = {}
-    for row, (image, caption) in enumerate(zip(table[file_column], table["caption"], strict=True), start=2):
-        image, caption = image.strip(), caption.strip()
+    images, texts = table[file_column].str.strip(), table["caption"].str.strip()
+    for row, (image, caption) in enumerate(zip(images, texts, strict=True), start=2):
         if not image or not caption:
             raise ContractError(
                 f"Line {row} of {path.name} has an empty cell: give it an image file and a caption."
@@ -209,7 +210,7 @@ class TokenEmbeddingsHandler:
     pipe("A photo of <s0><s1>")
     """
 
-    def __init__(self, text_encoders: Sequence[torch.nn.Module], tokenizers: Sequence) -> None:
+    def __init__(self, text_encoders: Sequence[PreTrainedModel], tokenizers: Sequence) -> None:
         if len(text_encoders) != len(tokenizers):
             raise ValueError(
                 f"{len(text_encoders)} text encoders need as many tokenizers, not {len(tokenizers)}."
@@ -227,7 +228,7 @@ class TokenEmbeddingsHandler:
             ContractError: the file is malformed, or made for other text encoders.
         """
         rows, at_eos = read_embeddings(file_path)
-        widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in self.text_encoders]
+        widths = [_table(encoder).weight.shape[1] for encoder in self.text_encoders]
         if widths != [row.shape[1] for row in rows]:
             raise ContractError(
                 f"{file_path} was made for text encoders of widths {[row.shape[1] for row in rows]}, these have "
@@ -236,13 +237,14 @@ class TokenEmbeddingsHandler:
         tokens = [f"<s{index}>" for index in range(len(rows[0]))]
         for encoder, tokenizer, row in zip(self.text_encoders, self.tokenizers, rows, strict=True):
             ids = add_tokens(tokenizer, tokens)
-            table = encoder.get_input_embeddings()
+            table = _table(encoder)
             if max(ids) >= table.num_embeddings:
-                table = encoder.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+                encoder.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+                table = _table(encoder)
             with torch.no_grad():
                 table.weight[ids] = row.to(table.weight)
             if at_eos:
-                pool_at_eos(encoder, tokenizer.eos_token_id)
+                pool_at_eos(encoder, eos_id(tokenizer))
 
     def save_embeddings(self, file_path: str | os.PathLike[str]) -> None:
         """Write the rows of the tokens `<s0>`, `<s1>`, … that the tokenizers hold to `embeddings.pti`."""
@@ -253,8 +255,19 @@ class TokenEmbeddingsHandler:
             while f"<s{count}>" in vocabulary:
                 count += 1
             ids = [vocabulary[f"<s{index}>"] for index in range(count)]
-            rows.append(encoder.get_input_embeddings().weight[ids])
+            rows.append(_table(encoder).weight[ids])
         write_embeddings(file_path, rows)
+
+
+def _table(encoder: PreTrainedModel) -> torch.nn.Embedding:
+    table = encoder.get_input_embeddings()
+    assert isinstance(table, torch.nn.Embedding)
+    return table
+
+
+def eos_id(tokenizer) -> int:
+    """The id of the tokenizer's end-of-text token."""
+    return int(tokenizer.convert_tokens_to_ids(tokenizer.eos_token))
 
 
 def add_tokens(tokenizer, tokens: Sequence[str]) -> list[int]:

@@ -5,10 +5,10 @@ Knows the public inputs; does not know how pictures are made.
     python predict.py -i prompt="a photo of TOK on the moon" -i replicate_weights=out/trained_model.tar -o pictures/
 """
 
+import atexit
 import logging
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Optional
 
@@ -39,8 +39,7 @@ class Predictor(BaseRunner):
         self.native_resolution = native_resolution(base)
         self.tuned = TunedPipeline(load_pipeline(base, default_device()))
         log.info("Serving %s on %s", hosted_models.base_name(), self.tuned.pipeline.device)
-        self.setup_folder = tempfile.TemporaryDirectory(prefix="weights-")
-        self.setup_weights = self._open(str(weights), Path(self.setup_folder.name)) if weights else None
+        self.setup_weights = self._open_for_good(str(weights)) if weights else None
 
     def run(
         self,
@@ -123,6 +122,12 @@ class Predictor(BaseRunner):
             raise
         shutil.rmtree(workspace / "weights", ignore_errors=True)
         return files
+
+    def _open_for_good(self, source: str) -> artifacts.FineTune:
+        """Fetch and check the fine-tune `source` into a folder that lasts as long as the process."""
+        folder = new_workspace("weights")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return self._open(source, folder)
 
     def _open(self, source: str, folder: Path) -> artifacts.FineTune:
         """Fetch and check the fine-tune `source`, unpacking into `folder`/weights."""

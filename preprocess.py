@@ -167,4 +167,4 @@ class Preprocessor(BaseRunner):
 
 
 if __name__ == "__main__":
-    sys.exit(run_command_line(Preprocessor().run, description=__doc__.splitlines()[0]))
+    sys.exit(run_command_line(Preprocessor().run, description=(__doc__ or "").splitlines()[0]))

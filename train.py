@@ -226,4 +226,4 @@ def _discard(workspace: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command_line(train, description=__doc__.splitlines()[0]))
+    sys.exit(run_command_line(train, description=(__doc__ or "").splitlines()[0]))

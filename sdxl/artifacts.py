@@ -6,7 +6,6 @@ The only place that writes or reads the format; knows nothing of training or pip
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ def write_atomically(model: TrainedModel, folder: Path, record: Mapping[str, Any
     """`write`, but `folder` appears only when it is complete."""
     partial = folder.with_name(f".{folder.name}.partial")
     write(model, partial, record)
-    os.replace(partial, folder)
+    partial.replace(folder)
 
 
 def pack(folder: Path, target: Path) -> None:

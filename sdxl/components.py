@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dataset_and_utils import TokenMap, add_tokens, pool_at_eos
+from dataset_and_utils import TokenMap, add_tokens, eos_id, pool_at_eos
 from sdxl.errors import WeightsError
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
         return model.requires_grad_(False).eval().to(device)
 
     try:
+        noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        assert isinstance(noise_scheduler, DDPMScheduler)
         components = Components(
             unet=load(UNet2DConditionModel, "unet", half if is_lora else torch.float32),
             vae=load(AutoencoderKL, "vae", torch.float32),
@@ -86,7 +88,7 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
                 CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
                 CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
             ),
-            noise_scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+            noise_scheduler=noise_scheduler,
             device=device,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -94,7 +96,7 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
             f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
         ) from error
     for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
-        pool_at_eos(encoder, tokenizer.eos_token_id)
+        pool_at_eos(encoder, eos_id(tokenizer))
     return components
 
 

@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import NotBuiltYetError, UserInputError
 
 DEFAULT_STEPS = 1000
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class TrainingConfig:
     """Rank of the LoRA matrices, at least 1; their alpha equals it."""
     lora_lr: float
     """Learning rate of the LoRA matrices, above 0."""
-    lr_scheduler: Literal["constant", "linear", "cosine"]
+    lr_scheduler: Schedule
     """Course of all learning rates over the run, after the warm-up."""
     lr_warmup_steps: int
     """Steps over which the learning rates rise from 0, below `max_train_steps`."""
@@ -71,6 +72,10 @@ class TrainingConfig:
         if not 0 <= self.lr_warmup_steps < self.max_train_steps:
             raise UserInputError(
                 f"lr_warmup_steps is {self.lr_warmup_steps}, but must be from 0 to below the {self.max_train_steps} steps."
+            )
+        if self.lr_scheduler not in (names := get_args(Schedule)):
+            raise UserInputError(
+                f"lr_scheduler is {self.lr_scheduler!r}, but must be one of {', '.join(names)}."
             )
         if not 0 <= self.pivot_fraction <= 1:
             raise UserInputError(f"pivot_fraction is {self.pivot_fraction}, but must be from 0 to 1.")

@@ -38,7 +38,7 @@ def training_target(
 ) -> Tensor:
     """What the UNet is to predict [b, c, h, w]: the noise, or v (arXiv:2202.00512) where the base was made so."""
     if scheduler.config["prediction_type"] == "v_prediction":
-        return scheduler.get_velocity(latents_bchw, noise_bchw, timesteps_b)
+        return scheduler.get_velocity(latents_bchw, noise_bchw, timesteps_b)  # type: ignore[arg-type]
     return noise_bchw
 
 

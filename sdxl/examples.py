@@ -54,7 +54,7 @@ def cache_examples(folder: Path, components: Components, token_map: TokenMap, *,
 
 def _encode(picture: Image.Image, components: Components, generator: torch.Generator) -> Tensor:
     pixels = torch.from_numpy(np.array(picture)).to(components.device).permute(2, 0, 1)[None] / 127.5 - 1
-    posterior = components.vae.encode(pixels.to(components.vae.dtype)).latent_dist
+    posterior = components.vae.encode(pixels.to(components.vae.dtype)).latent_dist  # type: ignore[union-attr]
     return (posterior.sample(generator) * components.vae.config["scaling_factor"])[0].float()
 
 

@@ -80,7 +80,7 @@ def generate(
     base_scheduler = pipeline.scheduler
     pipeline.scheduler = make_scheduler(request.scheduler, pipeline)
     try:
-        return pipeline(
+        output = pipeline(
             prompt=[prompt] * request.num_outputs,
             negative_prompt=[negative] * request.num_outputs if negative else None,
             width=request.width,
@@ -90,6 +90,7 @@ def generate(
             generator=[
                 torch.Generator(device).manual_seed(request.seed + i) for i in range(request.num_outputs)
             ],
-        ).images
+        )
+        return list(output.images)  # type: ignore[union-attr]
     finally:
         pipeline.scheduler = base_scheduler

@@ -18,7 +18,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from dataset_and_utils import pool_at_eos
+from dataset_and_utils import eos_id, pool_at_eos
 from sdxl.components import weights_variant
 from sdxl.errors import WeightsError
 
@@ -65,7 +65,7 @@ def load_pipeline(folder: Path, device: torch.device) -> "StableDiffusionXLPipel
         (pipeline.text_encoder, pipeline.tokenizer),
         (pipeline.text_encoder_2, pipeline.tokenizer_2),
     ):
-        pool_at_eos(encoder, tokenizer.eos_token_id)
+        pool_at_eos(encoder, eos_id(tokenizer))
     pipeline.set_progress_bar_config(desc="Sampling", unit="step", mininterval=0.5)
     return pipeline.to(device)
 

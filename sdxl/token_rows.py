@@ -6,6 +6,7 @@ Knows embeddings; does not know text, losses or optimizers.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class TokenRows(nn.Module):
@@ -40,14 +41,16 @@ class TokenRows(nn.Module):
         self.rows.mul_((self.table_std / self.rows.std().clamp_min(1e-8)) ** strength)
 
 
-def install(text_encoder: nn.Module, ids: list[int], generator: torch.Generator) -> TokenRows:
+def install(text_encoder: PreTrainedModel, ids: list[int], generator: torch.Generator) -> TokenRows:
     """Put `TokenRows` for consecutive `ids` in the place of the encoder's embedding table, and return them."""
     assert ids == list(range(ids[0], ids[0] + len(ids))), "tokenizers number added tokens consecutively"
-    rows = TokenRows(text_encoder.get_input_embeddings(), ids[0], len(ids), generator)
+    table = text_encoder.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    rows = TokenRows(table, ids[0], len(ids), generator)
     text_encoder.set_input_embeddings(rows)
     return rows
 
 
-def remove(text_encoder: nn.Module, rows: TokenRows) -> None:
+def remove(text_encoder: PreTrainedModel, rows: TokenRows) -> None:
     """Put the encoder's own table back."""
     text_encoder.set_input_embeddings(rows.table)

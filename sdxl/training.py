@@ -21,12 +21,13 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset_and_utils import ExampleDataset, TokenMap
+from dataset_and_utils import Example, ExampleDataset, TokenMap
 from sdxl import token_rows
 from sdxl.components import Components, add_placeholder_tokens
 from sdxl.config import TrainingConfig
 from sdxl.diffusion import encode_prompt, masked_mse, sample_timesteps, training_target
 from sdxl.errors import TrainingDivergedError
+from sdxl.token_rows import TokenRows
 
 log = logging.getLogger(__name__)
 
@@ -94,28 +95,12 @@ def fine_tune(
     device = components.device
     generator = torch.Generator(device).manual_seed(config.seed)
     torch.manual_seed(config.seed)  # peft initialises LoRA matrices from the global generator
-    scheduler = components.noise_scheduler
 
     # What trains: the UNet's weights or LoRA matrices all along, the new token rows up to the pivot.
     token_map = TokenMap.parse(config.token_map)
-    ids = add_placeholder_tokens(components, token_map)
-    rows = [
-        token_rows.install(encoder, encoder_ids, generator)
-        for encoder, encoder_ids in zip(components.text_encoders, ids, strict=True)
-    ]
+    rows = _install_rows(components, token_map, generator)
     trainable = _lora(components, config) if config.is_lora else _full(components, config)
-    row_parameters = [row.rows for row in rows]
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": trainable.parameters,
-                "lr": trainable.learning_rate,
-                "weight_decay": trainable.weight_decay,
-            },
-            {"params": row_parameters, "lr": config.ti_lr, "weight_decay": 0.0},
-        ],
-        fused=device.type == "cuda",
-    )
+    optimizer = _optimizer(trainable, rows, config, device)
     schedule = get_scheduler(
         _SCHEDULES[config.lr_scheduler],
         optimizer,
@@ -127,7 +112,7 @@ def fine_tune(
         return TrainedModel(
             kind="lora" if config.is_lora else "unet",
             weights=trainable.export(),
-            token_rows=[parameter.detach().cpu().clone() for parameter in row_parameters],
+            token_rows=[row.rows.detach().cpu().clone() for row in rows],
             token_map=token_map,
         )
 
@@ -139,36 +124,22 @@ def fine_tune(
     for step in progress:
         if step == config.pivot_step:
             progress.set_description("Training UNet")
-            for row in rows:
-                row.rows.requires_grad_(False).grad = None
-            with _precision(device), torch.no_grad():
-                prompts = _encode_all(components, dataset)
-            for encoder in components.text_encoders:
-                encoder.to("cpu")
+            prompts = _freeze_rows(components, dataset, rows)
 
         # -------------------------------------------------------------------------------------- a single training step
         chosen = next(batches)
         batch = dataset.collate(chosen.tolist())
-        noise = torch.randn(batch.latents.shape, generator=generator, device=device)
-        timesteps = sample_timesteps(scheduler, len(chosen), generator)
-        noisy = scheduler.add_noise(batch.latents, noise, timesteps)  # type: ignore[arg-type]
         with _precision(device):
             if prompts is None:
                 hidden, pooled = encode_prompt(components.text_encoders, batch.token_ids)
             else:
-                hidden, pooled = prompts[0][chosen], prompts[1][chosen]
-            prediction = components.unet(
-                noisy,
-                timesteps,
-                encoder_hidden_states=hidden,
-                added_cond_kwargs={"text_embeds": pooled, "time_ids": batch.time_ids},
-            ).sample
-        target = training_target(scheduler, batch.latents, noise, timesteps)
-        loss = masked_mse(prediction, target, batch.mask)
+                hidden, pooled = (encoded[chosen] for encoded in prompts)
+            loss = _loss(components, batch, hidden, pooled, generator)
         loss.backward()
-        nn.utils.clip_grad_norm_(trainable.parameters, MAX_GRAD_NORM)
-        if prompts is None:
-            nn.utils.clip_grad_norm_(row_parameters, MAX_GRAD_NORM)
+        for group in (
+            optimizer.param_groups
+        ):  # each by itself: token rows must not scale the UNet's step, or it theirs
+            nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         learning_rates = schedule.get_last_lr()
@@ -184,13 +155,14 @@ def fine_tune(
                 f"The loss became {value} in step {step + 1}: lower the learning rates, or look for broken pictures."
             )
         progress.set_postfix(loss=f"{value:.4f}", refresh=False)
+        ti_rate = float(learning_rates[1]) if prompts is None else 0.0
         on_step(
             StepReport(
                 step=step + 1,
                 total=config.max_train_steps,
                 loss=value,
-                learning_rate=learning_rates[0],
-                ti_learning_rate=learning_rates[1] if prompts is None else 0.0,
+                learning_rate=float(learning_rates[0]),
+                ti_learning_rate=ti_rate,
             )
         )
         if config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0:
@@ -198,6 +170,69 @@ def fine_tune(
     for encoder, row in zip(components.text_encoders, rows, strict=True):
         token_rows.remove(encoder, row)
     return snapshot()
+
+
+def _loss(
+    components: Components, batch: Example, hidden: Tensor, pooled: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The denoising loss of `batch` under its text conditioning [b, t, d] and [b, d], at random noise and times."""
+    scheduler = components.noise_scheduler
+    noise = torch.randn(batch.latents.shape, generator=generator, device=components.device)
+    timesteps = sample_timesteps(scheduler, len(batch.latents), generator)
+    noisy = scheduler.add_noise(batch.latents, noise, timesteps)  # type: ignore[arg-type]
+    prediction = components.unet(
+        noisy,
+        timesteps,
+        encoder_hidden_states=hidden,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": batch.time_ids},
+    ).sample
+    target = training_target(scheduler, batch.latents, noise, timesteps)
+    return masked_mse(prediction, target, batch.mask)
+
+
+def _install_rows(components: Components, token_map: TokenMap, generator: torch.Generator) -> list[TokenRows]:
+    """New trainable rows for the map's tokens in both text encoders."""
+    ids = add_placeholder_tokens(components, token_map)
+    return [
+        token_rows.install(encoder, encoder_ids, generator)
+        for encoder, encoder_ids in zip(components.text_encoders, ids, strict=True)
+    ]
+
+
+def _freeze_rows(
+    components: Components, dataset: ExampleDataset, rows: list[TokenRows]
+) -> tuple[Tensor, Tensor]:
+    """The pivot: stop training the rows, encode every caption once, and move the text encoders off the device.
+
+    Returns the text conditioning of every example: [n, t, d] and [n, d].
+    """
+    for row in rows:
+        row.rows.requires_grad_(False).grad = None
+    with _precision(components.device), torch.no_grad():
+        encoded = [
+            encode_prompt(components.text_encoders, dataset.collate([index]).token_ids)
+            for index in range(len(dataset))
+        ]
+    for encoder in components.text_encoders:
+        encoder.to(torch.device("cpu"))  # type: ignore[arg-type]
+    return torch.cat([hidden for hidden, _ in encoded]), torch.cat([pooled for _, pooled in encoded])
+
+
+def _optimizer(
+    trainable: _Trainable, rows: list[TokenRows], config: TrainingConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) over two groups: the UNet's weights, then the token rows."""
+    return torch.optim.AdamW(
+        [
+            {
+                "params": trainable.parameters,
+                "lr": trainable.learning_rate,
+                "weight_decay": trainable.weight_decay,
+            },
+            {"params": [row.rows for row in rows], "lr": config.ti_lr, "weight_decay": 0.0},
+        ],
+        fused=device.type == "cuda",
+    )
 
 
 def _full(components: Components, config: TrainingConfig) -> _Trainable:
@@ -238,7 +273,7 @@ def _lora(components: Components, config: TrainingConfig) -> _Trainable:
 
     def export() -> dict[str, Tensor]:
         state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-        return {f"unet.{name}": value.detach().cpu().float().contiguous() for name, value in state.items()}
+        return {f"unet.{name}": value.detach().float().cpu().clone() for name, value in state.items()}
 
     return _Trainable(
         parameters=[parameter for parameter in unet.parameters() if parameter.requires_grad],
@@ -256,15 +291,6 @@ def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tens
             queue = torch.cat([queue, torch.randperm(count, generator=generator, device=generator.device)])
         yield queue[:size]
         queue = queue[size:]
-
-
-def _encode_all(components: Components, dataset: ExampleDataset) -> tuple[Tensor, Tensor]:
-    """The text conditioning of every example: [n, t, d] and [n, d]."""
-    encoded = [
-        encode_prompt(components.text_encoders, dataset.collate([index]).token_ids)
-        for index in range(len(dataset))
-    ]
-    return torch.cat([hidden for hidden, _ in encoded]), torch.cat([pooled for _, pooled in encoded])
 
 
 def _precision(device: torch.device) -> contextlib.AbstractContextManager:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dataset_and_utils import TokenEmbeddingsHandler, TokenMap, pool_at_eos
+from dataset_and_utils import TokenEmbeddingsHandler, TokenMap, eos_id, pool_at_eos
 from sdxl.artifacts import FineTune
 from sdxl.errors import WeightsError
 
@@ -89,7 +89,7 @@ class TunedPipeline:
         for (encoder, _), base in zip(self._text_parts(), self._base_text, strict=True):
             encoder.set_input_embeddings(base.table)
             encoder.config.vocab_size = base.vocab_size
-            pool_at_eos(encoder, base.tokenizer.eos_token_id)
+            pool_at_eos(encoder, eos_id(base.tokenizer))
         self.pipeline.tokenizer, self.pipeline.tokenizer_2 = (base.tokenizer for base in self._base_text)
 
     def _apply_embeddings(self, fine_tune: FineTune) -> None:

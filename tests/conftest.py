@@ -1,0 +1,64 @@
+"""Shared ground of the tests: the embedded base, small archives, and the doors called as functions."""
+
+import inspect
+import io
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdxl.logs import configure_logging
+
+REPOSITORY = Path(__file__).parent.parent
+TINY_BASE = REPOSITORY / "base_models" / "tiny-sdxl"
+
+
+@pytest.fixture(autouse=True)
+def _tiny_base_and_own_workspace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every test uses the embedded base, keeps its runs in its own folder and never asks the network."""
+    monkeypatch.setenv("SDXL_BASE", str(TINY_BASE))
+    monkeypatch.setenv("SDXL_WORKSPACE", str(tmp_path / "workspace"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    configure_logging()
+
+
+def png(seed: int = 0, size: tuple[int, int] = (96, 80)) -> bytes:
+    """A small picture of coloured blocks."""
+    blocks = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_zip(path: Path, files: Mapping[str, bytes | str]) -> Path:
+    """A zip of `files` (name → content)."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def captioned_zip(tmp_path: Path) -> Path:
+    """Four pictures with a captions csv that names TOK."""
+    rows = "".join(f"{i}.png,a photo of TOK number {i}\n" for i in range(4))
+    pictures = {f"{i}.png": png(i) for i in range(4)}
+    return write_zip(tmp_path / "captioned.zip", {**pictures, "captions.csv": "image_file,caption\n" + rows})
+
+
+def call(function: Callable[..., Any], **inputs: Any) -> Any:
+    """Call a Cog function as Cog does: every input that is not given takes its declared default."""
+    declared = {
+        name: parameter.default.default for name, parameter in inspect.signature(function).parameters.items()
+    }
+    unknown = inputs.keys() - declared.keys()
+    assert not unknown, f"{function} has no inputs {unknown}"
+    return function(**{**declared, **inputs})
+
+
+QUICK = {"resolution": 64, "max_train_steps": 4, "train_batch_size": 2, "seed": 0, "unet_learning_rate": 1e-3}
+"""Inputs of the shortest training that is one."""

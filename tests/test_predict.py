@@ -1,0 +1,178 @@
+"""The prediction door as a function: base and fine-tunes in one process."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train
+from predict import Predictor
+from sdxl import artifacts
+from sdxl.archives import unpack
+from sdxl.errors import UserInputError
+from sdxl.pipelines import SCHEDULERS
+from tests.conftest import QUICK, TINY_BASE, call, png, write_zip
+
+SMALL = {
+    "prompt": "a photo of TOK",
+    "width": 64,
+    "height": 64,
+    "num_inference_steps": 3,
+    "guidance_scale": 4.0,
+}
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A full fine-tune and a LoRA, each with its tar."""
+    folder = tmp_path_factory.mktemp("tars")
+    archive = write_zip(folder / "x.zip", {f"{i}.png": png(i) for i in range(3)})
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDXL_BASE", str(TINY_BASE))
+        patch.setenv("SDXL_WORKSPACE", str(folder))
+        for name, is_lora in (("full", False), ("lora", True)):
+            tar = call(train.train, input_images=archive, is_lora=is_lora, lora_lr=1e-2, **QUICK)
+            made[name] = Path(shutil.move(tar, folder / f"{name}.tar"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDXL_BASE", str(TINY_BASE))
+        made = Predictor()
+        made.setup()
+    return made
+
+
+def draw(predictor: Predictor, **inputs) -> list[np.ndarray]:
+    files = call(predictor.run, **{**SMALL, "seed": 0, **inputs})
+    return [np.array(Image.open(file)) for file in files]
+
+
+def equal(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_base_and_fine_tunes_take_turns_without_a_trace(predictor: Predictor, tars: dict[str, Path]):
+    base = draw(predictor)
+    full = draw(predictor, replicate_weights=str(tars["full"]))
+    lora = draw(predictor, replicate_weights=str(tars["lora"]))
+    assert not equal(base, full)
+    assert not equal(base, lora)
+    assert not equal(full, lora)
+    assert equal(draw(predictor), base)
+    assert equal(draw(predictor, replicate_weights=str(tars["full"])), full)
+    assert equal(draw(predictor, replicate_weights=str(tars["lora"])), lora)
+    assert equal(draw(predictor), base)
+
+
+def test_a_fine_tune_that_does_not_fit_leaves_the_base(
+    predictor: Predictor, tars: dict[str, Path], tmp_path: Path
+):
+    base = draw(predictor)
+    unpack(tars["full"], tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "unet.safetensors")
+    weights["conv_in.weight"] = torch.zeros(3, 3)
+    save_file(weights, tmp_path / "broken" / "unet.safetensors")
+    artifacts.pack(tmp_path / "broken", tmp_path / "broken.tar")
+    with pytest.raises(UserInputError, match=r"unet\.safetensors does not fit"):
+        draw(predictor, replicate_weights=str(tmp_path / "broken.tar"))
+    assert equal(draw(predictor), base)
+
+
+def test_lora_scale_zero_is_nearly_the_embeddings_alone(predictor: Predictor, tars: dict[str, Path]):
+    off = draw(predictor, replicate_weights=str(tars["lora"]), lora_scale=0.0, prompt="a red circle")
+    assert equal(off, draw(predictor, prompt="a red circle"))
+    half = draw(predictor, replicate_weights=str(tars["lora"]), lora_scale=0.5, prompt="a red circle")
+    assert not equal(off, half)
+
+
+def test_tokens_count_in_the_negative_prompt_too(predictor: Predictor, tars: dict[str, Path]):
+    weights = str(tars["full"])
+    plain = draw(predictor, replicate_weights=weights, negative_prompt="stock")
+    assert equal(plain, draw(predictor, replicate_weights=weights, negative_prompt="stock"))
+    assert equal(
+        draw(predictor, replicate_weights=weights, negative_prompt="TOK"),
+        draw(predictor, replicate_weights=weights, negative_prompt="<s0><s1>"),
+    )
+
+
+def test_pictures_of_one_request_are_those_of_single_requests(predictor: Predictor):
+    three = draw(predictor, num_outputs=3, seed=5)
+    for index, picture in enumerate(three):
+        single = draw(predictor, seed=5 + index)[0]
+        assert np.abs(picture.astype(int) - single).max() <= 1  # sums of a batch may round differently
+    assert not np.array_equal(three[0], three[1])
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_draws_and_repeats(predictor: Predictor, scheduler: str):
+    one = draw(predictor, scheduler=scheduler, num_inference_steps=6)
+    assert equal(one, draw(predictor, scheduler=scheduler, num_inference_steps=6))
+    assert one[0].std() > 1
+
+
+def test_weights_given_at_setup_serve_requests_that_name_none(tars: dict[str, Path], predictor: Predictor):
+    tuned = Predictor()
+    tuned.setup(str(tars["full"]))  # type: ignore[arg-type]
+    own = draw(tuned)
+    assert equal(own, draw(predictor, replicate_weights=str(tars["full"])))
+    assert not equal(draw(tuned, replicate_weights=str(tars["lora"])), own)
+    assert equal(draw(tuned), own)
+
+
+def test_the_unet_file_loads_into_a_plain_pipeline(tars: dict[str, Path], tmp_path: Path):
+    unpack(tars["full"], tmp_path / "out")
+    pipe = StableDiffusionXLPipeline.from_pretrained(TINY_BASE, variant="fp16", dtype=torch.float32)
+    result = pipe.unet.load_state_dict(load_file(tmp_path / "out" / "unet.safetensors"), strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+
+
+def test_the_lora_file_loads_with_diffusers(tars: dict[str, Path], tmp_path: Path):
+    unpack(tars["lora"], tmp_path / "out")
+    pipe = StableDiffusionXLPipeline.from_pretrained(TINY_BASE, variant="fp16", dtype=torch.float32)
+    pipe.load_lora_weights(str(tmp_path / "out"), weight_name="lora.safetensors")
+    assert any("lora" in name for name, _ in pipe.unet.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"width": 100}, "width is 100"),
+        ({"height": 8}, "height is 8"),
+        ({"num_outputs": 5}, "num_outputs"),
+        ({"scheduler": "EULER"}, "must be one of"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"replicate_weights": "/nowhere/trained_model.tar"}, "does not exist"),
+        ({"replicate_weights": "data:application/x-tar;base64,####"}, "cannot be decoded"),
+        ({"replicate_weights": "data:application/x-tar;base64,aGVsbG8="}, "neither a zip nor a tar"),
+        ({"replicate_weights": "http://127.0.0.1:9/trained_model.tar"}, "could not be fetched"),
+    ],
+)
+def test_bad_requests_are_refused_and_leave_nothing(
+    predictor: Predictor, tmp_path: Path, inputs: dict, message: str
+):
+    with pytest.raises(UserInputError, match=message):
+        draw(predictor, **inputs)
+    assert list((tmp_path / "workspace").iterdir()) == []
+
+
+def test_tars_that_are_no_fine_tune_are_refused(predictor: Predictor, tmp_path: Path):
+    (tmp_path / "note.txt").write_text("x")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "note.txt", "note.txt")
+    with pytest.raises(UserInputError, match="holds neither"):
+        draw(predictor, replicate_weights=str(tmp_path / "x.tar"))
+    (tmp_path / "unet.safetensors").write_bytes(b"\x00" * 40)
+    with tarfile.open(tmp_path / "y.tar", "w") as tar:
+        tar.add(tmp_path / "unet.safetensors", "unet.safetensors")
+    with pytest.raises(UserInputError, match="damaged"):
+        draw(predictor, replicate_weights=str(tmp_path / "y.tar"))

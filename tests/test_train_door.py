@@ -1,0 +1,163 @@
+"""The training door as a function: inputs old and new, artifacts, bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train
+from sdxl.archives import unpack
+from sdxl.errors import NotBuiltYetError, UserInputError
+from tests.conftest import QUICK, call, png, write_zip
+
+
+def run(tmp_path: Path, **inputs) -> Path:
+    """Train, unpack the tar, return the folder."""
+    tar = call(train.train, **inputs)
+    assert tar.name == "trained_model.tar"
+    assert [path.name for path in tar.parent.iterdir()] == ["trained_model.tar"]
+    unpack(tar, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_artifacts_of_a_full_training(captioned_zip: Path, tmp_path: Path):
+    out = run(tmp_path, input_images=captioned_zip, **QUICK)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "embeddings.pti",
+        "special_params.json",
+        "training.json",
+        "unet.safetensors",
+    ]
+    assert json.loads((out / "special_params.json").read_text()) == {"TOK": "<s0><s1>"}
+    rows = load_file(out / "embeddings.pti")
+    assert sorted(rows) == ["text_encoders_0", "text_encoders_1"]
+    assert [len(row) for row in rows.values()] == [2, 2]
+    with safe_open(out / "embeddings.pti", framework="pt") as file:
+        assert file.metadata() == {"pooled_at": "eos"}
+    assert {value.dtype for value in load_file(out / "unet.safetensors").values()} == {torch.float16}
+    record = json.loads((out / "training.json").read_text())
+    assert record["settings"]["seed"] == 0
+    assert record["settings"]["resolution"] == 64
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["dataset_sha256"]) == 64
+
+
+def test_two_tokens_go_on_counting(tmp_path: Path):
+    rows = "image_file,caption\n0.png,a CLOCK_TOK\n1.png,MT_TOK and CLOCK_TOK\n"
+    archive = write_zip(tmp_path / "x.zip", {"0.png": png(0), "1.png": png(1), "captions.csv": rows})
+    out = run(tmp_path, input_images=archive, token_map="CLOCK_TOK:2,MT_TOK:3", **QUICK)
+    expected = {"CLOCK_TOK": "<s0><s1>", "MT_TOK": "<s2><s3><s4>"}
+    assert json.loads((out / "special_params.json").read_text()) == expected
+    assert len(load_file(out / "embeddings.pti")["text_encoders_1"]) == 5
+
+
+def test_the_call_of_the_first_years_works(tmp_path: Path):
+    rows = "image_file,caption\n0.png,a CLOCK_TOK\n1.png,a MT_TOK\n"
+    archive = write_zip(tmp_path / "x.zip", {"0.png": png(0), "1.png": png(1), "captions.csv": rows})
+    out = run(
+        tmp_path,
+        input_data_tar_or_zip=archive,
+        token_map="CLOCK_TOK:2,MT_TOK:3",
+        num_train_epochs=4,
+        unet_learning_rate=6e-6,
+        ti_learning_rate_multiplier=100,
+        resolution=64,
+    )
+    settings = json.loads((out / "training.json").read_text())["settings"]
+    assert settings["ti_lr"] == pytest.approx(6e-4)
+    assert settings["max_train_steps"] == 2  # 4 epochs × 2 pictures ÷ 4 a step
+
+
+def test_the_call_of_the_later_years_works(tmp_path: Path):
+    archive = write_zip(tmp_path / "x.zip", {"0.png": png(0), "1.png": png(1)})
+    out = run(
+        tmp_path,
+        input_images=archive,
+        token_string="TOK",
+        caption_prefix="a photo of TOK, ",
+        max_train_steps=3,
+        is_lora=True,
+        resolution=64,
+    )
+    assert (out / "lora.safetensors").is_file()
+    assert not (out / "unet.safetensors").exists()
+    assert json.loads((out / "training.json").read_text())["settings"]["token_map"] == "TOK:2"
+
+
+def test_checkpoints_come_along_and_are_fine_tunes(captioned_zip: Path, tmp_path: Path):
+    out = run(tmp_path, input_images=captioned_zip, checkpointing_steps=2, **QUICK)
+    steps = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert steps == ["step-000002", "step-000004"]
+    last, final = (
+        load_file(out / "checkpoints" / steps[-1] / "unet.safetensors"),
+        load_file(out / "unet.safetensors"),
+    )
+    assert all(torch.equal(last[name], final[name]) for name in final)
+
+
+def test_equal_runs_give_equal_bytes(captioned_zip: Path):
+    one, two = (call(train.train, input_images=captioned_zip, **QUICK) for _ in range(2))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "input_images is missing"),
+        ({"input_images": "/nowhere.zip"}, r"/nowhere\.zip does not exist"),
+        ({"token_map": "TOK"}, "token_map"),
+        ({"token_map": "CAT:2"}, "names no token"),
+        ({"token_string": "T K"}, "token_map"),
+        ({"token_map": "CAT:2", "token_string": "TOK"}, "token_string is the old form"),
+        ({"input_data_tar_or_zip": "x.zip"}, "old name of input_images"),
+        ({"resolution": 100}, "multiple of 8"),
+        ({"resolution": 0}, "multiple of 8"),
+        ({"max_train_steps": 0}, "max_train_steps is 0"),
+        ({"train_batch_size": 0}, "train_batch_size is 0"),
+        ({"unet_learning_rate": -1.0}, "unet_learning_rate is -1.0"),
+        ({"ti_lr": float("nan")}, "ti_lr is nan"),
+        ({"lr_warmup_steps": 4}, "lr_warmup_steps is 4"),
+        ({"seed": -1}, "seed is -1"),
+        ({"lr_scheduler": "wave"}, "lr_scheduler"),
+        ({"input_images": "http://127.0.0.1:9/data.zip"}, r"127\.0\.0\.1/data\.zip could not be fetched"),
+        ({"input_images": "data:application/zip;base64,aGVsbG8="}, "neither a zip nor a tar"),
+    ],
+)
+def test_bad_inputs_end_in_one_sentence_and_leave_nothing(
+    captioned_zip: Path, tmp_path: Path, inputs: dict, message: str
+):
+    given = {"input_images": captioned_zip, **QUICK, **inputs} if inputs else QUICK
+    with pytest.raises(UserInputError, match=message) as caught:
+        call(train.train, **given)
+    assert "\n" not in str(caught.value)
+    workspace = tmp_path / "workspace"
+    assert not workspace.exists() or list(workspace.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"mask_target_prompts": "a dog"},
+        {"crop_based_on_salience": True},
+        {"use_face_detection_instead": True},
+        {"clipseg_temperature": 0.5},
+        {"temp": 0.5},
+    ],
+)
+def test_inputs_that_are_not_built_yet_say_so(captioned_zip: Path, inputs: dict):
+    with pytest.raises(NotBuiltYetError, match="not available in this version"):
+        call(train.train, input_images=captioned_zip, **QUICK, **inputs)
+
+
+def test_a_wrong_base_is_told_what_to_do(
+    captioned_zip: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("SDXL_BASE", str(tmp_path))
+    with pytest.raises(UserInputError, match="model_index"):
+        call(train.train, input_images=captioned_zip, **QUICK)
+    monkeypatch.setenv("SDXL_BASE", "somebody/some-sdxl")
+    with pytest.raises(UserInputError, match="set SDXL_BASE"):
+        call(train.train, input_images=captioned_zip, **QUICK)

@@ -1,0 +1,200 @@
+"""The recipe on the embedded base: what changes, when, and what never does."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dataset_and_utils import ExampleDataset, TokenMap
+from preprocess import PreprocessConfig, prepare_dataset
+from sdxl import token_rows
+from sdxl.components import Components, add_placeholder_tokens, load_components
+from sdxl.config import TrainingConfig
+from sdxl.diffusion import encode_prompt, masked_mse
+from sdxl.errors import TrainingDivergedError, UserInputError
+from sdxl.examples import cache_examples
+from sdxl.training import StepReport, TrainedModel, fine_tune
+from tests.conftest import TINY_BASE
+
+CONFIG = TrainingConfig(
+    base=str(TINY_BASE),
+    token_map="TOK:2",
+    resolution=64,
+    max_train_steps=6,
+    train_batch_size=2,
+    unet_learning_rate=1e-3,
+    ti_lr=1e-2,
+    is_lora=False,
+    lora_rank=4,
+    lora_lr=1e-3,
+    lr_scheduler="constant",
+    lr_warmup_steps=0,
+    seed=0,
+    checkpointing_steps=0,
+)
+
+
+@pytest.fixture
+def run(captioned_zip: Path, tmp_path: Path):
+    """Train with the config's changes; returns the components, the data set and the trained model."""
+    folders: Iterator[Path] = (tmp_path / f"dataset-{index}" for index in range(100))
+
+    def train(**changes) -> tuple[Components, ExampleDataset, TrainedModel]:
+        callbacks = {name: changes.pop(name) for name in ("on_step", "on_checkpoint") if name in changes}
+        config = dataclasses.replace(CONFIG, **changes)
+        folder = prepare_dataset(
+            captioned_zip, next(folders), config=PreprocessConfig(target_size=config.resolution)
+        )
+        components = load_components(TINY_BASE, is_lora=config.is_lora, device=torch.device("cpu"))
+        dataset = cache_examples(folder, components, TokenMap.parse(config.token_map), seed=config.seed)
+        return components, dataset, fine_tune(components, dataset, config, **callbacks)
+
+    return train
+
+
+def state(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def base() -> Components:
+    return load_components(TINY_BASE, is_lora=False, device=torch.device("cpu"))
+
+
+def test_full_mode_changes_every_unet_weight_and_nothing_else(run, base: Components):
+    components, _, trained = run()
+    before = state(base.unet)
+    assert trained.weights.keys() == before.keys()
+    unchanged = [
+        name for name, value in components.unet.state_dict().items() if torch.equal(value, before[name])
+    ]
+    assert unchanged == []
+    for part in ("vae", "text_encoders"):
+        old, new = getattr(base, part), getattr(components, part)
+        for one, other in zip(old, new, strict=True) if isinstance(old, tuple) else [(old, new)]:
+            assert same(state(one), state(other)), part
+
+
+def test_lora_mode_leaves_the_unet_itself_alone(run, base: Components):
+    components, _, trained = run(is_lora=True)
+    wrapped = {name.replace(".base_layer", ""): value for name, value in state(components.unet).items()}
+    assert same({name: value for name, value in wrapped.items() if "lora_" not in name}, state(base.unet))
+    up = [value for name, value in trained.weights.items() if "lora_B" in name or "lora.up" in name]
+    assert up
+    assert all(value.abs().max() > 0 for value in up), (
+        "LoRA's second matrices start at zero and must have moved"
+    )
+
+
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_rows_change_up_to_the_pivot_and_not_after(run, is_lora: bool):
+    seen: list[TrainedModel] = []
+    reports: list[StepReport] = []
+    run(
+        is_lora=is_lora,
+        checkpointing_steps=1,
+        on_checkpoint=lambda step, model: seen.append(model),
+        on_step=reports.append,
+    )
+    pivot = CONFIG.pivot_step
+    assert pivot == 3
+    for encoder in (0, 1):
+        rows = [model.token_rows[encoder] for model in seen]
+        moved = [not torch.equal(a, b) for a, b in itertools.pairwise(rows)]
+        assert moved == [True] * (pivot - 1) + [False] * (CONFIG.max_train_steps - pivot)
+    assert [report.ti_learning_rate > 0 for report in reports] == [True] * pivot + [False] * 3
+    weights = [next(value for name, value in model.weights.items() if "to_q" in name) for model in seen]
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(weights))
+
+
+def test_after_the_pivot_prompts_are_those_of_the_frozen_rows(run):
+    """Encoding every caption once must give what encoding it in each step gave."""
+    kept = {}
+
+    def keep(step: int, model: TrainedModel) -> None:
+        kept[step] = model.weights["conv_in.weight"]
+
+    run(pivot_fraction=1.0, ti_lr=1e-12, checkpointing_steps=6, on_checkpoint=keep)
+    never_cached = kept[6]
+    run(pivot_fraction=0.5, ti_lr=1e-12, checkpointing_steps=6, on_checkpoint=keep)
+    assert torch.allclose(never_cached.float(), kept[6].float(), atol=2e-3)
+
+
+def test_a_seed_repeats_the_run_and_zero_is_a_seed(run):
+    first, again, other = (run(seed=seed)[2] for seed in (0, 0, 1))
+    assert same(first.weights, again.weights)
+    assert not same(first.weights, other.weights)
+
+
+def test_rows_stay_at_the_scale_of_the_table(run, base: Components):
+    _, _, trained = run(max_train_steps=30, ti_lr=0.3, pivot_fraction=1.0)
+    for encoder, rows in zip(base.text_encoders, trained.token_rows, strict=True):
+        ratio = rows.std() / encoder.get_input_embeddings().weight.std()
+        assert ratio < 40, "Adam alone would have taken the rows to about 30 × 0.3"
+
+
+def test_warm_up_and_schedule_reach_both_groups(run):
+    reports: list[StepReport] = []
+    run(lr_scheduler="linear", lr_warmup_steps=2, pivot_fraction=1.0, on_step=reports.append)
+    shares = [report.learning_rate / CONFIG.unet_learning_rate for report in reports]
+    assert shares == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
+    assert [report.ti_learning_rate / CONFIG.ti_lr for report in reports] == pytest.approx(shares)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(run):
+    with pytest.raises(TrainingDivergedError, match="learning rates"):
+        run(unet_learning_rate=1e30)
+
+
+def test_training_lowers_the_loss(run):
+    reports: list[StepReport] = []
+    run(max_train_steps=60, on_step=reports.append)
+    losses = [report.loss for report in reports]
+    assert sum(losses[-15:]) < sum(losses[:15])
+
+
+def test_two_tokens_get_their_own_rows(run):
+    with pytest.raises(UserInputError):
+        dataclasses.replace(CONFIG, token_map="TOK")
+    _, _, trained = run(token_map="TOK:2,OTHER:3")
+    assert [rows.shape[0] for rows in trained.token_rows] == [5, 5]
+
+
+def test_pooled_prompts_see_what_follows_the_token(run):
+    """In training too the pooled output is taken at the end of the text, not at the new token."""
+    components, dataset, _ = run()
+    new_ids = add_placeholder_tokens(components, TokenMap.parse("TOK:2"))
+    ids = []
+    for tokenizer, encoder, added in zip(
+        components.tokenizers, components.text_encoders, new_ids, strict=True
+    ):
+        token_rows.install(encoder, added, torch.Generator().manual_seed(0))
+        texts = ["<s0> on red", "<s0> on blue"]
+        ids.append(tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids)
+    with torch.no_grad():
+        _, pooled = encode_prompt(components.text_encoders, (ids[0], ids[1]))
+    assert not torch.allclose(pooled[0], pooled[1])
+    assert dataset[0].time_ids.tolist() == [
+        80,
+        96,
+        0,
+        6,
+        64,
+        64,
+    ]  # original, crop in the resized picture, target
+
+
+def test_masked_loss_counts_only_the_mask():
+    prediction, target = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    target[..., 1] = 100
+    mask = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
+    assert masked_mse(prediction, target, mask).item() == 1.0
+    assert masked_mse(prediction, target, mask * 0.5).item() == pytest.approx(1.0)
