@@ -1,0 +1,68 @@
+"""The path of people who use a fine-tune with diffusers alone, in a folder of its own."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import train
+from sdxl.archives import unpack
+from tests.conftest import QUICK, REPOSITORY, TINY_BASE, call
+
+SCRIPT = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from dataset_and_utils import TokenEmbeddingsHandler
+
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32, variant="fp16")
+
+tensors = {}
+with safe_open("training_out/unet.safetensors", framework="pt", device="cpu") as f:
+    for key in f.keys():
+        tensors[key] = f.get_tensor(key)
+result = pipe.unet.load_state_dict(tensors, strict=False)
+assert not result.missing_keys and not result.unexpected_keys
+
+text_encoders = [pipe.text_encoder, pipe.text_encoder_2]
+tokenizers = [pipe.tokenizer, pipe.tokenizer_2]
+embhandler = TokenEmbeddingsHandler(text_encoders, tokenizers)
+embhandler.load_embeddings("training_out/embeddings.pti")
+
+image = pipe(
+    prompt="A photo of <s0><s1>", num_inference_steps=3, guidance_scale=4.0, width=64, height=64,
+    generator=torch.Generator("cpu").manual_seed(0),
+).images[0]
+image.save("monster.png")
+"""
+
+
+def test_one_file_and_the_artifacts_are_enough(captioned_zip: Path, tmp_path: Path):
+    from predict import Predictor
+
+    tar = call(train.train, input_images=captioned_zip, **QUICK)
+    folder = tmp_path / "elsewhere"
+    unpack(tar, folder / "training_out")
+    shutil.copy(REPOSITORY / "dataset_and_utils.py", folder)
+    (folder / "use.py").write_text(SCRIPT)
+    subprocess.run([sys.executable, "use.py", str(TINY_BASE)], cwd=folder, check=True, timeout=120)
+    assert sorted(path.name for path in folder.glob("*.py")) == ["dataset_and_utils.py", "use.py"]
+
+    predictor = Predictor()
+    predictor.setup()
+    [ours] = call(
+        predictor.run,
+        **{
+            "prompt": "A photo of TOK",
+            "width": 64,
+            "height": 64,
+            "num_inference_steps": 3,
+            "guidance_scale": 4.0,
+        },
+        seed=0,
+        replicate_weights=str(tar),
+    )
+    assert ours.read_bytes() == (folder / "monster.png").read_bytes(), (
+        "predict must draw what diffusers draws"
+    )
