@@ -7,16 +7,15 @@ Knows the public inputs; does not know how pictures are made.
 
 import atexit
 import logging
+import pathlib
 import shutil
 import sys
-from pathlib import Path
 from typing import Optional
 
-from cog import BaseRunner, Input
-from cog import Path as CogPath
-from sdxl.command_line import run_command_line
+from cog import BaseRunner, Input, Path
 
 from sdxl import artifacts, hosted_models
+from sdxl.command_line import run_command_line
 from sdxl.components import default_device, native_resolution
 from sdxl.config import new_workspace, resolve_seed
 from sdxl.errors import UserInputError
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 class Predictor(BaseRunner):
     """One warm base; each request draws with it as it is, or with the fine-tune that the request names."""
 
-    def setup(self, weights: Optional[CogPath] = None) -> None:
+    def setup(self, weights: Optional[Path] = None) -> None:
         """Load the base, and fetch the fine-tune `weights` (path, URL or data: URI; `COG_WEIGHTS`) for all requests."""
         configure_logging()
         base = hosted_models.local_folder(hosted_models.base_name())
@@ -91,7 +90,7 @@ class Predictor(BaseRunner):
             default=None,
             description="The fine-tune to draw with: path, URL or data: URI of a trained_model.tar. Default: the one given at start, else none.",
         ),
-    ) -> list[CogPath]:
+    ) -> list[Path]:
         """Draw pictures; returns png files."""
         workspace = new_workspace("predict")
         try:
@@ -113,7 +112,7 @@ class Predictor(BaseRunner):
             pictures = generate(self.tuned.pipeline, request, self.tuned.token_map)
             files = []
             for index, picture in enumerate(pictures):
-                files.append(CogPath(workspace / f"out-{index}.png"))
+                files.append(Path(workspace / f"out-{index}.png"))
                 picture.save(files[-1])
         except BaseException as error:
             if not isinstance(error, UserInputError):
@@ -129,7 +128,7 @@ class Predictor(BaseRunner):
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return self._open(source, folder)
 
-    def _open(self, source: str, folder: Path) -> artifacts.FineTune:
+    def _open(self, source: str, folder: pathlib.Path) -> artifacts.FineTune:
         """Fetch and check the fine-tune `source`, unpacking into `folder`/weights."""
         weights = folder / "weights"
         weights.mkdir()

@@ -7,22 +7,21 @@ it does not know training.
 """
 
 import logging
+import pathlib
 import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
 import pandas as pd
-from cog import BaseRunner, Input
-from cog import Path as CogPath
-from sdxl.command_line import run_command_line
+from cog import BaseRunner, Input, Path
 from tqdm import tqdm
 
 from dataset_and_utils import TokenMap
 from sdxl.archives import pack_tar, unpack
 from sdxl.captioning import find_captions, require_token
+from sdxl.command_line import run_command_line
 from sdxl.config import new_workspace
 from sdxl.errors import DatasetError, UserInputError
 from sdxl.fetching import fetch
@@ -54,7 +53,7 @@ class PreprocessConfig:
             )
 
 
-def prepare_dataset(source: Path, folder: Path, *, config: PreprocessConfig) -> Path:
+def prepare_dataset(source: pathlib.Path, folder: pathlib.Path, *, config: PreprocessConfig) -> pathlib.Path:
     """Fill `folder` with the training set made of `source`, a zip, a tar or a folder of pictures; return `folder`.
 
     A picture that is a dataset folder's already (`N.src.png` beside `N.mask.png`) keeps its mask.
@@ -63,7 +62,7 @@ def prepare_dataset(source: Path, folder: Path, *, config: PreprocessConfig) -> 
         ArchiveError, DatasetError, ContractError: see there; nothing of a failed run is read by later stages.
     """
     with tempfile.TemporaryDirectory(prefix="unpacked-", dir=folder.parent) as unpacked:
-        root = source if source.is_dir() else Path(unpacked)
+        root = source if source.is_dir() else pathlib.Path(unpacked)
         files = (
             sorted(path for path in root.rglob("*") if path.is_file())
             if source.is_dir()
@@ -88,8 +87,8 @@ def prepare_dataset(source: Path, folder: Path, *, config: PreprocessConfig) -> 
 
 
 def _sort_files(
-    files: list[Path], source: Path, root: Path
-) -> tuple[list[Path], dict[Path, Path], list[Path]]:
+    files: list[pathlib.Path], source: pathlib.Path, root: pathlib.Path
+) -> tuple[list[pathlib.Path], dict[pathlib.Path, pathlib.Path], list[pathlib.Path]]:
     """Split into images (in natural order), image → its mask, and everything else; the systems' litter is left out."""
     files = [path for path in files if not _is_litter(path.relative_to(root))]
     pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -108,21 +107,21 @@ def _sort_files(
     return images, of_image, others
 
 
-def _is_litter(path: Path) -> bool:
+def _is_litter(path: pathlib.Path) -> bool:
     return any(part == "__MACOSX" or part.startswith(".") for part in path.parts) or path.name == "Thumbs.db"
 
 
-def _mask_of(image: Path) -> Path:
+def _mask_of(image: pathlib.Path) -> pathlib.Path:
     return image.with_name(image.name.removesuffix(".src.png") + ".mask.png")
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def _natural(path: pathlib.Path) -> list[tuple[int, str]]:
     """Sort key that puts 2.png before 10.png."""
     digits = "".join(character if character.isdigit() else " " for character in path.name).split()
     return [(int(digits[0]) if digits else -1, str(path))]
 
 
-def _frame(image: Path, mask: Path | None, stem: Path, side: int) -> list[int]:
+def _frame(image: pathlib.Path, mask: pathlib.Path | None, stem: pathlib.Path, side: int) -> list[int]:
     """Write the square picture, and mask, under `stem`; return the values of `FRAMING_COLUMNS`."""
     picture = read_image(image)
     squared, framing = square(picture, side)
@@ -142,7 +141,7 @@ class Preprocessor(BaseRunner):
 
     def run(
         self,
-        files: CogPath = Input(
+        files: Path = Input(
             description="A .zip, .tar, .tar.gz or .tgz of pictures (jpg, png, webp, bmp), with captions or without."
         ),
         caption_text: str = Input(
@@ -153,7 +152,7 @@ class Preprocessor(BaseRunner):
             default=None,
             description="Side of the square pictures, in pixels; a multiple of 8. Default: 1024.",
         ),
-    ) -> CogPath:
+    ) -> Path:
         workspace = new_workspace("preprocess")
         config = PreprocessConfig(target_size=target_size or 1024, global_caption=caption_text)
         try:
@@ -163,7 +162,7 @@ class Preprocessor(BaseRunner):
         except BaseException:
             shutil.rmtree(workspace, ignore_errors=True)
             raise
-        return CogPath(workspace / "data.tar")
+        return Path(workspace / "data.tar")
 
 
 if __name__ == "__main__":

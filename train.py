@@ -6,18 +6,17 @@ Knows the public inputs and the order of the stages; does not know how a stage w
 """
 
 import logging
+import pathlib
 import shutil
 import sys
-from pathlib import Path
 from typing import Any, Optional
 
-from cog import Input, current_scope
-from cog import Path as CogPath
-from sdxl.command_line import run_command_line
+from cog import Input, Path, current_scope
 
 from dataset_and_utils import TokenMap, read_captions_csv
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl import artifacts, hosted_models
+from sdxl.command_line import run_command_line
 from sdxl.components import default_device, load_components, native_resolution
 from sdxl.config import (
     TrainingConfig,
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    input_images: Optional[CogPath] = Input(
+    input_images: Optional[Path] = Input(
         default=None,
         description="Your pictures: a .zip, .tar, .tar.gz or .tgz of jpg, png, webp or bmp files, with captions in a csv (columns image_file and caption) or in one .txt beside each picture. Required.",
     ),
@@ -113,7 +112,7 @@ def train(
         description="Keep the fine-tune as it is after every so many steps, under checkpoints/ in the tar. 0: never.",
         ge=0,
     ),
-    input_data_tar_or_zip: Optional[CogPath] = Input(
+    input_data_tar_or_zip: Optional[Path] = Input(
         default=None, description="Old name of input_images.", deprecated=True
     ),
     ti_learning_rate_multiplier: Optional[float] = Input(
@@ -127,13 +126,13 @@ def train(
     temp: Optional[float] = Input(
         default=None, description="Old name of clipseg_temperature.", deprecated=True
     ),
-) -> CogPath:
+) -> Path:
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
     inputs = canonical_inputs(locals())
     configure_logging()
     workspace = new_workspace("train")
     try:
-        return CogPath(run(inputs, workspace))
+        return Path(run(inputs, workspace))
     except BaseException as error:
         if not isinstance(error, UserInputError):
             log.exception("The training stopped.")
@@ -141,7 +140,7 @@ def train(
         raise
 
 
-def run(inputs: dict[str, Any], workspace: Path) -> Path:
+def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
     """The stages of a training, one line each; everything of the run lies in `workspace`. Returns the tar."""
     refuse_unbuilt(inputs)
     token_map = TokenMap.parse(inputs["token_map"])
@@ -215,7 +214,7 @@ def _record_metrics(report: StepReport) -> None:
         scope.record_metric("learning_rate", float(report.learning_rate))
 
 
-def _discard(workspace: Path) -> None:
+def _discard(workspace: pathlib.Path) -> None:
     """Remove what a failed run left, but for its checkpoints."""
     checkpoints = workspace / "training_out" / "checkpoints"
     if not checkpoints.is_dir():

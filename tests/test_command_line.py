@@ -28,7 +28,7 @@ def door(
     rate: float = Input(default=0.5, description="How fast."),
     loud: bool = Input(default=False, description="Whether."),
     kind: str = Input(default="a", description="Which.", choices=["a", "b"]),
-    file: CogPath | None = Input(default=None, description="A file.", deprecated=True),
+    file: CogPath | None = Input(default=None, description="A file.", deprecated=True),  # noqa: B008
 ) -> CogPath:
     seen.update(locals())
     if words == "wrong":
