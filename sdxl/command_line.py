@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from sdxl.archives import atomic_path
@@ -64,7 +64,7 @@ class DeclaredInput:
         return value
 
     def _convert(self, text: str) -> Any:
-        if issubclass(self.kind, os.PathLike):
+        if issubclass(self.kind, PurePath):
             return text if is_remote(text) else _existing(text.removeprefix("@"), self.name)
         if text.startswith("@"):
             return str(_existing(text[1:], self.name))  # a path for an input that also takes URLs
@@ -82,7 +82,7 @@ class DeclaredInput:
     def describe(self) -> str:
         """Name, type, default and range in one line, the description wrapped under it."""
         declared = self.declaration
-        facts = ["file" if issubclass(self.kind, os.PathLike) else self.kind.__name__]
+        facts = ["file" if issubclass(self.kind, PurePath) else self.kind.__name__]
         if self.default is _REQUIRED:
             facts.append("required")
         elif self.default is not None:

@@ -69,7 +69,7 @@ def test_litter_of_other_systems_is_left_out(tmp_path: Path):
 
 
 def test_a_finished_dataset_keeps_its_masks(tmp_path: Path):
-    mask = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 2, axis=0)).resize(
+    mask = Image.fromarray(np.array([[0, 255], [0, 255]], dtype=np.uint8)).resize(
         (64, 64), Image.Resampling.NEAREST
     )
     buffer = io.BytesIO()

@@ -1,0 +1,144 @@
+"""What needs CUDA: the same house at full size and in half precision."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+import train
+from dataset_and_utils import Example, ExampleDataset, TokenMap
+from predict import Predictor
+from sdxl.components import Components, add_placeholder_tokens
+from sdxl.training import StepReport, fine_tune
+from tests.conftest import QUICK, TINY_BASE, call
+from tests.test_training import CONFIG
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+"""The published configuration of SDXL 1.0's UNet: 2.57 billion parameters."""
+ENCODER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+ENCODER_2 = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+}
+
+
+def full_size(*, is_lora: bool) -> Components:
+    """SDXL at its published size with random weights, in the precisions that `load_components` chooses."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        unet = UNet2DConditionModel(**SDXL_UNET).to(torch.bfloat16 if is_lora else torch.float32)
+        common = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
+        encoder = CLIPTextModel(CLIPTextConfig(**ENCODER, **common)).to(torch.bfloat16)
+        encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**ENCODER_2, projection_dim=1280, **common))
+        vae = AutoencoderKL()
+    tokenizers = [
+        CLIPTokenizer.from_pretrained(TINY_BASE, subfolder=name) for name in ("tokenizer", "tokenizer_2")
+    ]
+    components = Components(
+        unet=unet,
+        vae=vae,
+        text_encoders=(encoder.eval(), encoder_2.to(torch.bfloat16).eval()),
+        tokenizers=(tokenizers[0], tokenizers[1]),
+        noise_scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        device=torch.device("cuda"),
+    )
+    for part in (unet, vae, *components.text_encoders):
+        part.requires_grad_(False)
+    return components
+
+
+def examples(components: Components, count: int, side: int) -> ExampleDataset:
+    """Random latents with a caption that names the new tokens."""
+    add_placeholder_tokens(components, TokenMap.parse("TOK:2"))
+    made = []
+    for _ in range(count):
+        ids = [
+            tokenizer("a photo of <s0><s1>", padding="max_length", max_length=77, return_tensors="pt")
+            .input_ids[0]
+            .cuda()
+            for tokenizer in components.tokenizers
+        ]
+        made.append(
+            Example(
+                latents=torch.randn(4, side // 8, side // 8, device="cuda"),
+                mask=torch.ones(1, side // 8, side // 8, device="cuda"),
+                token_ids=(ids[0], ids[1]),
+                time_ids=torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device="cuda"),
+            )
+        )
+    return ExampleDataset(made)
+
+
+@pytest.mark.parametrize("is_lora", [True, False])
+def test_full_size_trains_at_1024(is_lora: bool, capsys: pytest.CaptureFixture[str]):
+    torch.cuda.reset_peak_memory_stats()
+    components = full_size(is_lora=is_lora)
+    reports: list[StepReport] = []
+    config = dataclasses.replace(
+        CONFIG,
+        resolution=1024,
+        train_batch_size=4,
+        max_train_steps=6,
+        is_lora=is_lora,
+        unet_learning_rate=1e-5,
+    )
+    before = components.unet.conv_in.weight.detach().clone()
+    model = fine_tune(components, examples(components, 4, 1024), config, on_step=reports.append)
+    assert all(np.isfinite(report.loss) for report in reports)
+    assert torch.equal(before, components.unet.conv_in.weight) == is_lora
+    assert all(torch.isfinite(value).all() for value in model.weights.values())
+    with capsys.disabled():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"\nfull size, 1024², batch 4, {'LoRA' if is_lora else 'full'}: peak {peak:.1f} GiB")
+
+
+@pytest.mark.parametrize("is_lora", [True, False])
+def test_the_embedded_base_trains_and_draws_on_cuda(captioned_zip: Path, is_lora: bool):
+    tar = call(train.train, input_images=captioned_zip, is_lora=is_lora, **QUICK)
+    predictor = Predictor()
+    predictor.setup()
+    assert predictor.tuned.pipeline.unet.dtype == torch.float16
+
+    def draw(**inputs) -> np.ndarray:
+        small = {"prompt": "a photo of TOK", "width": 128, "height": 128, "num_inference_steps": 5, "seed": 0}
+        return np.array(Image.open(call(predictor.run, **small, **inputs)[0]))
+
+    base, tuned, again = draw(), draw(replicate_weights=str(tar)), draw()
+    assert not np.array_equal(base, tuned)
+    assert np.array_equal(base, again)
+    assert tuned.std() > 1
+
+
+def test_text_encoders_leave_the_gpu_at_the_pivot(captioned_zip: Path):
+    components = full_size(is_lora=True)
+    where = []
+    config = dataclasses.replace(CONFIG, resolution=256, is_lora=True, max_train_steps=4)
+    fine_tune(
+        components,
+        examples(components, 2, 256),
+        config,
+        on_step=lambda report: where.append(components.text_encoders[1].device.type),
+    )
+    assert where == ["cuda", "cuda", "cpu", "cpu"]
