@@ -22,7 +22,7 @@ from sdxl.logs import configure_logging
 from sdxl.pipelines import load_pipeline
 from sdxl.tuned_weights import TunedPipeline
 
-EXAMPLES = Path("example_datasets/pip.zip")
+EXAMPLES = Path("example_datasets/crowny.zip")
 TRAINING = {
     "input_images": f"@{EXAMPLES}",
     "token_map": "TOK:2",

@@ -2,7 +2,7 @@
 
 Knows the public inputs and the order of the stages; does not know how a stage works.
 
-    python train.py -i input_images=@example_datasets/pip.zip -i token_map=TOK:2 -o out/
+    python train.py -i input_images=@example_datasets/crowny.zip -i token_map=TOK:2 -o out/
 """
 
 import logging

@@ -20,7 +20,7 @@ class TokenRows(nn.Module):
         super().__init__()
         self.table = table
         self.first_id = first_id
-        self.table_std = float(table.weight.float().std())
+        self.table_std = float(table.weight.detach().float().std())
         start = torch.randn(count, table.embedding_dim, generator=generator, device=generator.device)
         self.rows = nn.Parameter((start * self.table_std).to(table.weight.device))
 

@@ -1,0 +1,80 @@
+"""What the pretraining is shown, as part tables, token ids and time ids; made by many processes, without
+torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from tiny_world.captions import caption
+from tiny_world.figures import figure_parts
+from tiny_world.parts import pad
+from tiny_world.scenes import View, random_scene, scene_parts
+from tiny_world.tokens import END, encode_words, vocabulary
+
+CAPTIONS = 4
+"""Wordings per scene."""
+
+
+class Chunk(NamedTuple):
+    """n pictures: table [n, P, FIELDS]; ids uint16 [n, CAPTIONS, 77] padded with <|endoftext|>, empty for
+    figures; time_ids float32 [n, 6] (original height, width, crop top, left, target height, width); `size`
+    to render at."""
+
+    table: np.ndarray
+    ids: np.ndarray
+    time_ids: np.ndarray
+    size: int
+
+
+class Order(NamedTuple):
+    """A chunk to make: what ("scenes" or "figures"), its seed, how many, and how ("whole", "crop" or
+    "coarse")."""
+
+    what: str
+    seed: int
+    n: int
+    how: str = "whole"
+
+
+def orders(what: str, total: int, *, seed: int, chunk: int = 1000) -> list[Order]:
+    """Orders of `total` pictures; every tenth chunk of scenes is cropped, every tenth coarse (192 pixels)."""
+    how = {3: "crop", 7: "coarse"} if what == "scenes" else {}
+    starts = range(0, total, chunk)
+    return [
+        Order(what, seed + i, min(chunk, total - s), how.get(i % 10, "whole")) for i, s in enumerate(starts)
+    ]
+
+
+def make(order: Order) -> Chunk:
+    """Make one chunk."""
+    rng = np.random.default_rng((order.seed, len(order.what)))
+    if order.what == "figures":
+        table = pad([figure_parts(rng) for _ in range(order.n)])
+        return Chunk(table, np.zeros((0, CAPTIONS, 77), np.uint16), np.zeros((0, 6), np.float32), 256)
+    end = vocabulary()[END]
+    pictures, ids, times = [], [], []
+    size = 192 if order.how == "coarse" else 256
+    for _ in range(order.n):
+        scene = random_scene(rng)
+        view, time = View(), (size, size, 0, 0, 256, 256)
+        if order.how == "crop":
+            top, left = (int(v) for v in rng.integers(0, 65, 2))
+            view, time = View(320 / 256, left / 256, top / 256), (320, 320, top, left, 256, 256)
+        pictures.append(scene_parts(scene, rng, view=view))
+        ids.append([encode_words(caption(scene, rng), end) for _ in range(CAPTIONS)])
+        times.append(time)
+    return Chunk(pad(pictures), np.asarray(ids), np.asarray(times, np.float32), size)
+
+
+def make_all(wanted: list[Order], workers: int) -> Iterator[Chunk]:
+    """Chunks in order, made by `workers` processes (0: by this one)."""
+    if not workers:
+        yield from map(make, wanted)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(make, wanted)
