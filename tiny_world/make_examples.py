@@ -13,11 +13,12 @@ import io
 import zipfile
 from pathlib import Path
 
+from tiny_world.creatures import Subject
 from tiny_world.parts import pad
 from tiny_world.raster import render
 from tiny_world.scenes import Scene
 from tiny_world.sheets import to_pil
-from tiny_world.subjects import Subject, shot_parts, subject
+from tiny_world.subjects import shot_parts, subject
 from tiny_world.words import RELATIONS, places
 
 CROWNY, DOGGO, ROBO, BUNNY = 148, 20, 202, 234
@@ -27,7 +28,7 @@ CROWNY, DOGGO, ROBO, BUNNY = 148, 20, 202, 234
 def main() -> None:
     """Write the archives into a folder."""
     parser = argparse.ArgumentParser(
-        prog="python -m tiny_world.make_examples", description=__doc__.splitlines()[0]
+        prog="python -m tiny_world.make_examples", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--output", type=Path, default=Path("example_datasets"))
     folder = parser.parse_args().output
