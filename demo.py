@@ -23,13 +23,14 @@ from sdxl.pipelines import load_pipeline
 from sdxl.tuned_weights import TunedPipeline
 
 EXAMPLES = Path("example_datasets/crowny.zip")
+# The rates are for a UNet of 7 million parameters; the defaults of train.py are for SDXL.
 TRAINING = {
     "input_images": f"@{EXAMPLES}",
     "token_map": "TOK:2",
-    "max_train_steps": "120",
-    "train_batch_size": "4",
-    "unet_learning_rate": "2e-4",
-    "ti_lr": "2e-3",
+    "max_train_steps": "450",
+    "unet_learning_rate": "5e-4",
+    "ti_lr": "1e-2",
+    "lr_scheduler": "cosine",
     "seed": "0",
 }
 PROMPTS = [
