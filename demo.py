@@ -27,9 +27,9 @@ EXAMPLES = Path("example_datasets/crowny.zip")
 TRAINING = {
     "input_images": f"@{EXAMPLES}",
     "token_map": "TOK:2",
-    "max_train_steps": "450",
-    "unet_learning_rate": "5e-4",
-    "ti_lr": "1e-2",
+    "max_train_steps": "550",
+    "unet_learning_rate": "3e-4",
+    "ti_lr": "5e-3",
     "lr_scheduler": "cosine",
     "seed": "0",
 }

@@ -50,6 +50,8 @@ class TrainingConfig:
     """Seed of everything random in the run, 0 to 2³²−1."""
     checkpointing_steps: int
     """Save the fine-tune every so many steps; 0 for never."""
+    snr_gamma: float = 5.0
+    """γ of the min-SNR weighting of the loss, above 0; a large value such as 1e6 weighs all timesteps alike."""
     pivot_fraction: float = 0.5
     """Share of the steps, 0 to 1, in which the token rows train; from the pivot on only the UNet's weights do."""
 
@@ -61,6 +63,7 @@ class TrainingConfig:
             "unet_learning_rate": "such as 1e-6",
             "ti_lr": "such as 3e-4",
             "lora_lr": "such as 1e-4",
+            "snr_gamma": "such as 5",
         }
         for name, unit in positive.items():
             if not getattr(self, name) > 0:

@@ -25,7 +25,7 @@ from dataset_and_utils import Example, ExampleDataset, TokenMap
 from sdxl import token_rows
 from sdxl.components import Components, add_placeholder_tokens
 from sdxl.config import TrainingConfig
-from sdxl.diffusion import encode_prompt, masked_mse, sample_timesteps, training_target
+from sdxl.diffusion import encode_prompt, masked_mse, min_snr_weights, sample_timesteps, training_target
 from sdxl.errors import TrainingDivergedError
 from sdxl.token_rows import TokenRows
 
@@ -134,7 +134,7 @@ def fine_tune(
                 hidden, pooled = encode_prompt(components.text_encoders, batch.token_ids)
             else:
                 hidden, pooled = (encoded[chosen] for encoded in prompts)
-            loss = _loss(components, batch, hidden, pooled, generator)
+            loss = _loss(components, batch, hidden, pooled, generator, config.snr_gamma)
         loss.backward()
         for group in (
             optimizer.param_groups
@@ -173,7 +173,12 @@ def fine_tune(
 
 
 def _loss(
-    components: Components, batch: Example, hidden: Tensor, pooled: Tensor, generator: torch.Generator
+    components: Components,
+    batch: Example,
+    hidden: Tensor,
+    pooled: Tensor,
+    generator: torch.Generator,
+    snr_gamma: float,
 ) -> Tensor:
     """The denoising loss of `batch` under its text conditioning [b, t, d] and [b, d], at random noise and times."""
     scheduler = components.noise_scheduler
@@ -187,7 +192,8 @@ def _loss(
         added_cond_kwargs={"text_embeds": pooled, "time_ids": batch.time_ids},
     ).sample
     target = training_target(scheduler, batch.latents, noise, timesteps)
-    return masked_mse(prediction, target, batch.mask)
+    weights = min_snr_weights(scheduler, timesteps, snr_gamma)
+    return masked_mse(prediction, target, batch.mask, weights)
 
 
 def _install_rows(components: Components, token_map: TokenMap, generator: torch.Generator) -> list[TokenRows]:

@@ -14,7 +14,7 @@ from preprocess import PreprocessConfig, prepare_dataset
 from sdxl import token_rows
 from sdxl.components import Components, add_placeholder_tokens, load_components
 from sdxl.config import TrainingConfig
-from sdxl.diffusion import encode_prompt, masked_mse
+from sdxl.diffusion import encode_prompt, masked_mse, min_snr_weights
 from sdxl.errors import TrainingDivergedError, UserInputError
 from sdxl.examples import cache_examples
 from sdxl.token_rows import TokenRows
@@ -216,5 +216,15 @@ def test_masked_loss_counts_only_the_mask():
     prediction, target = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
     target[..., 1] = 100
     mask = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
-    assert masked_mse(prediction, target, mask).item() == 1.0
-    assert masked_mse(prediction, target, mask * 0.5).item() == pytest.approx(1.0)
+    once = torch.ones(1)
+    assert masked_mse(prediction, target, mask, once).item() == 1.0
+    assert masked_mse(prediction, target, mask * 0.5, once).item() == pytest.approx(1.0)
+    assert masked_mse(prediction, target, mask, once * 3).item() == pytest.approx(3.0)
+
+
+def test_min_snr_weights_follow_the_paper(base: Components):
+    scheduler = base.noise_scheduler
+    times = torch.tensor([0, 300, 999])
+    snr = scheduler.alphas_cumprod[times] / (1 - scheduler.alphas_cumprod[times])
+    assert min_snr_weights(scheduler, times, 5.0).tolist() == pytest.approx((snr.clamp(max=5) / snr).tolist())
+    assert min_snr_weights(scheduler, times, 1e6).tolist() == pytest.approx([1, 1, 1])

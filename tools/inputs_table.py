@@ -1,6 +1,6 @@
 """Print the tables of inputs for README.md, from the same declarations as Cog's schema.
 
-    python -m tools.inputs_table
+python -m tools.inputs_table
 """
 
 import json
@@ -18,7 +18,9 @@ def table(root: Path, name: str) -> str:
     for key, shape in schemas[name]["properties"].items():
         title = f"`{key}`" + (" (deprecated)" if shape.get("deprecated") else "")
         default = f"`{json.dumps(shape['default'])}`" if "default" in shape else "–"
-        lines.append(f"| {title} | {_type(shape, schemas)} | {default} | {shape['description'].replace('|', '/')} |")
+        lines.append(
+            f"| {title} | {_type(shape, schemas)} | {default} | {shape['description'].replace('|', '/')} |"
+        )
     return "\n".join(lines)
 
 
