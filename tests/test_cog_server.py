@@ -41,7 +41,7 @@ class Server:
 
 
 @contextmanager
-def serve(workspace: Path, *, train: bool) -> Iterator[Server]:
+def serve(workspace: Path, *, train: bool, weights: str = "") -> Iterator[Server]:
     """Start the server as `make serve` and `make serve-train` do, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,6 +59,7 @@ def serve(workspace: Path, *, train: bool) -> Iterator[Server]:
         "SDXL_BASE": str(TINY_BASE),
         "SDXL_WORKSPACE": str(workspace),
         "HF_HUB_OFFLINE": "1",
+        **({"COG_WEIGHTS": weights} if weights else {}),
     }
     command = [sys.executable, "-m", "cog.server.http", *(["--x-mode", "train"] if train else [])]
     with (workspace.parent / "server.log").open("wb") as log:
@@ -131,6 +132,17 @@ def test_a_training_its_tar_and_a_prediction_with_it(trainer: Server, predictor:
     assert "<s0><s1>" in tuned["logs"]
     assert tuned["output"] != base["output"]
     assert again["output"] == base["output"]
+
+
+def test_weights_given_at_start_serve_requests_that_name_none(
+    trainer: Server, predictor: Server, captioned_zip: Path, tmp_path: Path
+):
+    training = trainer.post({"input_images": data_uri(captioned_zip.read_bytes()), **QUICK}).json()
+    tar = tmp_path / "trained_model.tar"
+    tar.write_bytes(base64.b64decode(training["output"].split(",", 1)[1]))
+    expected = predictor.post({**SMALL, "replicate_weights": str(tar)}).json()["output"]
+    with serve(tmp_path / "workspace", train=False, weights=str(tar)) as tuned:
+        assert tuned.post(SMALL).json()["output"] == expected
 
 
 def test_the_committed_schema_is_served(trainer: Server, predictor: Server):

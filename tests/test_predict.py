@@ -129,6 +129,26 @@ def test_weights_given_at_setup_serve_requests_that_name_none(tars: dict[str, Pa
     assert equal(draw(tuned), own)
 
 
+def test_unmarked_fine_tunes_are_read_the_old_way_and_leave_no_trace(
+    predictor: Predictor, tars: dict[str, Path], tmp_path: Path
+):
+    """A fine-tune of 2023–24 says nothing of pooling: its pooled prompt is taken at the new token."""
+    base, marked = draw(predictor), draw(predictor, replicate_weights=str(tars["full"]))
+    unpack(tars["full"], tmp_path / "old")
+    save_file(load_file(tmp_path / "old" / "embeddings.pti"), tmp_path / "old" / "embeddings.pti")
+    artifacts.pack(tmp_path / "old", tmp_path / "old.tar")
+    old = {"replicate_weights": str(tmp_path / "old.tar"), "prompt": "TOK on a red background"}
+    assert not equal(
+        draw(predictor, **old), draw(predictor, **{**old, "replicate_weights": str(tars["full"])})
+    )
+    encoder = predictor.tuned.pipeline.text_encoder_2
+    draw(predictor, **old)
+    assert encoder.config.eos_token_id == 2
+    assert equal(draw(predictor, replicate_weights=str(tars["full"])), marked)
+    assert equal(draw(predictor), base)
+    assert encoder.config.eos_token_id == predictor.tuned.pipeline.tokenizer_2.eos_token_id
+
+
 def test_the_unet_file_loads_into_a_plain_pipeline(tars: dict[str, Path], tmp_path: Path):
     unpack(tars["full"], tmp_path / "out")
     pipe = StableDiffusionXLPipeline.from_pretrained(TINY_BASE, variant="fp16", dtype=torch.float32)
