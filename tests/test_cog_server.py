@@ -31,10 +31,14 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.what = what  # "predictions" or "trainings"
 
-    def post(self, inputs: dict[str, Any], **headers: str) -> requests.Response:
-        return requests.post(
-            f"{self.url}/{self.what}", json={"input": inputs}, headers=headers, timeout=ANSWER_S
-        )
+    def post(self, inputs: dict[str, Any]) -> requests.Response:
+        """Run a job to its end; the slot of the job before it is free a moment after its answer, so 409 is retried."""
+        deadline = time.monotonic() + 10
+        while True:
+            answer = requests.post(f"{self.url}/{self.what}", json={"input": inputs}, timeout=ANSWER_S)
+            if answer.status_code != 409 or time.monotonic() > deadline:
+                return answer
+            time.sleep(0.1)
 
     def get(self, path: str) -> Any:
         return requests.get(f"{self.url}/{path}", timeout=5).json()
