@@ -34,11 +34,11 @@ TRAINING = {
     "seed": "0",
 }
 PROMPTS = [
-    "a photo of TOK on a red background",
+    "a photo of a large TOK in the middle on a red background",
     "a photo of TOK on a blue striped background",
-    "a photo of TOK next to a yellow star",
+    "a photo of a large TOK in the middle on a white checkered background",
     "a small TOK in the top left on a green background",
-    "a photo of TOK on a purple dotted background",
+    "a photo of a large TOK in the middle on a purple dotted background",
 ]
 
 
