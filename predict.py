@@ -115,7 +115,7 @@ class Predictor(BaseRunner):
                 files.append(Path(workspace / f"out-{index}.png"))
                 picture.save(files[-1])
         except BaseException as error:
-            if not isinstance(error, UserInputError):
+            if isinstance(error, Exception) and not isinstance(error, UserInputError):
                 log.exception("The prediction stopped.")
             shutil.rmtree(workspace, ignore_errors=True)
             raise

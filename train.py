@@ -134,7 +134,7 @@ def train(
     try:
         return Path(run(inputs, workspace))
     except BaseException as error:
-        if not isinstance(error, UserInputError):
+        if isinstance(error, Exception) and not isinstance(error, UserInputError):
             log.exception("The training stopped.")
         _discard(workspace)
         raise
