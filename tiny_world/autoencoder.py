@@ -55,11 +55,39 @@ def train_autoencoder(run: Run, *, force: bool) -> None:
     whiten(vae, scene_images(256 if not run.smoke else 4, run.device))
     save_half_weights(vae, run.fetch / "vae.safetensors")
     numbers = gate(vae, run, n=64 if not run.smoke else 2)
-    run.record("autoencoder gate", **numbers, steps=trainer.step, done=done)
+    _check(numbers, run, "autoencoder gate", trainer.step, done, force)
+
+
+def _check(numbers: dict[str, float], run: Run, stage: str, steps: int, done: bool, force: bool) -> None:
+    run.record(stage, **numbers, steps=steps, done=done)
     if done and min(numbers["subjects_db"], numbers["scenes_db"]) < GATE_DB and not force:
         raise GateError(
             f"the autoencoder stays below {GATE_DB} dB: {numbers}; train longer, or override with --force"
         )
+
+
+def train_decoder(run: Run, *, force: bool) -> None:
+    """Train the decoder on, alone, so that latents and whatever was trained on them stay valid; overwrites
+    `vae.safetensors`.
+
+    Raises GateError as `train_autoencoder` does.
+    """
+    torch.manual_seed(4)
+    vae = load_vae(run).train().requires_grad_(False)
+    for part in (vae.decoder, vae.post_quant_conv):
+        assert part is not None
+        part.requires_grad_(True)
+    trainer = Trainer(modules={"vae": vae}, run=run, peak=6e-4, warmup=50, ema_decay=0.998, weight_decay=0.0)
+    trainer.resume("decoder")
+    bank = picture_bank(run)
+    batch = 2 if run.smoke else 32
+    if run.cuda:
+        use_faster_format(vae, lambda: _loss(vae, _batch(bank, batch), run.dtype))
+    done = trainer.train(lambda: _loss(vae, _batch(bank, batch), run.dtype), stage="decoder")
+    vae = load_vae(run)
+    trainer.load_ema({"vae": vae})
+    save_half_weights(vae, run.fetch / "vae.safetensors")
+    _check(gate(vae, run, n=64 if not run.smoke else 2), run, "decoder gate", trainer.step, done, force)
 
 
 def load_vae(run: Run) -> AutoencoderKL:

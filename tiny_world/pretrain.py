@@ -1,5 +1,5 @@
 """`python -m tiny_world.pretrain`: the pretraining's command line. Stages: tokenizer, autoencoder, base,
-refiner, export.
+decoder, refiner, export.
 
 Heavy imports stay inside functions: processes that describe pictures import this module again.
 """
@@ -12,8 +12,8 @@ import logging
 import os
 from pathlib import Path
 
-STAGES = ("tokenizer", "autoencoder", "base", "refiner", "export")
-MINUTES = {"autoencoder": 6.0, "base": 9.0, "refiner": 1.0}
+STAGES = ("tokenizer", "autoencoder", "base", "decoder", "refiner", "export")
+MINUTES = {"autoencoder": 6.5, "base": 7.0, "decoder": 3.0, "refiner": 1.0}
 SMOKE_MINUTES = 0.03
 
 
@@ -66,6 +66,10 @@ def run_stage(stage: str, run, *, output: Path, force: bool) -> None:
 
         _check_gate(run, force)
         train_base(run)
+    elif stage == "decoder":
+        from tiny_world.autoencoder import train_decoder
+
+        train_decoder(run, force=force)
     elif stage == "refiner":
         from tiny_world.base import train_refiner
 
