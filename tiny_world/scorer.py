@@ -161,8 +161,8 @@ class Scorer:
         boxes = self.attributes(images).box[:, THINGS.index(CREATURE)].clamp(0, 1)
         out = []
         for part, box in zip(images.split(64), boxes.split(64), strict=True):
-            part = part.to(self.device).float()
-            out.append(self.identity_net(crop(part, box.to(self.device))).cpu())
+            crops = crop(part.to(self.device).float(), box.to(self.device))
+            out.append(self.identity_net(crops).cpu())
         return torch.cat(out)
 
 

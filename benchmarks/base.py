@@ -1,0 +1,71 @@
+"""`python -m benchmarks.base`: how well the embedded base follows prompts that its pretraining never saw."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from tiny_world.captions import held_out_prompts
+from tiny_world.following import following, shares
+from tiny_world.scorer import Scorer
+from tiny_world.sheets import save_grid
+
+STEPS, GUIDANCE = 25, 5.0
+
+
+def main() -> None:
+    """Draw, judge, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.base", description=__doc__)
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--base", type=Path, default=Path("base_models/tiny-sdxl"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/base.json"))
+    parser.add_argument("--sheet", type=Path, help="where to save pictures that miss an aspect")
+    args = parser.parse_args()
+    results, failures = measure(args.base, args.prompts, args.device)
+    print(json.dumps(results, indent=2))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    if args.sheet and failures:
+        images, captions = zip(*failures, strict=True)
+        save_grid(torch.stack(images[:48]), args.sheet, columns=8, captions=list(captions[:48]))
+
+
+def measure(base: Path, prompts: int, device: str) -> tuple[dict[str, float], list[tuple[Tensor, str]]]:
+    """Shares of asked aspects met, and the pictures that miss one with what they miss and their prompt."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        base, variant="fp16", torch_dtype=torch.float32, add_watermarker=False
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    pairs = held_out_prompts(prompts, seed=1)
+    generator = torch.Generator("cpu").manual_seed(0)
+    images, size = [], 100 if device != "cpu" else 8
+    for start in range(0, prompts, size):
+        images.append(
+            pipeline(
+                prompt=[prompt for prompt, _ in pairs[start : start + size]],
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                height=256,
+                width=256,
+                generator=generator,
+                output_type="pt",
+            ).images.cpu()
+        )
+    pictures = torch.cat(images)
+    met = following(Scorer(device=device).attributes(pictures), [scene for _, scene in pairs])
+    failures = []
+    for picture, (prompt, _), result in zip(pictures, pairs, met, strict=True):
+        missed = [aspect for aspect, right in result.items() if not right]
+        if missed:
+            failures.append((picture, f"{'/'.join(missed)}: {prompt}"))
+    return {f"base_{name}": value for name, value in shares(met).items()} | {"prompts": prompts}, failures
+
+
+if __name__ == "__main__":
+    main()
