@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="where to save pictures that miss an aspect")
     args = parser.parse_args()
     results, failures = measure(args.base, args.prompts, args.device)
-    print(json.dumps(results, indent=2))
+    sys.stdout.write(json.dumps(results, indent=2) + "\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=2) + "\n")
     if args.sheet and failures:

@@ -82,26 +82,30 @@ class Attributes:
 class AttributeNet(nn.Module):
     """Pictures [n, 3, 128, 128] in 0..1 to `Attributes`."""
 
-    sizes = (len(THINGS), len(THINGS) * len(COLOURS), len(THINGS) * 4, len(COLOURS), len(TEXTURES))
+    sizes = (len(THINGS), len(THINGS) * 4, len(COLOURS), len(TEXTURES), len(POSITIONS))
 
     def __init__(self) -> None:
         super().__init__()
         self.backbone = Backbone()
         self.reduce = nn.Conv2d(192, 64, 1)
         self.hidden = nn.Linear(64 * 16, 512)
-        self.heads = nn.Linear(512, sum(self.sizes) + len(POSITIONS))
+        self.heads = nn.Linear(512, sum(self.sizes))
+        self.attention = nn.Conv2d(192, len(THINGS), 1)
+        self.colour = nn.Linear(192, len(COLOURS))
 
     def forward(self, images: Tensor) -> Attributes:
-        x = F.silu(self.reduce(self.backbone(images))).flatten(1)
-        out = self.heads(F.silu(self.hidden(x)))
-        parts = out.split((*self.sizes, len(POSITIONS)), 1)
+        features = self.backbone(images)
+        out = self.heads(F.silu(self.hidden(F.silu(self.reduce(features)).flatten(1))))
+        presence, box, background, texture, position = out.split(self.sizes, 1)
+        # A thing's colour is read where the network looks for that thing, so that two things' colours stay apart.
+        places = self.attention(features).flatten(2).softmax(2)
         return Attributes(
-            presence=parts[0],
-            colour=parts[1].view(-1, len(THINGS), len(COLOURS)),
-            box=parts[2].view(-1, len(THINGS), 4),
-            background=parts[3],
-            texture=parts[4],
-            position=parts[5],
+            presence=presence,
+            colour=self.colour(F.silu(places @ features.flatten(2).transpose(1, 2))),
+            box=box.view(-1, len(THINGS), 4),
+            background=background,
+            texture=texture,
+            position=position,
         )
 
 

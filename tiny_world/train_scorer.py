@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="full", choices=("smoke", "full"))
+    parser.add_argument("--only", choices=("attributes", "identity"), help="train one of the two")
     parser.add_argument("--ceilings-only", action="store_true", help="measure the weights that are there")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -56,8 +57,9 @@ def main() -> None:
     if not args.ceilings_only:
         images, labels = picture_bank(training_orders(smoke), workers, args.device)
         run.record("scorer bank", pictures=len(images))
-        save_half_weights(train_attributes(run, images, labels), args.output / "attributes.safetensors")
-        save_half_weights(train_identity(run, images, labels), args.output / "identity.safetensors")
+        for name, train in (("attributes", train_attributes), ("identity", train_identity)):
+            if args.only in (None, name):
+                save_half_weights(train(run, images, labels), args.output / f"{name}.safetensors")
         del images, labels
     numbers = ceilings(Scorer(args.output, device=args.device), smoke=smoke, workers=workers)
     run.record("scorer ceilings", **numbers)
@@ -103,7 +105,7 @@ def attribute_loss(found, labels: Labels) -> Tensor:
     alone = (labels.position >= 0).float()
     return (
         10 * F.binary_cross_entropy_with_logits(found.presence.float(), present)
-        + 5 * (colour.mean(2) * coloured).sum() / coloured.sum().clamp_min(1)
+        + 20 * (colour.mean(2) * coloured).sum() / coloured.sum().clamp_min(1)
         + 10 * (distance * boxed).sum() / boxed.sum().clamp_min(1)
         + F.cross_entropy(found.background.float(), labels.background)
         + F.cross_entropy(found.texture.float(), labels.texture)
