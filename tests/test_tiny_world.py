@@ -281,3 +281,10 @@ def test_a_small_pretraining_ends_in_folders_that_diffusers_samples_from(tmp_pat
     refiner.set_progress_bar_config(disable=True)
     refined = refiner("a red fish", image=image, strength=0.5, num_inference_steps=2).images[0]
     assert refined.size == (256, 256) and refined != image
+
+
+def test_a_held_out_prompt_names_every_attribute_that_it_is_judged_by():
+    for prompt, asked in held_out_prompts(200, seed=3):
+        assert asked.background in prompt
+        if asked.texture == "plain":
+            assert "plain" in prompt

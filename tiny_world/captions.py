@@ -28,7 +28,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> st
         place = " " + _pick(rng, places(scene.position))
     if not full and rng.random() < 0.08:
         return f"{lead}{thing}{place}"
-    background = _background(scene, rng, full=full)
+    background = _background(scene, rng, full=full, name_plain=full)
     if not lead and rng.random() < 0.12:
         return f"{background[0]} with {thing}{place}"
     if rng.random() < 0.08:
@@ -59,11 +59,13 @@ def _thing(kind: str, colour: str | None, size: str | None, rng: np.random.Gener
     return f"{'an' if words[0][0] in 'aeio' else 'a'} {' '.join(words)}"
 
 
-def _background(scene: Scene, rng: np.random.Generator, *, full: bool) -> tuple[str, str]:
+def _background(
+    scene: Scene, rng: np.random.Generator, *, full: bool, name_plain: bool = False
+) -> tuple[str, str]:
     """The background as a noun phrase without article, and as an adverbial phrase."""
     colour = scene.background if full or scene.texture == "plain" or rng.random() < 0.92 else ""
     texture = scene.texture if full or not colour or rng.random() < 0.88 else ""
-    if texture == "plain" and rng.random() < 0.75:
+    if texture == "plain" and rng.random() < 0.75 and not name_plain:
         texture = ""
     link = _pick(rng, BACKGROUND_LINKS)
     if texture in TEXTURE_NOUNS and colour and rng.random() < 0.2:
