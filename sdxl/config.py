@@ -41,7 +41,7 @@ class TrainingConfig:
     lora_rank: int
     """Rank of the LoRA matrices, at least 1; their alpha equals it."""
     lora_lr: float
-    """Learning rate of the LoRA matrices, above 0."""
+    """Learning rate of the LoRA matrices, at least 0; 0 trains the token rows alone."""
     lr_scheduler: Schedule
     """Course of all learning rates over the run, after the warm-up."""
     lr_warmup_steps: int
@@ -62,12 +62,13 @@ class TrainingConfig:
             "lora_rank": "dimensions",
             "unet_learning_rate": "such as 1e-6",
             "ti_lr": "such as 3e-4",
-            "lora_lr": "such as 1e-4",
             "snr_gamma": "such as 5",
         }
         for name, unit in positive.items():
             if not getattr(self, name) > 0:
                 raise UserInputError(f"{name} is {getattr(self, name)}, but must be above 0 ({unit}).")
+        if not self.lora_lr >= 0:
+            raise UserInputError(f"lora_lr is {self.lora_lr}, but must be 0 or more, such as 1e-4.")
         if not 64 <= self.resolution <= 2048 or self.resolution % 8:
             raise UserInputError(
                 f"resolution is {self.resolution}, but must be a multiple of 8 from 64 to 2048, such as 1024."

@@ -1,0 +1,84 @@
+"""The quality bench's pictures to learn from and prompts to draw, in the style of DreamBench: data, no models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tiny_world.captions import held_out_prompts
+from tiny_world.make_examples import describe
+from tiny_world.scenes import Scene
+
+NAME = "TOK"
+KNOWN = "mushroom"
+"""Stands in the subject's place where the base's own obedience is measured."""
+
+
+def _scene(position: str, background: str, texture: str = "plain", size: str = "medium", **second) -> Scene:
+    return Scene(
+        kind=NAME,
+        colour=None,
+        size=size,
+        position=position,
+        background=background,
+        texture=texture,
+        **second,
+    )
+
+
+TRAINING = [
+    _scene("middle", "white", size="large"),
+    _scene("left", "cyan", "striped"),
+    _scene("middle", "green", "dotted", size="large"),
+    _scene("right", "orange"),
+    _scene("bottom", "purple", "checkered"),
+    _scene("middle", "pink", "gradient", size="large"),
+]
+"""Six pictures of the subject."""
+
+_SUBJECT = [
+    ("a photo of {} in the middle on a plain red background", _scene("middle", "red")),
+    ("a photo of {} in the middle on a blue striped background", _scene("middle", "blue", "striped")),
+    ("a photo of {} on the left on a yellow dotted background", _scene("left", "yellow", "dotted")),
+    ("a photo of {} on the right on a plain gray background", _scene("right", "gray")),
+    ("a small {} in the top left on a plain green background", _scene("top left", "green", size="small")),
+    (
+        "a small {} in the bottom right on a plain cyan background",
+        _scene("bottom right", "cyan", size="small"),
+    ),
+    ("a photo of {} in the middle on a brown checkered background", _scene("middle", "brown", "checkered")),
+    ("a photo of {} at the bottom on a purple gradient background", _scene("bottom", "purple", "gradient")),
+    (
+        "a photo of {} left of a red house on a plain white background",
+        _scene("middle", "white", second_kind="house", second_colour="red", relation="left of"),
+    ),
+    (
+        "a photo of {} on top of a blue car on a plain pink background",
+        _scene("middle", "pink", second_kind="car", second_colour="blue", relation="on top of"),
+    ),
+]
+
+
+def training_captions() -> list[str]:
+    """One caption for each of `TRAINING`."""
+    return [describe(scene) for scene in TRAINING]
+
+
+def subject_prompts() -> list[tuple[str, Scene]]:
+    """Prompts with the subject's name, and what they ask for."""
+    return [(text.format(NAME), scene) for text, scene in _SUBJECT]
+
+
+def known_prompts() -> list[tuple[str, Scene]]:
+    """The same prompts with an object that the base knows in the subject's place."""
+    return [
+        (text.format(f"a {KNOWN}").replace("a small a ", "a small "), replace(scene, kind=KNOWN))
+        for text, scene in _SUBJECT
+    ]
+
+
+def prior_prompts(n: int = 10) -> list[tuple[str, Scene]]:
+    """Prompts that have nothing to do with the subject, of one held-out object each."""
+    return [pair for pair in held_out_prompts(4 * n, seed=9) if pair[1].second_kind is None][:n]
+
+
+DIVERSITY_PROMPT = "a photo of a house"

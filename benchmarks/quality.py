@@ -1,0 +1,205 @@
+"""`python -m benchmarks.quality`: does a fine-tune learn the subject and still obey the prompt, method by method?
+
+Every method gets the same pictures, steps, prompts and seeds. Fidelity is the identity similarity of drawn pictures
+to fresh real ones, 1.0 for real ones among themselves and 0.0 for the untuned base. Finished jobs are kept in the
+work folder, so that a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from benchmarks import base, prompts
+from benchmarks.subject_job import BASE, Method, run_job, training_pictures
+from sdxl.contact_sheet import Row, contact_sheet
+from tiny_world.sheets import to_pil
+
+METHODS = (
+    Method(name="untuned", trained=False),
+    Method(name="ti", lora=True, rate=0.0, ti=1.0),
+    Method(name="lora", lora=True, rate=2e-3),
+    Method(name="full", rate=5e-4),
+    Method(name="lora_pivotal", lora=True, rate=2e-3, ti=0.5),
+    Method(name="full_pivotal", rate=5e-4, ti=0.5),
+)
+TITLES = {
+    "untuned": "untuned base",
+    "ti": "textual inversion only",
+    "lora": "LoRA without TI",
+    "full": "full UNet without TI",
+    "lora_pivotal": "LoRA + pivotal",
+    "full_pivotal": "full UNet + pivotal",
+}
+
+
+def main() -> None:
+    """Run all jobs, then write the table, the JSON and the sheet."""
+    args = _arguments()
+    first = 0 if args.development else 1
+    subjects = [first + 2 * i for i in range(args.subjects)]
+    methods = [method for method in METHODS if args.methods is None or method.name in args.methods]
+    results = run_all(subjects, methods, args)
+    table = summarise(results)
+    sys.stdout.write(markdown(table) + "\n")
+    numbers = flat_keys(table) | {
+        "subjects": subjects,
+        "steps": args.steps,
+        "table": table,
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else _cpu(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
+    }
+    if args.base_prompts:
+        followed, _ = base.measure(BASE, args.base_prompts, args.device)
+        psnr = json.loads(Path("tiny_world/results/autoencoder.json").read_text())
+        numbers |= followed | {"autoencoder_psnr": psnr["subjects_db"]}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "quality.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (args.output / "quality.md").write_text(markdown(table) + "\n")
+    sheet(results, subjects[: args.sheet_subjects]).save(args.output / "quality.jpg", quality=85)
+
+
+def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Results of every job, those already in the work folder included."""
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    jobs = [(seed, method) for seed in subjects for method in methods]
+    missing = [job for job in jobs if not _files(args, *job)[0].exists()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        args.workers, mp_context=context, initializer=_start, initargs=(args.workers,)
+    ) as pool:
+        futures = {
+            pool.submit(run_job, seed, method, steps=args.steps, seeds=args.seeds, device=args.device): (
+                seed,
+                method,
+            )
+            for seed, method in missing
+        }
+        for future in tqdm(as_completed(futures), total=len(futures), desc="Jobs", unit="job"):
+            result = future.result()
+            numbers, pictures = _files(args, *futures[future])
+            save_file({"pictures": result.pop("pictures")}, pictures)
+            numbers.write_text(json.dumps(result))
+    return [
+        json.loads(numbers.read_text()) | {"pictures": load_file(pictures)["pictures"]}
+        for numbers, pictures in (_files(args, *job) for job in jobs)
+    ]
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Method -> means over subjects of fidelity, prompt-following and the rest; needs the untuned base's results."""
+    untuned = {r["seed"]: r for r in results if r["method"] == "untuned"}
+    rows: dict[str, list[dict[str, float]]] = {}
+    for r in results:
+        before = untuned[r["seed"]]
+        span = r["real_similarity"] - before["similarity"]
+        row = {
+            "fidelity": (r["similarity"] - before["similarity"]) / span,
+            "prompt": r["prompt_all"],
+            "prompt_share": r["prompt_all"] / before["known_all"],
+            "prior_drift": 100 * (before["prior_all"] - r["prior_all"]),
+            "prior_diversity": r["prior_diversity"] / before["prior_diversity"],
+            "diversity": r["diversity"],
+            "seconds": r["seconds"],
+            "peak_gib": r.get("peak_gib", 0.0),
+        }
+        rows.setdefault(r["method"], []).append(row)
+    return {
+        method: {key: round(mean(row[key] for row in group), 4) for key in group[0]}
+        for method, group in rows.items()
+    }
+
+
+def flat_keys(table: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The keys that are compared between versions, of the methods that ran."""
+    wanted = {
+        "fidelity_full_pivotal": ("full_pivotal", "fidelity"),
+        "prompt_full_pivotal": ("full_pivotal", "prompt_share"),
+        "prior_drift_full_pivotal": ("full_pivotal", "prior_drift"),
+        "fidelity_lora_pivotal": ("lora_pivotal", "fidelity"),
+    }
+    return {key: table[method][column] for key, (method, column) in wanted.items() if method in table}
+
+
+def markdown(table: dict[str, dict[str, float]]) -> str:
+    """The table as Markdown, one row a method."""
+    lines = [
+        "| method | fidelity | prompt-following | share of the base's | prior drift, points | prior diversity, share"
+        " | diversity | seconds | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, row in table.items():
+        lines.append(
+            f"| {TITLES.get(method, method)} | {row['fidelity']:.2f} | {row['prompt']:.2f} | {row['prompt_share']:.2f}"
+            f" | {row['prior_drift']:.1f} | {row['prior_diversity']:.2f} | {row['diversity']:.2f}"
+            f" | {row['seconds']:.0f} | {row['peak_gib'] or '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def sheet(results: list[dict[str, Any]], subjects: list[int]) -> Image.Image:
+    """For each subject: the pictures learnt from, then each method's pictures of the same prompts."""
+    captions = [prompt for prompt, _ in prompts.subject_prompts()]
+    rows = []
+    for seed in subjects:
+        rows.append(
+            Row(title=f"Subject {seed}: learnt from", pictures=[to_pil(p) for p in training_pictures(seed)])
+        )
+        for r in results:
+            if r["seed"] == seed:
+                pictures = [to_pil(picture / 255) for picture in r["pictures"]]
+                rows.append(
+                    Row(title=TITLES.get(r["method"], r["method"]), pictures=pictures, captions=captions)
+                )
+    return contact_sheet(rows)
+
+
+def _start(workers: int) -> None:
+    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+
+
+def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, Path]:
+    stem = f"{seed}-{method.name}-{args.steps}-{args.seeds}"
+    return args.workdir / f"{stem}.json", args.workdir / f"{stem}.safetensors"
+
+
+def _cpu() -> str:
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--subjects", type=int, default=3, help="K judging subjects, the odd seeds from 1")
+    parser.add_argument("--development", action="store_true", help="even seeds instead, to tune on")
+    parser.add_argument("--methods", nargs="+", help="only these; 'untuned' must be among them")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=max((os.cpu_count() or 1) - 1, 1) if torch.cuda.is_available() else os.cpu_count(),
+    )
+    parser.add_argument("--base-prompts", type=int, default=0, help="held-out prompts to judge the base by")
+    parser.add_argument("--sheet-subjects", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""One subject, one method: learn it by the project's own recipe, draw every prompt, judge the pictures."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import prompts as P
+from dataset_and_utils import TokenMap
+from preprocess import PreprocessConfig, prepare_dataset
+from sdxl import artifacts
+from sdxl.components import load_components
+from sdxl.config import TrainingConfig
+from sdxl.examples import cache_examples
+from sdxl.pipelines import load_pipeline
+from sdxl.training import fine_tune
+from sdxl.tuned_weights import TunedPipeline
+from tiny_world.following import following, shares
+from tiny_world.parts import pad
+from tiny_world.raster import render
+from tiny_world.scorer import Scorer
+from tiny_world.sheets import to_pil
+from tiny_world.subjects import random_shot, shot_parts, subject
+
+BASE = Path("base_models/tiny-sdxl")
+SAMPLING_STEPS, GUIDANCE = 25, 5.0
+REAL_SHOTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a subject is learnt. lora: matrices instead of the UNet itself. rate: their learning rate, 0 to train
+    the token rows alone. ti: share of the steps in which the rows train, 0 for rows that stay random. None of all
+    is `untuned`."""
+
+    name: str
+    lora: bool = False
+    rate: float = 0.0
+    ti: float = 0.0
+    ti_rate: float = 5e-3
+    trained: bool = True
+
+
+def run_job(seed: int, method: Method, *, steps: int, seeds: int, device: str) -> dict[str, Any]:
+    """Results of one job as flat numbers, and `pictures`, uint8 [prompts, 3, 256, 256] of the first seed."""
+    torch.manual_seed(0)
+    started = time.monotonic()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        tuned = None
+        if method.trained:
+            tuned = _learn(seed, method, Path(folder), steps, device)
+        learnt = time.monotonic()
+        pipeline = TunedPipeline(load_pipeline(BASE, torch.device(device)))
+        pipeline.activate(tuned)
+        pipeline.pipeline.set_progress_bar_config(disable=True)
+        numbers, pictures = _judge(seed, pipeline, seeds, device)
+    numbers["train_seconds"] = round(learnt - started, 1) if method.trained else 0.0
+    numbers["seconds"] = round(time.monotonic() - started, 1)
+    if device == "cuda":
+        numbers["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return {"seed": seed, "method": method.name, **numbers, "pictures": pictures}
+
+
+def training_pictures(seed: int) -> Tensor:
+    """The six pictures [6, 3, 256, 256] in 0..1 that subject `seed` is learnt from."""
+    cast = {P.NAME: subject(seed)}
+    return render(pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(P.TRAINING)])).images
+
+
+def real_pictures(seed: int, n: int = REAL_SHOTS) -> Tensor:
+    """Fresh pictures [n, 3, 256, 256] in 0..1 of a subject, none of them learnt from."""
+    rng = np.random.default_rng((seed, 616))
+    cast = {P.NAME: subject(seed)}
+    scenes = [random_shot(P.NAME, rng) for _ in range(n)]
+    return render(pad([shot_parts(s, cast, 900_000 + i) for i, s in enumerate(scenes)])).images
+
+
+def _learn(seed: int, method: Method, folder: Path, steps: int, device: str) -> artifacts.FineTune:
+    raw = folder / "raw"
+    raw.mkdir()
+    for i, picture in enumerate(training_pictures(seed)):
+        to_pil(picture).save(raw / f"{i}.png")
+    with (raw / "captions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image_file", "caption"))
+        writer.writerows((f"{i}.png", caption) for i, caption in enumerate(P.training_captions()))
+    config = TrainingConfig(
+        base=str(BASE),
+        token_map=f"{P.NAME}:2",
+        resolution=256,
+        max_train_steps=steps,
+        train_batch_size=4,
+        unet_learning_rate=method.rate or 1e-6,
+        lora_lr=method.rate,
+        ti_lr=method.ti_rate,
+        is_lora=method.lora,
+        lora_rank=16,
+        lr_scheduler="cosine",
+        lr_warmup_steps=5,
+        seed=0,
+        checkpointing_steps=0,
+        pivot_fraction=method.ti,
+    )
+    dataset = prepare_dataset(raw, folder / "dataset", config=PreprocessConfig(target_size=256))
+    components = load_components(BASE, is_lora=method.lora, device=torch.device(device))
+    examples = cache_examples(dataset, components, TokenMap.parse(config.token_map), seed=0)
+    model = fine_tune(components, examples, config)
+    artifacts.write(model, folder / "tuned", {})
+    return artifacts.read(folder / "tuned", folder / "unpacked")
+
+
+def _judge(seed: int, tuned: TunedPipeline, seeds: int, device: str) -> tuple[dict[str, float], Tensor]:
+    scorer = Scorer(device=device)
+    asked, known, prior = P.subject_prompts(), P.known_prompts(), P.prior_prompts()
+    drawn = [_draw(tuned, [prompt for prompt, _ in asked], 100 + i) for i in range(seeds)]
+    pictures = torch.cat(drawn)
+    real = scorer.identity(real_pictures(seed))
+    others = scorer.identity(real_pictures(seed + 2, 8))
+    embedded = scorer.identity(pictures)
+    numbers = {
+        "similarity": float((embedded @ real.T).mean()),
+        "real_similarity": float((real @ real.T).fill_diagonal_(0).sum() / (len(real) * (len(real) - 1))),
+        "other_similarity": float((real @ others.T).mean()),
+    }
+    met = following(scorer.attributes(pictures), [scene for _, scene in asked] * seeds)
+    numbers |= {f"prompt_{name}": value for name, value in shares(met).items()}
+    for name, pairs in (("known", known), ("prior", prior)):
+        images = _draw(tuned, [prompt for prompt, _ in pairs], 200)
+        met = following(scorer.attributes(images), [scene for _, scene in pairs])
+        numbers |= {f"{name}_{key}": value for key, value in shares(met).items()}
+    numbers["diversity"] = spread(pictures.unflatten(0, (seeds, -1)).transpose(0, 1))
+    again = _draw(tuned, [P.DIVERSITY_PROMPT] * 6, 300)
+    numbers["prior_diversity"] = spread(again.unsqueeze(0))
+    return numbers, (drawn[0] * 255).round().to(torch.uint8)
+
+
+def spread(pictures: Tensor) -> float:
+    """Mean root mean square difference, 0..1, between pictures [prompts, n, 3, h, w] of one prompt, as 32 pixel
+    thumbnails; 0 for n = 1."""
+    small = torch.nn.functional.interpolate(pictures.flatten(0, 1), size=(32, 32), mode="area")
+    small = small.unflatten(0, pictures.shape[:2]).flatten(2)
+    n = small.shape[1]
+    if n == 1:
+        return 0.0
+    distances = torch.cdist(small, small) / small.shape[2] ** 0.5
+    return round(float(distances.sum((1, 2)).mean() / (n * (n - 1))), 4)
+
+
+@torch.inference_mode()
+def _draw(tuned: TunedPipeline, prompts: list[str], seed: int) -> Tensor:
+    """One picture a prompt, [n, 3, 256, 256] in 0..1 on the CPU; picture i from the seed `seed` + i."""
+    return tuned.pipeline(
+        prompt=[tuned.token_map.substitute(prompt) for prompt in prompts],
+        num_inference_steps=SAMPLING_STEPS,
+        guidance_scale=GUIDANCE,
+        height=256,
+        width=256,
+        generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
+        output_type="pt",
+    ).images.float().cpu()  # fmt: skip
