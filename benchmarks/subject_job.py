@@ -31,7 +31,7 @@ from tiny_world.sheets import to_pil
 from tiny_world.subjects import random_shot, shot_parts, subject
 
 BASE = Path("base_models/tiny-sdxl")
-SAMPLING_STEPS, GUIDANCE = 25, 5.0
+SAMPLING_STEPS, GUIDANCE = 15, 5.0
 REAL_SHOTS = 16
 
 
@@ -63,7 +63,7 @@ def run_job(seed: int, method: Method, *, steps: int, seeds: int, device: str) -
         pipeline = TunedPipeline(load_pipeline(BASE, torch.device(device)))
         pipeline.activate(tuned)
         pipeline.pipeline.set_progress_bar_config(disable=True)
-        numbers, pictures = _judge(seed, pipeline, seeds, device)
+        numbers, pictures = _judge(seed, pipeline, seeds, device, untuned=tuned is None)
     numbers["train_seconds"] = round(learnt - started, 1) if method.trained else 0.0
     numbers["seconds"] = round(time.monotonic() - started, 1)
     if device == "cuda":
@@ -110,6 +110,7 @@ def _learn(seed: int, method: Method, folder: Path, steps: int, device: str) -> 
         seed=0,
         checkpointing_steps=0,
         pivot_fraction=method.ti,
+        gradient_checkpointing=False,
     )
     dataset = prepare_dataset(raw, folder / "dataset", config=PreprocessConfig(target_size=256))
     components = load_components(BASE, is_lora=method.lora, device=torch.device(device))
@@ -119,7 +120,9 @@ def _learn(seed: int, method: Method, folder: Path, steps: int, device: str) -> 
     return artifacts.read(folder / "tuned", folder / "unpacked")
 
 
-def _judge(seed: int, tuned: TunedPipeline, seeds: int, device: str) -> tuple[dict[str, float], Tensor]:
+def _judge(
+    seed: int, tuned: TunedPipeline, seeds: int, device: str, *, untuned: bool
+) -> tuple[dict[str, float], Tensor]:
     scorer = Scorer(device=device)
     asked, known, prior = P.subject_prompts(), P.known_prompts(), P.prior_prompts()
     drawn = [_draw(tuned, [prompt for prompt, _ in asked], 100 + i) for i in range(seeds)]
@@ -134,14 +137,14 @@ def _judge(seed: int, tuned: TunedPipeline, seeds: int, device: str) -> tuple[di
     }
     met = following(scorer.attributes(pictures), [scene for _, scene in asked] * seeds)
     numbers |= {f"prompt_{name}": value for name, value in shares(met).items()}
-    for name, pairs in (("known", known), ("prior", prior)):
+    for name, pairs in (("known", known), ("prior", prior)) if untuned else (("prior", prior),):
         images = _draw(tuned, [prompt for prompt, _ in pairs], 200)
         met = following(scorer.attributes(images), [scene for _, scene in pairs])
         numbers |= {f"{name}_{key}": value for key, value in shares(met).items()}
     numbers["diversity"] = spread(pictures.unflatten(0, (seeds, -1)).transpose(0, 1))
     again = _draw(tuned, [P.DIVERSITY_PROMPT] * 6, 300)
     numbers["prior_diversity"] = spread(again.unsqueeze(0))
-    return numbers, (drawn[0] * 255).round().to(torch.uint8)
+    return numbers, (drawn[0] * 255).round().to(torch.uint8).contiguous()
 
 
 def spread(pictures: Tensor) -> float:

@@ -54,6 +54,8 @@ class TrainingConfig:
     """γ of the min-SNR weighting of the loss, above 0; a large value such as 1e6 weighs all timesteps alike."""
     pivot_fraction: float = 0.5
     """Share of the steps, 0 to 1, in which the token rows train; from the pivot on only the UNet's weights do."""
+    gradient_checkpointing: bool = True
+    """On CUDA, compute the UNet's activations again in the backward pass: a third slower, far less memory."""
 
     def __post_init__(self) -> None:
         positive = {

@@ -244,7 +244,7 @@ def _optimizer(
 def _full(components: Components, config: TrainingConfig) -> _Trainable:
     """Every parameter of the UNet, stored in half precision as inference uses it."""
     unet = components.unet.requires_grad_(True).train()
-    if components.device.type == "cuda":
+    if config.gradient_checkpointing and components.device.type == "cuda":
         unet.enable_gradient_checkpointing()
 
     def export() -> dict[str, Tensor]:
@@ -274,7 +274,7 @@ def _lora(components: Components, config: TrainingConfig) -> _Trainable:
     )
     cast_training_params(unet, dtype=torch.float32)
     unet.train()
-    if components.device.type == "cuda":
+    if config.gradient_checkpointing and components.device.type == "cuda":
         unet.enable_gradient_checkpointing()
 
     def export() -> dict[str, Tensor]:
