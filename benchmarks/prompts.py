@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tiny_world.captions import held_out_prompts
-from tiny_world.make_examples import describe
 from tiny_world.scenes import Scene
 
 NAME = "TOK"
@@ -25,15 +24,30 @@ def _scene(position: str, background: str, texture: str = "plain", size: str = "
     )
 
 
-TRAINING = [
-    _scene("middle", "white", size="large"),
-    _scene("left", "cyan", "striped"),
-    _scene("middle", "green", "dotted", size="large"),
-    _scene("right", "orange"),
-    _scene("bottom", "purple", "checkered"),
-    _scene("middle", "pink", "gradient", size="large"),
+_TRAINING = [
+    ("a photo of {} in the middle on a plain white background", _scene("middle", "white", size="large")),
+    ("a photo of {} on the left on a cyan striped background", _scene("left", "cyan", "striped")),
+    (
+        "a small {} in the bottom left on a plain orange background",
+        _scene("bottom left", "orange", size="small"),
+    ),
+    (
+        "a photo of {} in the middle on a green dotted background",
+        _scene("middle", "green", "dotted", size="large"),
+    ),
+    (
+        "a photo of {} right of a yellow tree on a purple checkered background",
+        _scene(
+            "middle", "purple", "checkered", second_kind="tree", second_colour="yellow", relation="right of"
+        ),
+    ),
+    (
+        "a photo of {} in the middle on a pink gradient background",
+        _scene("middle", "pink", "gradient", size="large"),
+    ),
 ]
-"""Six pictures of the subject."""
+TRAINING = [scene for _, scene in _TRAINING]
+"""Six pictures of the subject, as people take them: mostly close, once far away, once beside something else."""
 
 _SUBJECT = [
     ("a photo of {} in the middle on a plain red background", _scene("middle", "red")),
@@ -60,7 +74,7 @@ _SUBJECT = [
 
 def training_captions() -> list[str]:
     """One caption for each of `TRAINING`."""
-    return [describe(scene) for scene in TRAINING]
+    return [text.format(NAME) for text, _ in _TRAINING]
 
 
 def subject_prompts() -> list[tuple[str, Scene]]:
