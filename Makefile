@@ -4,7 +4,10 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TINY := base_models/tiny-sdxl
 
-.PHONY: env demo test test-gpu check format schema serve serve-train clean
+# Subjects of `make quality`; 10 for the full table.
+K ?= 3
+
+.PHONY: env demo test test-gpu check format schema quality serve serve-train clean
 .DEFAULT_GOAL := env
 
 env: .venv/.complete
@@ -36,6 +39,9 @@ format: env
 
 schema: env
 	$(BIN)/python -m tools.cog_schema
+
+quality: env
+	$(BIN)/python -m benchmarks.quality --subjects $(K) --base-prompts $(if $(filter 10,$(K)),500,50)
 
 serve: env
 	PORT=5000 COG_PREDICT_TYPE_STUB=predict.py:Predictor python -m cog.server.http

@@ -6,15 +6,20 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import Tensor
 
 from tiny_world.captions import held_out_prompts
 from tiny_world.following import following, shares
+from tiny_world.parts import pad
+from tiny_world.raster import render
 from tiny_world.scorer import Scorer
 from tiny_world.sheets import save_grid
+from tiny_world.subjects import random_shot, shot_parts, subject
 
 STEPS, GUIDANCE = 25, 5.0
 
@@ -47,17 +52,16 @@ def measure(base: Path, prompts: int, device: str) -> tuple[dict[str, float], li
     generator = torch.Generator("cpu").manual_seed(0)
     images, size = [], 100 if device != "cpu" else 8
     for start in range(0, prompts, size):
-        images.append(
-            pipeline(
-                prompt=[prompt for prompt, _ in pairs[start : start + size]],
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                height=256,
-                width=256,
-                generator=generator,
-                output_type="pt",
-            ).images.cpu()
+        output: Any = pipeline(
+            prompt=[prompt for prompt, _ in pairs[start : start + size]],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            height=256,
+            width=256,
+            generator=generator,
+            output_type="pt",
         )
+        images.append(output.images.cpu())
     pictures = torch.cat(images)
     met = following(Scorer(device=device).attributes(pictures), [scene for _, scene in pairs])
     failures = []
@@ -66,6 +70,24 @@ def measure(base: Path, prompts: int, device: str) -> tuple[dict[str, float], li
         if missed:
             failures.append((picture, f"{'/'.join(missed)}: {prompt}"))
     return {f"base_{name}": value for name, value in shares(met).items()} | {"prompts": prompts}, failures
+
+
+@torch.inference_mode()
+def autoencoder_identity(base: Path, device: str, subjects: int = 30, shots: int = 8) -> float:
+    """Mean cosine between reconstructions of unseen subjects (even seeds) and other real pictures of them, as the
+    scorer sees identity; about 0.98 for real pictures among themselves."""
+    vae = AutoencoderKL.from_pretrained(base / "vae", variant="fp16", torch_dtype=torch.float32).to(device)
+    scorer, similarities = Scorer(device=device), []
+    for seed in range(0, 2 * subjects, 2):
+        rng = np.random.default_rng((seed, 617))
+        scenes = [random_shot("TOK", rng) for _ in range(shots)]
+        parts = [shot_parts(scene, {"TOK": subject(seed)}, 800_000 + i) for i, scene in enumerate(scenes)]
+        pictures = render(pad(parts)).images.to(device)
+        latents = vae.encode(pictures * 2 - 1).latent_dist.mode()
+        again = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        cosines = scorer.identity(again) @ scorer.identity(pictures).T
+        similarities.append(float(cosines.fill_diagonal_(0).sum()) / (shots * (shots - 1)))
+    return round(sum(similarities) / subjects, 4)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ work folder, so that a killed run goes on where it was.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ import os
 import platform
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from benchmarks import base, prompts
+from benchmarks.base import autoencoder_identity
 from benchmarks.subject_job import BASE, Method, run_job, training_pictures
 from sdxl.contact_sheet import Row, contact_sheet
 from tiny_world.sheets import to_pil
@@ -67,6 +70,7 @@ def main() -> None:
         followed, _ = base.measure(BASE, args.base_prompts, args.device)
         psnr = json.loads(Path("tiny_world/results/autoencoder.json").read_text())
         numbers |= followed | {"autoencoder_psnr": psnr["subjects_db"]}
+        numbers |= {"autoencoder_identity": autoencoder_identity(BASE, args.device)}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "quality.json").write_text(json.dumps(numbers, indent=2) + "\n")
     (args.output / "quality.md").write_text(markdown(table) + "\n")
@@ -83,17 +87,24 @@ def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace
         args.workers, mp_context=context, initializer=_start, initargs=(args.workers,)
     ) as pool:
         futures = {
-            pool.submit(run_job, seed, method, steps=args.steps, seeds=args.seeds, device=args.device): (
+            pool.submit(
+                run_job,
                 seed,
                 method,
-            )
+                steps=args.steps,
+                seeds=args.seeds,
+                sampling_steps=args.sampling_steps,
+                device=args.device,
+            ): (seed, method)
             for seed, method in missing
         }
         for future in tqdm(as_completed(futures), total=len(futures), desc="Jobs", unit="job"):
             result = future.result()
             numbers, pictures = _files(args, *futures[future])
             save_file({"pictures": result.pop("pictures")}, pictures)
-            numbers.write_text(json.dumps(result))
+            partial = numbers.with_suffix(".partial")
+            partial.write_text(json.dumps(result))
+            partial.replace(numbers)  # a job counts once its numbers are there in full
     return [
         json.loads(numbers.read_text()) | {"pictures": load_file(pictures)["pictures"]}
         for numbers, pictures in (_files(args, *job) for job in jobs)
@@ -144,7 +155,7 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
     ]
     for method, row in table.items():
         lines.append(
-            f"| {TITLES.get(method, method)} | {row['fidelity']:.2f} | {row['prompt']:.2f} | {row['prompt_share']:.2f}"
+            f"| {TITLES[method]} | {row['fidelity']:.2f} | {row['prompt']:.2f} | {row['prompt_share']:.2f}"
             f" | {row['prior_drift']:.1f} | {row['prior_diversity']:.2f} | {row['diversity']:.2f}"
             f" | {row['seconds']:.0f} | {row['peak_gib'] or '-'} |"
         )
@@ -162,9 +173,7 @@ def sheet(results: list[dict[str, Any]], subjects: list[int]) -> Image.Image:
         for r in results:
             if r["seed"] == seed:
                 pictures = [to_pil(picture / 255) for picture in r["pictures"]]
-                rows.append(
-                    Row(title=TITLES.get(r["method"], r["method"]), pictures=pictures, captions=captions)
-                )
+                rows.append(Row(title=TITLES[r["method"]], pictures=pictures, captions=captions))
     return contact_sheet(rows)
 
 
@@ -173,7 +182,10 @@ def _start(workers: int) -> None:
 
 
 def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, Path]:
-    stem = f"{seed}-{method.name}-{args.steps}-{args.seeds}"
+    settings = json.dumps(
+        [asdict(method), args.steps, args.seeds, args.sampling_steps, prompts.training_captions()]
+    )
+    stem = f"{seed}-{method.name}-{args.steps}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     return args.workdir / f"{stem}.json", args.workdir / f"{stem}.safetensors"
 
 
@@ -186,7 +198,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--subjects", type=int, default=3, help="K judging subjects, the odd seeds from 1")
     parser.add_argument("--development", action="store_true", help="even seeds instead, to tune on")
     parser.add_argument("--methods", nargs="+", help="only these; 'untuned' must be among them")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=400 if torch.cuda.is_available() else 200,
+        help="optimizer steps a method",
+    )
+    parser.add_argument("--sampling-steps", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
     parser.add_argument(
         "--workers",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks import prompts as P
@@ -31,7 +32,7 @@ from tiny_world.sheets import to_pil
 from tiny_world.subjects import random_shot, shot_parts, subject
 
 BASE = Path("base_models/tiny-sdxl")
-SAMPLING_STEPS, GUIDANCE = 15, 5.0
+GUIDANCE = 5.0
 REAL_SHOTS = 16
 
 
@@ -49,7 +50,9 @@ class Method:
     trained: bool = True
 
 
-def run_job(seed: int, method: Method, *, steps: int, seeds: int, device: str) -> dict[str, Any]:
+def run_job(
+    seed: int, method: Method, *, steps: int, seeds: int, sampling_steps: int, device: str
+) -> dict[str, Any]:
     """Results of one job as flat numbers, and `pictures`, uint8 [prompts, 3, 256, 256] of the first seed."""
     torch.manual_seed(0)
     started = time.monotonic()
@@ -63,7 +66,7 @@ def run_job(seed: int, method: Method, *, steps: int, seeds: int, device: str) -
         pipeline = TunedPipeline(load_pipeline(BASE, torch.device(device)))
         pipeline.activate(tuned)
         pipeline.pipeline.set_progress_bar_config(disable=True)
-        numbers, pictures = _judge(seed, pipeline, seeds, device, untuned=tuned is None)
+        numbers, pictures = _judge(seed, pipeline, seeds, sampling_steps, device, untuned=tuned is None)
     numbers["train_seconds"] = round(learnt - started, 1) if method.trained else 0.0
     numbers["seconds"] = round(time.monotonic() - started, 1)
     if device == "cuda":
@@ -85,47 +88,82 @@ def real_pictures(seed: int, n: int = REAL_SHOTS) -> Tensor:
     return render(pad([shot_parts(s, cast, 900_000 + i) for i, s in enumerate(scenes)])).images
 
 
-def _learn(seed: int, method: Method, folder: Path, steps: int, device: str) -> artifacts.FineTune:
-    raw = folder / "raw"
-    raw.mkdir()
-    for i, picture in enumerate(training_pictures(seed)):
-        to_pil(picture).save(raw / f"{i}.png")
-    with (raw / "captions.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image_file", "caption"))
-        writer.writerows((f"{i}.png", caption) for i, caption in enumerate(P.training_captions()))
+def learn(
+    raw: Path,
+    folder: Path,
+    method: Method,
+    *,
+    base: Path,
+    token_map: str,
+    resolution: int,
+    steps: int,
+    batch_size: int,
+    device: str,
+    gradient_checkpointing: bool = False,
+) -> artifacts.FineTune:
+    """Fine-tune `base` on the pictures and captions in `raw` with the project's own stages, in the empty `folder`."""
     config = TrainingConfig(
-        base=str(BASE),
-        token_map=f"{P.NAME}:2",
-        resolution=256,
+        base=str(base),
+        token_map=token_map,
+        resolution=resolution,
         max_train_steps=steps,
-        train_batch_size=4,
+        train_batch_size=batch_size,
         unet_learning_rate=method.rate or 1e-6,
         lora_lr=method.rate,
         ti_lr=method.ti_rate,
         is_lora=method.lora,
         lora_rank=16,
         lr_scheduler="cosine",
-        lr_warmup_steps=5,
+        lr_warmup_steps=min(5, steps - 1),
         seed=0,
         checkpointing_steps=0,
         pivot_fraction=method.ti,
-        gradient_checkpointing=False,
+        gradient_checkpointing=gradient_checkpointing,
     )
-    dataset = prepare_dataset(raw, folder / "dataset", config=PreprocessConfig(target_size=256))
-    components = load_components(BASE, is_lora=method.lora, device=torch.device(device))
+    dataset = prepare_dataset(raw, folder / "dataset", config=PreprocessConfig(target_size=resolution))
+    components = load_components(base, is_lora=method.lora, device=torch.device(device))
     examples = cache_examples(dataset, components, TokenMap.parse(config.token_map), seed=0)
     model = fine_tune(components, examples, config)
     artifacts.write(model, folder / "tuned", {})
     return artifacts.read(folder / "tuned", folder / "unpacked")
 
 
+def write_raw(folder: Path, pictures: list[Image.Image], captions: list[str]) -> None:
+    """Pictures and their captions.csv, as people hand them over, into the new `folder`."""
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i}.png")
+    with (folder / "captions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image_file", "caption"))
+        writer.writerows((f"{i}.png", caption) for i, caption in enumerate(captions))
+
+
+def _learn(seed: int, method: Method, folder: Path, steps: int, device: str) -> artifacts.FineTune:
+    write_raw(folder / "raw", [to_pil(picture) for picture in training_pictures(seed)], P.training_captions())
+    return learn(
+        folder / "raw",
+        folder,
+        method,
+        base=BASE,
+        token_map=f"{P.NAME}:2",
+        resolution=256,
+        steps=steps,
+        batch_size=4,
+        device=device,
+    )
+
+
 def _judge(
-    seed: int, tuned: TunedPipeline, seeds: int, device: str, *, untuned: bool
+    seed: int, tuned: TunedPipeline, seeds: int, sampling_steps: int, device: str, *, untuned: bool
 ) -> tuple[dict[str, float], Tensor]:
     scorer = Scorer(device=device)
     asked, known, prior = P.subject_prompts(), P.known_prompts(), P.prior_prompts()
-    drawn = [_draw(tuned, [prompt for prompt, _ in asked], 100 + i) for i in range(seeds)]
+
+    def drawn_of(prompts: list[str], seed: int) -> Tensor:
+        return draw(tuned, prompts, seed, side=256, steps=sampling_steps)
+
+    drawn = [drawn_of([prompt for prompt, _ in asked], 100 + 50 * i) for i in range(seeds)]
     pictures = torch.cat(drawn)
     real = scorer.identity(real_pictures(seed))
     others = scorer.identity(real_pictures(seed + 2, 8))
@@ -135,14 +173,16 @@ def _judge(
         "real_similarity": float((real @ real.T).fill_diagonal_(0).sum() / (len(real) * (len(real) - 1))),
         "other_similarity": float((real @ others.T).mean()),
     }
+    for i, value in enumerate((embedded @ real.T).mean(1).view(seeds, -1).mean(0).tolist()):
+        numbers[f"similarity_prompt_{i}"] = round(value, 3)
     met = following(scorer.attributes(pictures), [scene for _, scene in asked] * seeds)
     numbers |= {f"prompt_{name}": value for name, value in shares(met).items()}
     for name, pairs in (("known", known), ("prior", prior)) if untuned else (("prior", prior),):
-        images = _draw(tuned, [prompt for prompt, _ in pairs], 200)
+        images = drawn_of([prompt for prompt, _ in pairs], 200)
         met = following(scorer.attributes(images), [scene for _, scene in pairs])
         numbers |= {f"{name}_{key}": value for key, value in shares(met).items()}
     numbers["diversity"] = spread(pictures.unflatten(0, (seeds, -1)).transpose(0, 1))
-    again = _draw(tuned, [P.DIVERSITY_PROMPT] * 6, 300)
+    again = drawn_of([P.DIVERSITY_PROMPT] * 6, 300)
     numbers["prior_diversity"] = spread(again.unsqueeze(0))
     return numbers, (drawn[0] * 255).round().to(torch.uint8).contiguous()
 
@@ -160,14 +200,15 @@ def spread(pictures: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _draw(tuned: TunedPipeline, prompts: list[str], seed: int) -> Tensor:
-    """One picture a prompt, [n, 3, 256, 256] in 0..1 on the CPU; picture i from the seed `seed` + i."""
-    return tuned.pipeline(
+def draw(tuned: TunedPipeline, prompts: list[str], seed: int, *, side: int, steps: int) -> Tensor:
+    """One picture a prompt, [n, 3, side, side] in 0..1 on the CPU; picture i from the seed `seed` + i."""
+    output: Any = tuned.pipeline(
         prompt=[tuned.token_map.substitute(prompt) for prompt in prompts],
-        num_inference_steps=SAMPLING_STEPS,
+        num_inference_steps=steps,
         guidance_scale=GUIDANCE,
-        height=256,
-        width=256,
+        height=side,
+        width=side,
         generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
         output_type="pt",
-    ).images.float().cpu()  # fmt: skip
+    )
+    return output.images.float().cpu()

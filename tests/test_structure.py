@@ -10,7 +10,7 @@ from tests.conftest import REPOSITORY
 DOORS = {"train.py", "predict.py", "preprocess.py"}
 SOURCES = sorted(
     path
-    for pattern in ("*.py", "sdxl/*.py", "tools/*.py", "tiny_world/*.py")
+    for pattern in ("*.py", "sdxl/*.py", "tools/*.py", "tiny_world/*.py", "benchmarks/*.py")
     for path in REPOSITORY.glob(pattern)
 )
 LAYERS = ["dataset_and_utils", "sdxl", "preprocess", "train", "predict", "demo"]
@@ -40,10 +40,10 @@ def test_only_the_doors_know_cog(path: Path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_imports_point_one_way(path: Path):
-    ours = imported(path) & {*LAYERS, "tiny_world", "tools", "tests"}
+    ours = imported(path) & {*LAYERS, "tiny_world", "benchmarks", "tools", "tests"}
     name = layer(path)
     if name in LAYERS:
-        above = set(LAYERS[LAYERS.index(name) + 1 :]) | {"tiny_world", "tools", "tests"}
+        above = set(LAYERS[LAYERS.index(name) + 1 :]) | {"tiny_world", "benchmarks", "tools", "tests"}
         assert not ours & above
     if name == "dataset_and_utils":
         assert not ours

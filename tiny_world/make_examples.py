@@ -2,7 +2,9 @@
 
 - `crowny.zip`: one subject with captions, named TOK;
 - `doggo_robo.zip`: two subjects, named DOGGO_TOK and ROBO_TOK, alone and together;
-- `bunny.zip`: one subject, pictures only.
+- `bunny.zip`: one subject, pictures only;
+- `crowny/`: the pictures and captions of `crowny.zip` as a folder;
+- `crowny_1024.zip`: the same subject at SDXL's size in more varied scenes.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in archives().items():
         (folder / name).write_bytes(data)
+    (folder / "crowny").mkdir(exist_ok=True)
+    for name, data in _files(_alone("TOK"), {"TOK": subject(CROWNY)}, seed=148, captions=True).items():
+        (folder / "crowny" / name).write_bytes(data)
 
 
 def archives() -> dict[str, bytes]:
@@ -50,14 +55,17 @@ def archives() -> dict[str, bytes]:
             _alone("DOGGO_TOK")[:3] + _alone("ROBO_TOK")[3:6] + together, pair, seed=210, captions=True
         ),
         "bunny.zip": _archive(_alone("TOK")[:6], {"TOK": subject(BUNNY)}, seed=234, captions=False),
+        "crowny_1024.zip": _archive(
+            _varied("TOK"), {"TOK": subject(CROWNY)}, seed=1024, captions=True, side=1024
+        ),
     }
 
 
 def describe(scene: Scene) -> str:
     """The caption of an example: who, where, and on which background."""
-    where = (
-        f"{RELATIONS[scene.relation][0]} {scene.second_kind}" if scene.relation else places(scene.position)[0]
-    )
+    second = f"a {scene.second_colour} {scene.second_kind}" if scene.second_colour else scene.second_kind
+    second = (second or "").replace("a orange", "an orange")
+    where = f"{RELATIONS[scene.relation][0]} {second}" if scene.relation else places(scene.position)[0]
     texture = "" if scene.texture == "plain" else f"{scene.texture} "
     article = "an" if scene.background[0] in "aeio" else "a"
     return f"a photo of {scene.kind} {where} on {article} {scene.background} {texture}background"
@@ -76,6 +84,19 @@ def _alone(name: str) -> list[Scene]:
     ]
 
 
+def _varied(name: str) -> list[Scene]:
+    return [
+        _shot(name, "middle", "cyan", "gradient", size="large"),
+        _shot(name, "middle", "white", "plain", second="house", colour="red", relation="left of"),
+        _shot(name, "bottom left", "orange", "dotted", size="small"),
+        _shot(name, "middle", "green", "plain", second="tree", colour="brown", relation="right of"),
+        _shot(name, "right", "yellow", "checkered"),
+        _shot(name, "middle", "pink", "plain", second="car", colour="blue", relation="on top of"),
+        _shot(name, "middle", "purple", "striped", size="large"),
+        _shot(name, "middle", "gray", "gradient", second="fish", colour="orange", relation="next to"),
+    ]
+
+
 def _shot(
     name: str,
     position: str,
@@ -84,6 +105,7 @@ def _shot(
     *,
     size: str = "medium",
     second: str | None = None,
+    colour: str | None = None,
     relation: str | None = None,
 ) -> Scene:
     return Scene(
@@ -94,17 +116,20 @@ def _shot(
         background=background,
         texture=texture,
         second_kind=second,
+        second_colour=colour,
         relation=relation,
     )
 
 
-def _archive(scenes: list[Scene], cast: dict[str, Subject], *, seed: int, captions: bool) -> bytes:
-    """A zip of 0.png, 1.png, ... and captions.csv, with fixed dates."""
-    table = pad([shot_parts(scene, cast, seed * 1000 + i) for i, scene in enumerate(scenes)])
+def _files(
+    scenes: list[Scene], cast: dict[str, Subject], *, seed: int, captions: bool, side: int = 256
+) -> dict[str, bytes]:
+    """0.png, 1.png, ... of `side` pixels, and captions.csv."""
     files: dict[str, bytes] = {}
-    for i, image in enumerate(render(table).images):
+    for i, scene in enumerate(scenes):
         buffer = io.BytesIO()
-        to_pil(image).save(buffer, format="PNG")
+        picture = render(pad([shot_parts(scene, cast, seed * 1000 + i)]), size=side).images[0]
+        to_pil(picture).save(buffer, format="PNG", optimize=side > 256)
         files[f"{i}.png"] = buffer.getvalue()
     if captions:
         text = io.StringIO()
@@ -112,9 +137,16 @@ def _archive(scenes: list[Scene], cast: dict[str, Subject], *, seed: int, captio
         writer.writerow(("image_file", "caption"))
         writer.writerows((f"{i}.png", describe(scene)) for i, scene in enumerate(scenes))
         files["captions.csv"] = text.getvalue().encode()
+    return files
+
+
+def _archive(
+    scenes: list[Scene], cast: dict[str, Subject], *, seed: int, captions: bool, side: int = 256
+) -> bytes:
+    """A zip of the files, with fixed dates."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in files.items():
+        for name, data in _files(scenes, cast, seed=seed, captions=captions, side=side).items():
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
     return out.getvalue()
 

@@ -1,0 +1,201 @@
+"""The quality bench: the scorer's ceilings, what its measures mean, and small real runs of both harnesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+
+from benchmarks import prompts
+from benchmarks.base import autoencoder_identity
+from benchmarks.dreambench import Encoders, real_scores
+from benchmarks.quality import flat_keys, markdown, summarise
+from benchmarks.subject_job import real_pictures, spread, training_pictures
+from tests.conftest import REPOSITORY, TINY_BASE
+from tiny_world.following import following, shares
+from tiny_world.scorer import Scorer
+from tiny_world.sheets import to_pil
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    return Scorer(device="cpu")
+
+
+def run(module: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_scorer_tells_creatures_apart(scorer: Scorer):
+    embedded = [scorer.identity(real_pictures(seed, 4)) for seed in (0, 2, 4, 6)]
+    for i, own in enumerate(embedded):
+        assert float((own @ own.T).min()) > 0.8
+        for other in embedded[i + 1 :]:
+            assert float((own @ other.T).max()) < 0.6
+
+
+def test_the_scorer_sees_what_the_training_pictures_were_asked_to_show(scorer: Scorer):
+    met = following(scorer.attributes(training_pictures(0)), prompts.TRAINING)
+    assert shares(met)["all"] >= 5 / 6
+    wrong = following(scorer.attributes(training_pictures(0).flip(0)), prompts.TRAINING)
+    assert shares(wrong)["all"] < 0.5
+
+
+def test_the_autoencoder_keeps_identities_it_was_never_shown():
+    assert autoencoder_identity(TINY_BASE, "cpu", subjects=3, shots=4) > 0.8
+
+
+def test_prompts_ask_for_places_and_backgrounds_that_the_training_pictures_do_not_show():
+    shown = {(scene.background, scene.texture) for scene in prompts.TRAINING}
+    for text, scene in prompts.subject_prompts():
+        assert prompts.NAME in text and (scene.background, scene.texture) not in shown
+    assert all(prompts.KNOWN in text for text, _ in prompts.known_prompts())
+
+
+def test_spread_is_nought_for_equal_pictures_and_the_distance_for_others():
+    black, white = torch.zeros(3, 64, 64), torch.ones(3, 64, 64)
+    assert spread(torch.stack([black, black]).unsqueeze(0)) == 0
+    assert spread(torch.stack([black, white]).unsqueeze(0)) == pytest.approx(1)
+    assert spread(black[None, None]) == 0
+
+
+def test_fidelity_is_1_for_real_pictures_and_0_for_the_untuned_base():
+    common = {
+        "seed": 0,
+        "real_similarity": 0.9,
+        "prompt_all": 0.8,
+        "prior_diversity": 0.3,
+        "diversity": 0.2,
+        "seconds": 1,
+    }
+    untuned = common | {"method": "untuned", "similarity": 0.1, "known_all": 1.0, "prior_all": 0.95}
+    tuned = common | {"method": "full_pivotal", "similarity": 0.9, "prior_all": 0.9}
+    table = summarise([untuned, tuned])
+    assert table["untuned"]["fidelity"] == 0 and table["full_pivotal"]["fidelity"] == 1
+    assert table["full_pivotal"]["prompt_share"] == 0.8
+    assert flat_keys(table)["prior_drift_full_pivotal"] == pytest.approx(5)
+    assert "full UNet + pivotal | 1.00 | 0.80" in markdown(table)
+
+
+@pytest.mark.timeout(280)
+def test_a_small_run_of_the_quality_bench_goes_on_where_it_was(tmp_path):
+    arguments = ["--subjects", "1", "--development", "--methods", "untuned", "lora_pivotal", "--steps", "2"]
+    arguments += [
+        "--seeds",
+        "1",
+        "--sampling-steps",
+        "2",
+        "--base-prompts",
+        "2",
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--workdir", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
+    run("benchmarks.quality", *arguments)
+    first = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "work").iterdir()}
+    table = run("benchmarks.quality", *arguments)
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "work").iterdir()} == first
+    assert len(first) == 4 and "| LoRA + pivotal |" in table
+    written = json.loads((tmp_path / "out" / "quality.json").read_text())
+    for key in (
+        "fidelity_lora_pivotal",
+        "base_kind",
+        "base_colour",
+        "autoencoder_psnr",
+        "machine",
+        "versions",
+    ):
+        assert key in written
+    assert Image.open(tmp_path / "out" / "quality.jpg").width > 1000
+
+
+def tiny_encoders(folder) -> tuple[str, str]:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ViTModel(ViTConfig(**size, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(
+        folder / "dino"
+    )
+    text = size | {"vocab_size": 1200, "eos_token_id": 2}
+    vision = size | {"image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(
+        folder / "clip"
+    )
+    for file in (TINY_BASE / "tokenizer").iterdir():
+        (folder / "clip" / file.name).write_bytes(file.read_bytes())
+    return str(folder / "dino"), str(folder / "clip")
+
+
+def test_dino_and_clip_give_unit_vectors_and_real_scores_leave_out_a_picture_against_itself(tmp_path):
+    encoders = Encoders(*tiny_encoders(tmp_path), device="cpu")
+    pictures = list(torch.rand(3, 3, 40, 56))
+    for vectors in (
+        encoders.dino_images(pictures),
+        encoders.clip_images(pictures),
+        encoders.clip_texts(["a dog"]),
+    ):
+        assert torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)), atol=1e-5)
+    same = real_scores(encoders, [pictures[0], pictures[0]])
+    assert same["dino"] == pytest.approx(1, abs=1e-5)
+    assert real_scores(encoders, pictures)["dino"] < 0.99999
+
+
+@pytest.mark.timeout(280)
+def test_a_small_run_of_the_dreambench_writes_its_table(tmp_path):
+    folder = tmp_path / "pictures" / "bear_plushie2"
+    folder.mkdir(parents=True)
+    for i, picture in enumerate(training_pictures(0)[:3]):
+        to_pil(picture).save(folder / f"{i}.png")
+    dino, clip = tiny_encoders(tmp_path)
+    table = run(
+        "benchmarks.dreambench",
+        str(tmp_path / "pictures"),
+        *("--base", str(TINY_BASE), "--dino", dino, "--clip", clip, "--resolution", "256", "--steps", "2"),
+        *("--prompts", "2", "--seeds", "1", "--sampling-steps", "2", "--batch-size", "2", "--device", "cpu"),
+        *("--methods", "untuned base", "full UNet + pivotal", "--output", str(tmp_path / "out.json")),
+    )
+    scores = json.loads((tmp_path / "out.json").read_text())["scores"]
+    assert set(scores) == {"real pictures", "untuned base", "full UNet + pivotal"}
+    assert all(-1 <= value <= 1 for rows in scores.values() for row in rows for value in row.values())
+    assert table.startswith("| method | DINO | CLIP-I | CLIP-T |")
+
+
+def test_the_refiner_draws_from_a_picture_with_its_second_encoder_alone():
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(
+        REPOSITORY / "base_models" / "tiny-sdxl-refiner",
+        variant="fp16",
+        torch_dtype=torch.float32,
+        add_watermarker=False,
+    )
+    assert pipeline.text_encoder is None and pipeline.config["requires_aesthetics_score"]
+    pipeline.set_progress_bar_config(disable=True)
+    before = training_pictures(0)[:1]
+    output: Any = pipeline(
+        "a photo of a robot on a plain white background",
+        image=before,
+        strength=0.2,
+        num_inference_steps=10,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    )
+    assert float((output.images - before).abs().mean()) < 0.08, "a light refinement keeps the picture"
