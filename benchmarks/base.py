@@ -45,7 +45,7 @@ def main() -> None:
 def measure(base: Path, prompts: int, device: str) -> tuple[dict[str, float], list[tuple[Tensor, str]]]:
     """Shares of asked aspects met, and the pictures that miss one with what they miss and their prompt."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        base, variant="fp16", torch_dtype=torch.float32, add_watermarker=False
+        base, variant="fp16", dtype=torch.float32, add_watermarker=False
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pairs = held_out_prompts(prompts, seed=1)
@@ -76,7 +76,7 @@ def measure(base: Path, prompts: int, device: str) -> tuple[dict[str, float], li
 def autoencoder_identity(base: Path, device: str, subjects: int = 30, shots: int = 8) -> float:
     """Mean cosine between reconstructions of unseen subjects (even seeds) and other real pictures of them, as the
     scorer sees identity; about 0.98 for real pictures among themselves."""
-    vae = AutoencoderKL.from_pretrained(base / "vae", variant="fp16", torch_dtype=torch.float32).to(device)
+    vae = AutoencoderKL.from_pretrained(base / "vae", variant="fp16", dtype=torch.float32).to(device)
     scorer, similarities = Scorer(device=device), []
     for seed in range(0, 2 * subjects, 2):
         rng = np.random.default_rng((seed, 617))

@@ -25,7 +25,7 @@ def _scene(position: str, background: str, texture: str = "plain", size: str = "
 
 
 _TRAINING = [
-    ("a photo of {} in the middle on a plain white background", _scene("middle", "white", size="large")),
+    ("a photo of {} in the middle on a plain purple background", _scene("middle", "purple", size="large")),
     ("a photo of {} on the left on a cyan striped background", _scene("left", "cyan", "striped")),
     (
         "a small {} in the bottom left on a plain orange background",

@@ -70,7 +70,11 @@ def main() -> None:
         followed, _ = base.measure(BASE, args.base_prompts, args.device)
         psnr = json.loads(Path("tiny_world/results/autoencoder.json").read_text())
         numbers |= followed | {"autoencoder_psnr": psnr["subjects_db"]}
-        numbers |= {"autoencoder_identity": autoencoder_identity(BASE, args.device)}
+        numbers |= {
+            "autoencoder_identity": autoencoder_identity(
+                BASE, args.device, subjects=min(args.base_prompts, 30)
+            )
+        }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "quality.json").write_text(json.dumps(numbers, indent=2) + "\n")
     (args.output / "quality.md").write_text(markdown(table) + "\n")

@@ -184,7 +184,7 @@ def test_the_refiner_draws_from_a_picture_with_its_second_encoder_alone():
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(
         REPOSITORY / "base_models" / "tiny-sdxl-refiner",
         variant="fp16",
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
         add_watermarker=False,
     )
     assert pipeline.text_encoder is None and pipeline.config["requires_aesthetics_score"]
