@@ -200,7 +200,12 @@ def _pictures(folder: Path) -> list[Image.Image]:
     files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in EXTENSIONS]
     if len(files) < 2:
         raise UserInputError(f"{folder} holds {len(files)} pictures: give at least 2 of the subject.")
-    return [ImageOps.exif_transpose(Image.open(file)).convert("RGB") for file in files]
+    return [_picture(file) for file in files]
+
+
+def _picture(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def _tensor(picture: Image.Image) -> Tensor:

@@ -125,7 +125,8 @@ def test_a_small_run_of_the_quality_bench_goes_on_where_it_was(tmp_path):
         "versions",
     ):
         assert key in written
-    assert Image.open(tmp_path / "out" / "quality.jpg").width > 1000
+    with Image.open(tmp_path / "out" / "quality.jpg") as sheet:
+        assert sheet.width > 1000
 
 
 def tiny_encoders(folder) -> tuple[str, str]:
