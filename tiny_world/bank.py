@@ -6,15 +6,17 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from tiny_world.captions import caption
-from tiny_world.figures import figure_parts
+from tiny_world.figures import draw_toy, figure_parts
 from tiny_world.parts import pad
-from tiny_world.scenes import View, random_scene, scene_parts
+from tiny_world.scenes import Draw, Scene, View, random_scene, scene_parts, toy_scene
 from tiny_world.tokens import END, encode_words, vocabulary
+from tiny_world.words import TOYS
 
 CAPTIONS = 4
 """Wordings per scene."""
@@ -32,8 +34,8 @@ class Chunk(NamedTuple):
 
 
 class Order(NamedTuple):
-    """A chunk to make: what ("scenes" or "figures"), its seed, how many, and how ("whole", "crop" or
-    "coarse")."""
+    """A chunk to make: what ("scenes", "toys" for scenes with figures in them, or "figures"), its seed, how many, and
+    how ("whole", "crop" or "coarse")."""
 
     what: str
     seed: int
@@ -42,8 +44,9 @@ class Order(NamedTuple):
 
 
 def orders(what: str, total: int, *, seed: int, chunk: int = 1000) -> list[Order]:
-    """Orders of `total` pictures; every tenth chunk of scenes is cropped, every tenth coarse (192 pixels)."""
-    how = {3: "crop", 7: "coarse"} if what == "scenes" else {}
+    """Orders of `total` pictures; every tenth chunk of captioned ones is cropped, every tenth coarse (192
+    pixels)."""
+    how = {3: "crop", 7: "coarse"} if what != "figures" else {}
     starts = range(0, total, chunk)
     return [
         Order(what, seed + i, min(chunk, total - s), how.get(i % 10, "whole")) for i, s in enumerate(starts)
@@ -60,15 +63,21 @@ def make(order: Order) -> Chunk:
     pictures, ids, times = [], [], []
     size = 192 if order.how == "coarse" else 256
     for _ in range(order.n):
-        scene = random_scene(rng)
+        scene = toy_scene(rng) if order.what == "toys" else random_scene(rng)
         view, time = View(), (size, size, 0, 0, 256, 256)
         if order.how == "crop":
             top, left = (int(v) for v in rng.integers(0, 65, 2))
             view, time = View(320 / 256, left / 256, top / 256), (320, 320, top, left, 256, 256)
-        pictures.append(scene_parts(scene, rng, view=view))
+        pictures.append(scene_parts(scene, rng, view=view, cast=_toys(scene)))
         ids.append([encode_words(caption(scene, rng), end) for _ in range(CAPTIONS)])
         times.append(time)
     return Chunk(pad(pictures), np.asarray(ids), np.asarray(times, np.float32), size)
+
+
+def _toys(scene: Scene) -> dict[str, Draw]:
+    """How the scene's toys are drawn: a new figure every time."""
+    things = {scene.kind: scene.colour, scene.second_kind: scene.second_colour}
+    return {kind: partial(draw_toy, colours=colours) for kind, colours in things.items() if kind in TOYS}
 
 
 def make_all(wanted: list[Order], workers: int) -> Iterator[Chunk]:

@@ -1,4 +1,4 @@
-"""The base and refiner stages: text encoders and UNet from scratch on cached latents."""
+"""The base, toys and refiner stages: text encoders and UNet on cached latents."""
 
 from __future__ import annotations
 
@@ -32,16 +32,24 @@ class Latents(NamedTuple):
     time_ids: Tensor
 
 
-def train_base(run: Run) -> None:
-    """Train UNet and both text encoders together; save their EMA and sheets of samples."""
+def train_base(run: Run, *, stage: str = "base") -> None:
+    """Train UNet and both text encoders together; save their EMA and sheets of samples.
+
+    stage: "base" from scratch on scenes of the 16 kinds; "toys" from there on scenes in which random figures stand, so
+    that the base can place and relate things that it has no name for, as SDXL can.
+    """
     sizes = SMOKE if run.smoke else FULL
-    torch.manual_seed(2)
-    bank = latent_bank(run)
-    first, second = (m.to(run.device) for m in build_text_encoders(sizes))
-    unet = build_unet(sizes).to(run.device)
+    torch.manual_seed(2 if stage == "base" else 4)
+    bank = latent_bank(run, toys=stage == "toys")
+    first, second = build_text_encoders(sizes)
+    unet = build_unet(sizes)
     modules: dict[str, nn.Module] = {"text_encoder": first, "text_encoder_2": second, "unet": unet}
+    for name, module in modules.items():
+        if stage == "toys":
+            load_half_weights(module, run.fetch / f"{name}.safetensors")
+        module.to(run.device)
     trainer = Trainer(modules=modules, run=run, peak=1e-3, warmup=300, ema_decay=0.999)
-    trainer.resume("base")
+    trainer.resume(stage)
     alphas = alphas_cumprod(run.device)
     batch = 4 if run.smoke else 512
 
@@ -61,13 +69,13 @@ def train_base(run: Run) -> None:
         parts = ema_parts()
         for name, part in parts.items():
             save_half_weights(part, run.fetch / f"{name}.safetensors")
-        name = "base" if final else f"base_{trainer.step:06d}"
+        name = stage if final else f"{stage}_{trainer.step:06d}"
         numbers = sample_sheet(run, load_vae(run), parts, name=name, n=32 if not run.smoke else 2)
-        run.record("base samples", step=trainer.step, **numbers)
+        run.record(f"{stage} samples", step=trainer.step, **numbers)
 
     if run.cuda:
         use_faster_format(unet, loss)
-    done = trainer.train(loss, stage="base", every=look)
+    done = trainer.train(loss, stage=stage, every=look)
     look(trainer, final=done)
 
 
@@ -75,7 +83,7 @@ def train_refiner(run: Run) -> None:
     """Train the refiner's small UNet on low noise, with the base's second text encoder frozen."""
     sizes = SMOKE if run.smoke else FULL
     torch.manual_seed(3)
-    bank = latent_bank(run, scale=0.2)
+    bank = latent_bank(run, toys=True, scale=0.2)
     _, second = build_text_encoders(sizes)
     load_half_weights(second, run.fetch / "text_encoder_2.safetensors")
     second = second.to(run.device, run.dtype).eval().requires_grad_(False)
@@ -107,12 +115,16 @@ def train_refiner(run: Run) -> None:
 
 
 @torch.no_grad()
-def latent_bank(run: Run, *, scale: float = 1.0) -> Latents:
-    """Render scenes, encode them once, keep the latents on the device."""
+def latent_bank(run: Run, *, toys: bool, scale: float = 1.0) -> Latents:
+    """Render scenes, encode them once, keep the latents on the device. toys: three in five scenes have toys."""
     total = int((8 if run.smoke else 150_000) * (scale if not run.smoke else 1))
+    wanted = orders("scenes", total, seed=100_000)
+    if toys:
+        total = total // 5
+        wanted = orders("scenes", 2 * total, seed=200_000) + orders("toys", 3 * total, seed=300_000)
     vae = load_vae(run).to(run.dtype)
     z, ids, times = [], [], []
-    for chunk in make_all(orders("scenes", total, seed=100_000), run.workers):
+    for chunk in make_all(wanted, run.workers):
         for images in images_of(chunk.table, run.device, chunk.size).split(250):
             mean = vae.encode((images / 127.5 - 1).to(run.dtype)).latent_dist.mean
             z.append((mean.float() * SCALING_FACTOR).half())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tiny_world.scenes import Scene, random_scene
-from tiny_world.words import BACKGROUND_LINKS, KINDS, LEADS, RELATIONS, TEXTURE_NOUNS, places
+from tiny_world.words import BACKGROUND_LINKS, KINDS, LEADS, RELATIONS, TEXTURE_NOUNS, TOYS, places
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> str:
@@ -46,7 +46,7 @@ def held_out_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
 
 def _thing(kind: str, colour: str | None, size: str | None, rng: np.random.Generator, *, full: bool) -> str:
     """Noun phrase with its article; the name of a subject stands alone unless its size is named."""
-    named = kind not in KINDS
+    named = kind not in KINDS + TOYS
     words = []
     share = {"small": 0.65, "medium": 0.2, "large": 0.65}.get(size or "", 0.0) * (0.3 if named else 1.0)
     if size and rng.random() < share:

@@ -1,9 +1,12 @@
-"""Figures: random many-part pictures of arbitrary colours, which only the autoencoder is trained on.
+"""Figures: random many-part things of arbitrary colours, as complex as subjects (small eyes, thin limbs), and drawn by
+rules of their own.
 
-Far broader than scenes, as complex as subjects (small eyes, thin limbs), and drawn by rules of their own.
+The autoencoder sees them in any number and place; the base sees one or two in the places of a scene's objects.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,6 +16,7 @@ from tiny_world.scenes import background_parts, jittered
 from tiny_world.words import COLOURS, TEXTURES
 
 ROUND = 2 * np.pi
+Span = tuple[float, float]
 
 
 def figure_parts(rng: np.random.Generator) -> list[list[float]]:
@@ -43,9 +47,67 @@ def figure_parts(rng: np.random.Generator) -> list[list[float]]:
     return rows
 
 
-def _grow(f: Frame, rng: np.random.Generator) -> None:
-    """A figure around a trunk: mirrored limbs and lobes behind it, smaller lumps and eyes in front."""
+def draw_toy(f: Frame, rng: np.random.Generator, colours: str | None) -> None:
+    """One figure into a frame of about -1..1, of any colours or of two named ones ("red and blue"): a trunk and a head
+    of random primitives, with limbs, eyes and odd bits, or one grown around a trunk alone."""
     palette = [_rgb(rng) for _ in range(int(rng.integers(2, 6)))]
+    if colours:
+        palette = [jittered(COLOURS[name], rng, 0.04) for name in colours.split(" and ")]
+    if rng.random() < 0.25:
+        _grow(f.child(0, 0, 0.62, rng.uniform(-0.3, 0.3)), rng, palette)
+        return
+
+    def pick() -> Rgb:
+        return palette[int(rng.integers(len(palette)))]
+
+    trunk = f.child(0, rng.uniform(0.2, 0.4), 1.0, rng.uniform(-0.15, 0.15))
+    head = f.child(rng.uniform(-0.06, 0.06), rng.uniform(-0.5, -0.3), 1.0, rng.uniform(-0.2, 0.2))
+    for _ in range(rng.integers(1, 3)):
+        length, width, tip = rng.uniform(0.45, 0.75), rng.uniform(0.05, 0.14), rng.uniform(0.08, 0.2)
+        rgb, end_rgb, has_tip = pick(), pick(), rng.random() < 0.6
+        angle, swing = rng.uniform(0.1, 2.2), rng.uniform(-0.3, 0.3)
+        for side in (1, -1):
+            end = trunk.limb(0, 0, length, width, side * angle + swing, rgb)
+            if has_tip:
+                end.ellipse(0, 0, tip, tip * 0.8, end_rgb)
+    _mirrored(head, rng, pick, count=int(rng.integers(0, 3)), reach=(0.25, 0.5), size=(0.12, 0.28))
+    _primitive(trunk, rng, float(rng.uniform(0.42, 0.56)), pick(), solid=True)
+    _mirrored(trunk, rng, pick, count=int(rng.integers(0, 3)), reach=(0.0, 0.3), size=(0.06, 0.2))
+    _primitive(head, rng, float(rng.uniform(0.38, 0.54)), pick(), solid=True)
+    _mirrored(head, rng, pick, count=int(rng.integers(0, 3)), reach=(0.05, 0.45), size=(0.05, 0.22))
+    _eyes(head, rng)
+
+
+def _mirrored(
+    f: Frame, rng: np.random.Generator, pick: Callable[[], Rgb], *, count: int, reach: Span, size: Span
+) -> None:
+    """Primitives around the frame's origin, in pairs or one in the middle."""
+    for _ in range(count):
+        angle, far, s, rgb = (
+            rng.uniform(-np.pi, np.pi),
+            rng.uniform(*reach),
+            float(rng.uniform(*size)),
+            pick(),
+        )
+        x, y, state = far * np.sin(angle), far * np.cos(angle), rng.bit_generator.state
+        for side in (1, -1) if rng.random() < 0.6 else (0,):
+            rng.bit_generator.state = state  # both of a pair look alike
+            _primitive(f.child(side * x, y, 1.0, side * angle), rng, s, rgb)
+
+
+def _eyes(f: Frame, rng: np.random.Generator) -> None:
+    """One to three eyes in a row."""
+    n, r, y = int(rng.choice((1, 2, 2, 2, 3))), rng.uniform(0.06, 0.17), rng.uniform(-0.2, 0.1)
+    white, dark, gaze = _rgb(rng, grey=0.8), _rgb(rng, grey=0.6), rng.uniform(-0.35, 0.35, 2) * r
+    for i in range(n):
+        x = (i - (n - 1) / 2) * r * 2.2
+        f.ellipse(x, y, r, r, white)
+        f.ellipse(x + gaze[0], y + gaze[1], r * 0.55, r * 0.55, dark)
+
+
+def _grow(f: Frame, rng: np.random.Generator, palette: Sequence[Rgb] = ()) -> None:
+    """A figure around a trunk: mirrored limbs and lobes behind it, smaller lumps and eyes in front."""
+    palette = list(palette) or [_rgb(rng) for _ in range(int(rng.integers(2, 6)))]
 
     def pick() -> Rgb:
         return palette[int(rng.integers(len(palette)))]
@@ -80,17 +142,18 @@ def _grow(f: Frame, rng: np.random.Generator) -> None:
         )
 
 
-def _primitive(f: Frame, rng: np.random.Generator, size: float, rgb: Rgb) -> None:
-    """One random primitive of about `size` at the frame's origin."""
-    hx, hy = size * rng.uniform(0.5, 1.0), size * rng.uniform(0.5, 1.0)
+def _primitive(f: Frame, rng: np.random.Generator, size: float, rgb: Rgb, *, solid: bool = False) -> None:
+    """One random primitive of about `size` at the frame's origin. solid: one that fills its place."""
+    low = 0.75 if solid else 0.5
+    hx, hy = size * rng.uniform(low, 1.0), size * rng.uniform(low, 1.0)
     options = {}
     if rng.random() < 0.25:
         options["pattern"] = _pattern(rng, 0.5 * size + 0.1, 1.5 * size + 0.2)
     if rng.random() < 0.08:
         options["outline"], options["outline_rgb"] = size * rng.uniform(0.05, 0.2), _rgb(rng)
-    if rng.random() < 0.1:
+    if not solid and rng.random() < 0.1:
         options["cut"] = rng.uniform(-0.3, 0.6)
-    kind = int(rng.choice(6, p=(0.34, 0.24, 0.14, 0.12, 0.1, 0.06)))
+    kind = int(rng.choice(6, p=(0.5, 0.3, 0.2, 0, 0, 0) if solid else (0.34, 0.24, 0.14, 0.12, 0.1, 0.06)))
     if kind == P.ELLIPSE:
         f.ellipse(0, 0, hx, hy, rgb, **options)
     elif kind == P.BOX:

@@ -1,5 +1,5 @@
 """`python -m tiny_world.pretrain`: the pretraining's command line. Stages: tokenizer, autoencoder, base,
-decoder, refiner, export.
+toys, decoder, refiner, export.
 
 Heavy imports stay inside functions: processes that describe pictures import this module again.
 """
@@ -12,8 +12,8 @@ import logging
 import os
 from pathlib import Path
 
-STAGES = ("tokenizer", "autoencoder", "base", "decoder", "refiner", "export")
-MINUTES = {"autoencoder": 6.5, "base": 7.0, "decoder": 3.0, "refiner": 1.0}
+STAGES = ("tokenizer", "autoencoder", "base", "toys", "decoder", "refiner", "export")
+MINUTES = {"autoencoder": 6.5, "base": 7.0, "toys": 5.5, "decoder": 3.0, "refiner": 1.2}
 SMOKE_MINUTES = 0.03
 
 
@@ -61,11 +61,11 @@ def run_stage(stage: str, run, *, output: Path, force: bool) -> None:
         from tiny_world.autoencoder import train_autoencoder
 
         train_autoencoder(run, force=force)
-    elif stage == "base":
+    elif stage in ("base", "toys"):
         from tiny_world.base import train_base
 
         _check_gate(run, force)
-        train_base(run)
+        train_base(run, stage=stage)
     elif stage == "decoder":
         from tiny_world.autoencoder import train_decoder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from tiny_world import parts as P
 from tiny_world.kinds import draw_kind
 from tiny_world.parts import Frame, Pattern, Rgb, shade
-from tiny_world.words import COLOURS, KINDS, POSITIONS, RELATIONS, SIZES, TEXTURES
+from tiny_world.words import COLOURS, KINDS, POSITIONS, RELATIONS, SIZES, TEXTURES, TOYS
 
 HALF_SIZES = {"small": 0.12, "medium": 0.19, "large": 0.29}
 """Half the extent of an object, in canvas widths."""
@@ -31,7 +31,8 @@ Draw = Callable[[Frame, np.random.Generator], None]
 class Scene:
     """What one picture shows. All words are those of `words`.
 
-    kind: a kind, the name of a subject (then `colour` is None), or None for an empty background.
+    kind: a kind, the name of a subject (then `colour` is None), one of `words.TOYS` (then `colour` is None or two
+        colours, "red and blue"), or None for an empty background.
     relation: where the first thing is, seen from the second; `position` is "middle" then.
     """
 
@@ -107,6 +108,24 @@ def random_scene(
         )
         if is_held_out(scene) == held:
             return scene
+
+
+def toy_scene(rng: np.random.Generator) -> Scene:
+    """A random scene in which one thing, or both, is a toy: any figure, whose captions say at most two colours."""
+    scene = random_scene(rng, empty=0.0, pairs=0.4)
+    nouns = [str(noun) for noun in rng.choice(TOYS, 2, replace=False)]
+
+    def looks() -> str | None:
+        return " and ".join(rng.choice(tuple(COLOURS), 2, replace=False)) if rng.random() < 0.4 else None
+
+    if scene.relation is None:
+        return replace(scene, kind=nouns[0], colour=looks())
+    which = rng.random()
+    if which < 0.7:
+        scene = replace(scene, kind=nouns[0], colour=looks())
+    if which > 0.5:
+        scene = replace(scene, second_kind=nouns[1], second_colour=looks())
+    return scene
 
 
 def background_parts(rgb: Rgb, texture: str, rng: np.random.Generator) -> list[list[float]]:

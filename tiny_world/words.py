@@ -1,7 +1,7 @@
 """Every word of the world: colours, kinds, places, textures, and the wording of captions.
 
-Captions use no word outside `caption_words()`. The tokenizer's vocabulary also holds `EXTRA_WORDS`, which
-prompts about subjects use and captions of the pretraining never do.
+Captions use no word outside `caption_words()`. The tokenizer's vocabulary also holds `EXTRA_WORDS`, which people
+may use in prompts; of them the pretraining knows `TOYS` alone.
 """
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -23,6 +23,9 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
 THINGS = ("house", "fish", "tree", "boat", "flower", "mushroom", "car", "cup")
 KINDS = SHAPES + THINGS
+
+TOYS = ("toy", "creature", "figure", "doll", "character", "monster", "robot", "animal")
+"""Nouns for a random figure in an object's place; they say nothing about its looks."""
 
 SIZES = ("small", "medium", "large")
 
