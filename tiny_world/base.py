@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiny_world.autoencoder import SCALING_FACTOR, images_of, load_vae, use_faster_format
+from tiny_world.autoencoder import AT_ONCE, SCALING_FACTOR, images_of, load_vae
 from tiny_world.bank import make_all, orders
 from tiny_world.evaluation import sample_sheet
 from tiny_world.models import FULL, SMOKE, build_text_encoders, build_unet
@@ -73,8 +73,6 @@ def train_base(run: Run, *, stage: str = "base") -> None:
         numbers = sample_sheet(run, load_vae(run), parts, name=name, n=32 if not run.smoke else 2)
         run.record(f"{stage} samples", step=trainer.step, **numbers)
 
-    if run.cuda:
-        use_faster_format(unet, loss)
     done = trainer.train(loss, stage=stage, every=look)
     look(trainer, final=done)
 
@@ -120,8 +118,9 @@ def latent_bank(run: Run, *, toys: bool, scale: float = 1.0) -> Latents:
     total = int((8 if run.smoke else 150_000) * (scale if not run.smoke else 1))
     wanted = orders("scenes", total, seed=100_000)
     if toys:
-        total = total // 5
-        wanted = orders("scenes", 2 * total, seed=200_000) + orders("toys", 3 * total, seed=300_000)
+        total = min(total, 100_000) // 5
+        wanted = orders("scenes", 2 * total, seed=200_000, chunk=AT_ONCE)
+        wanted += orders("toys", 3 * total, seed=300_000, chunk=AT_ONCE)
     vae = load_vae(run).to(run.dtype)
     z, ids, times = [], [], []
     for chunk in make_all(wanted, run.workers):

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 STAGES = ("tokenizer", "autoencoder", "base", "toys", "decoder", "refiner", "export")
-MINUTES = {"autoencoder": 6.5, "base": 7.0, "toys": 5.5, "decoder": 3.0, "refiner": 1.2}
+MINUTES = {"autoencoder": 6.5, "base": 7.0, "toys": 5.0, "decoder": 3.0, "refiner": 1.0}
 SMOKE_MINUTES = 0.03
 
 
