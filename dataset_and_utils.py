@@ -74,6 +74,24 @@ class TokenMap:
         """The tokens to add to the tokenizers, one for each embedding row: `["<s0>", "<s1>", ...]`."""
         return re.findall(r"<s[0-9]+>", "".join(self.placeholders.values()))
 
+    def parse_init(self, text: str) -> dict[str, str]:
+        """Read `NAME:word,NAME:word`, the known words that tokens start from; returns placeholder token → word, such as
+        `{"<s0>": "dog", "<s1>": "dog"}`.
+
+        Raises:
+            ContractError: malformed, or a name that is not in the map.
+        """
+        words: dict[str, str] = {}
+        for entry in (part.strip() for part in text.split(",") if part.strip()):
+            name, colon, word = (part.strip() for part in entry.partition(":"))
+            if not colon or not word or name not in self.placeholders:
+                raise ContractError(
+                    f"token_init {text!r} is wrong at {entry!r}: write NAME:word for tokens of token_map "
+                    f'({", ".join(self.placeholders)}), such as "{next(iter(self.placeholders))}:dog".'
+                )
+            words |= {token: word for token in re.findall(r"<s[0-9]+>", self.placeholders[name])}
+        return words
+
     def substitute(self, text: str) -> str:
         """Put the placeholders in for whole words of `text`; the case matters, and "stock" never holds TOK."""
         if not self.placeholders:

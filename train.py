@@ -44,6 +44,10 @@ def train(
         default="TOK:2",
         description='The new words in your captions and how many embedding rows each one gets, such as "TOK:2" or "CLOCK_TOK:2,MT_TOK:3". Letters and underscore only. More rows hold more detail; 2 is right for most subjects.',
     ),
+    token_init: str = Input(
+        default="",
+        description='A word that the base knows for what each token shows, such as "TOK:dog" or "CLOCK_TOK:clock,MT_TOK:monster": its training starts there instead of from noise.',
+    ),
     global_caption: Optional[str] = Input(
         default=None,
         description='One caption for all pictures, such as "a photo of TOK"; used where the archive brings no captions.',
@@ -183,7 +187,16 @@ def _config(inputs: dict[str, Any], resolution: int, *, images: int) -> Training
         batch_size=inputs["train_batch_size"],
     )
     as_given = (
-        *("token_map", "train_batch_size", "unet_learning_rate", "ti_lr", "is_lora", "lora_rank", "lora_lr"),
+        *(
+            "token_map",
+            "token_init",
+            "train_batch_size",
+            "unet_learning_rate",
+            "ti_lr",
+            "is_lora",
+            "lora_rank",
+            "lora_lr",
+        ),
         *("lr_scheduler", "lr_warmup_steps", "checkpointing_steps"),
     )
     return TrainingConfig(

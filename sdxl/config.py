@@ -26,6 +26,8 @@ class TrainingConfig:
     """Folder or hub name of the base model."""
     token_map: str
     """Tokens and their numbers of rows, such as "TOK:2"."""
+    token_init: str = ""
+    """Known words that the tokens' rows start from, such as "TOK:dog"; rows without one start at random."""
     resolution: int
     """Side of the training pictures in pixels; a multiple of 8."""
     max_train_steps: int
@@ -89,7 +91,7 @@ class TrainingConfig:
             raise UserInputError(f"seed is {self.seed}, but must be from 0 to 4294967295.")
         if self.checkpointing_steps < 0:
             raise UserInputError(f"checkpointing_steps is {self.checkpointing_steps}, but must be 0 or more.")
-        TokenMap.parse(self.token_map)
+        TokenMap.parse(self.token_map).parse_init(self.token_init)
 
     @property
     def pivot_step(self) -> int:

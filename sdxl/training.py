@@ -10,7 +10,7 @@ LoRA (arXiv:2106.09685), SDXL (arXiv:2307.01952).
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +98,7 @@ def fine_tune(
 
     # What trains: the UNet's weights or LoRA matrices all along, the new token rows up to the pivot.
     token_map = TokenMap.parse(config.token_map)
-    rows = _install_rows(components, token_map, generator)
+    rows = _install_rows(components, token_map, token_map.parse_init(config.token_init), generator)
     trainable = _lora(components, config) if config.is_lora else _full(components, config)
     optimizer = _optimizer(trainable, rows, config, device)
     schedule = get_scheduler(
@@ -196,13 +196,19 @@ def _loss(
     return masked_mse(prediction, target, batch.mask, weights)
 
 
-def _install_rows(components: Components, token_map: TokenMap, generator: torch.Generator) -> list[TokenRows]:
-    """New trainable rows for the map's tokens in both text encoders."""
+def _install_rows(
+    components: Components, token_map: TokenMap, init: Mapping[str, str], generator: torch.Generator
+) -> list[TokenRows]:
+    """New trainable rows for the map's tokens in both text encoders; `init` names known words they start from."""
     ids = add_placeholder_tokens(components, token_map)
-    return [
-        token_rows.install(encoder, encoder_ids, generator)
-        for encoder, encoder_ids in zip(components.text_encoders, ids, strict=True)
-    ]
+    rows = []
+    for encoder, tokenizer, new in zip(components.text_encoders, components.tokenizers, ids, strict=True):
+        words = {
+            new[token_map.new_tokens.index(token)]: tokenizer(word, add_special_tokens=False).input_ids
+            for token, word in init.items()
+        }
+        rows.append(token_rows.install(encoder, new, generator, words))
+    return rows
 
 
 def _freeze_rows(

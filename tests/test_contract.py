@@ -26,6 +26,19 @@ def test_token_map_counts_rows_across_tokens():
     assert two.new_tokens == ["<s0>", "<s1>", "<s2>", "<s3>", "<s4>"]
 
 
+def test_token_init_gives_every_row_of_a_token_its_word():
+    token_map = TokenMap.parse("CLOCK_TOK:2,MT_TOK:1")
+    assert token_map.parse_init("CLOCK_TOK:clock, MT_TOK:tiny monster") == {
+        "<s0>": "clock",
+        "<s1>": "clock",
+        "<s2>": "tiny monster",
+    }
+    assert token_map.parse_init("") == {}
+    for wrong in ("clock", "CAT:dog", "MT_TOK:"):
+        with pytest.raises(ContractError, match="token_init"):
+            token_map.parse_init(wrong)
+
+
 @pytest.mark.parametrize(
     "text", ["", "TOK", "TOK:0", "TOK:x", "TOK:-1", "T0K:2", "TOK:2,,", "TOK:2,TOK:1", "A B:1", "TOK:99"]
 )

@@ -161,6 +161,18 @@ def test_new_rows_start_at_the_scale_of_the_table_and_reach_only_their_ids():
     assert rows.rows.grad.shape == (2, 32)
 
 
+def test_rows_start_from_a_known_word(run):
+    # At a rate of next to nothing the rows stay where they start.
+    _, _, trained = run(token_map="TOK:2,OTHER:1", token_init="TOK:toy", ti_lr=1e-30, pivot_fraction=0.0)
+    fresh = load_components(TINY_BASE, is_lora=False, device=torch.device("cpu"))
+    for encoder, tokenizer, rows in zip(
+        fresh.text_encoders, fresh.tokenizers, trained.token_rows, strict=True
+    ):
+        toy = encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("toy</w>")]
+        assert torch.equal(rows[0], toy) and torch.equal(rows[1], toy)
+        assert not torch.equal(rows[2], toy)
+
+
 def test_warm_up_and_schedule_reach_both_groups(run):
     reports: list[StepReport] = []
     run(lr_scheduler="linear", lr_warmup_steps=2, pivot_fraction=1.0, on_step=reports.append)
