@@ -24,7 +24,7 @@ class TokenRows(nn.Module):
         first_id: int,
         count: int,
         generator: torch.Generator,
-        words: Mapping[int, list[int]],
+        words: Mapping[int, list[int]] = MappingProxyType({}),
     ) -> None:
         """Rows for the ids `first_id` to `first_id + count - 1`.
 
