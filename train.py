@@ -83,6 +83,11 @@ def train(
     lora_rank: int = Input(
         default=32, description="Rank of the LoRA: higher holds more detail.", ge=1, le=1024
     ),
+    lora_targets: str = Input(
+        default="attention",
+        description="Which layers of the UNet the LoRA changes: its attention, its whole transformer blocks, or all of them with the convolutions. More layers hold more of an unusual subject.",
+        choices=["attention", "transformer", "all"],
+    ),
     lora_lr: float = Input(default=1e-4, description="Learning rate of the LoRA. Only used with is_lora."),
     lr_scheduler: str = Input(
         default="constant",
@@ -195,6 +200,7 @@ def _config(inputs: dict[str, Any], resolution: int, *, images: int) -> Training
             "ti_lr",
             "is_lora",
             "lora_rank",
+            "lora_targets",
             "lora_lr",
         ),
         *("lr_scheduler", "lr_warmup_steps", "checkpointing_steps"),

@@ -32,8 +32,8 @@ _TRAINING = [
         _scene("bottom left", "orange", size="small"),
     ),
     (
-        "a photo of {} in the middle on a green dotted background",
-        _scene("middle", "green", "dotted", size="large"),
+        "a photo of {} at the top on a green dotted background",
+        _scene("top", "green", "dotted"),
     ),
     (
         "a photo of {} right of a yellow tree on a purple checkered background",
@@ -47,7 +47,7 @@ _TRAINING = [
     ),
 ]
 TRAINING = [scene for _, scene in _TRAINING]
-"""Six pictures of the subject, as people take them: mostly close, once far away, once beside something else."""
+"""Six pictures of the subject, as people take them: two from close by, three from further away, one beside something else."""
 
 _SUBJECT = [
     ("a photo of {} in the middle on a plain red background", _scene("middle", "red")),

@@ -34,12 +34,13 @@ from tiny_world.sheets import to_pil
 
 METHODS = (
     Method(name="untuned", trained=False),
-    Method(name="ti", lora=True, rate=0.0, ti=1.0),
-    Method(name="lora", lora=True, rate=2e-3),
-    Method(name="full", rate=5e-4),
-    Method(name="lora_pivotal", lora=True, rate=2e-3, ti=0.5),
-    Method(name="full_pivotal", rate=5e-4, ti=0.5),
+    Method(name="ti", lora=True, rate=0.0, ti=1.0, init="toy"),
+    Method(name="lora", lora=True, rate=2e-3, init="toy", targets="all"),
+    Method(name="full", rate=2e-4, init="toy"),
+    Method(name="lora_pivotal", lora=True, rate=2e-3, ti=0.5, init="toy", targets="all"),
+    Method(name="full_pivotal", rate=2e-4, ti=0.5, init="toy"),
 )
+"""All are told the subject's class, by the word that the token's rows start from."""
 TITLES = {
     "untuned": "untuned base",
     "ti": "textual inversion only",
@@ -62,6 +63,7 @@ def main() -> None:
     numbers = flat_keys(table) | {
         "subjects": subjects,
         "steps": args.steps,
+        "batch_size": args.batch_size,
         "table": table,
         "machine": torch.cuda.get_device_name() if args.device == "cuda" else _cpu(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
@@ -96,6 +98,7 @@ def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace
                 seed,
                 method,
                 steps=args.steps,
+                batch_size=args.batch_size,
                 seeds=args.seeds,
                 sampling_steps=args.sampling_steps,
                 device=args.device,
@@ -187,7 +190,14 @@ def _start(workers: int) -> None:
 
 def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, Path]:
     settings = json.dumps(
-        [asdict(method), args.steps, args.seeds, args.sampling_steps, prompts.training_captions()]
+        [
+            asdict(method),
+            args.steps,
+            args.batch_size,
+            args.seeds,
+            args.sampling_steps,
+            prompts.training_captions(),
+        ]
     )
     stem = f"{seed}-{method.name}-{args.steps}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     return args.workdir / f"{stem}.json", args.workdir / f"{stem}.safetensors"
@@ -202,11 +212,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--subjects", type=int, default=3, help="K judging subjects, the odd seeds from 1")
     parser.add_argument("--development", action="store_true", help="even seeds instead, to tune on")
     parser.add_argument("--methods", nargs="+", help="only these; 'untuned' must be among them")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps a method")
     parser.add_argument(
-        "--steps",
-        type=int,
-        default=400 if torch.cuda.is_available() else 200,
-        help="optimizer steps a method",
+        "--batch-size", type=int, default=12 if torch.cuda.is_available() else 4, help="pictures a step"
     )
     parser.add_argument("--sampling-steps", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")

@@ -19,7 +19,7 @@ from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl import artifacts
 from sdxl.components import load_components
-from sdxl.config import TrainingConfig
+from sdxl.config import LoraTargets, TrainingConfig
 from sdxl.examples import cache_examples
 from sdxl.pipelines import load_pipeline
 from sdxl.training import fine_tune
@@ -32,26 +32,29 @@ from tiny_world.sheets import to_pil
 from tiny_world.subjects import random_shot, shot_parts, subject
 
 BASE = Path("base_models/tiny-sdxl")
-GUIDANCE = 5.0
+GUIDANCE = 3.0
 REAL_SHOTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """How a subject is learnt. lora: matrices instead of the UNet itself. rate: their learning rate, 0 to train
-    the token rows alone. ti: share of the steps in which the rows train, 0 for rows that stay random. None of all
-    is `untuned`."""
+    the token rows alone. ti: share of the steps in which the rows train, 0 for rows that stay as they start.
+    init: known word that the rows start from. targets: layers that get LoRA matrices. Not `trained` is the untuned
+    base."""
 
     name: str
     lora: bool = False
     rate: float = 0.0
     ti: float = 0.0
     ti_rate: float = 5e-3
+    init: str = ""
+    targets: LoraTargets = "attention"
     trained: bool = True
 
 
 def run_job(
-    seed: int, method: Method, *, steps: int, seeds: int, sampling_steps: int, device: str
+    seed: int, method: Method, *, steps: int, batch_size: int, seeds: int, sampling_steps: int, device: str
 ) -> dict[str, Any]:
     """Results of one job as flat numbers, and `pictures`, uint8 [prompts, 3, 256, 256] of the first seed."""
     torch.manual_seed(0)
@@ -61,7 +64,7 @@ def run_job(
     with tempfile.TemporaryDirectory() as folder:
         tuned = None
         if method.trained:
-            tuned = _learn(seed, method, Path(folder), steps, device)
+            tuned = _learn(seed, method, Path(folder), steps, batch_size, device)
         learnt = time.monotonic()
         pipeline = TunedPipeline(load_pipeline(BASE, torch.device(device)))
         pipeline.activate(tuned)
@@ -105,6 +108,7 @@ def learn(
     config = TrainingConfig(
         base=str(base),
         token_map=token_map,
+        token_init=_token_init(token_map, method.init),
         resolution=resolution,
         max_train_steps=steps,
         train_batch_size=batch_size,
@@ -113,6 +117,7 @@ def learn(
         ti_lr=method.ti_rate,
         is_lora=method.lora,
         lora_rank=16,
+        lora_targets=method.targets,
         lr_scheduler="cosine",
         lr_warmup_steps=min(5, steps - 1),
         seed=0,
@@ -128,6 +133,11 @@ def learn(
     return artifacts.read(folder / "tuned", folder / "unpacked")
 
 
+def _token_init(token_map: str, word: str) -> str:
+    """`word` for every token of the map; nothing for no word."""
+    return ",".join(f"{name}:{word}" for name in TokenMap.parse(token_map).placeholders if word)
+
+
 def write_raw(folder: Path, pictures: list[Image.Image], captions: list[str]) -> None:
     """Pictures and their captions.csv, as people hand them over, into the new `folder`."""
     folder.mkdir()
@@ -139,7 +149,9 @@ def write_raw(folder: Path, pictures: list[Image.Image], captions: list[str]) ->
         writer.writerows((f"{i}.png", caption) for i, caption in enumerate(captions))
 
 
-def _learn(seed: int, method: Method, folder: Path, steps: int, device: str) -> artifacts.FineTune:
+def _learn(
+    seed: int, method: Method, folder: Path, steps: int, batch_size: int, device: str
+) -> artifacts.FineTune:
     write_raw(folder / "raw", [to_pil(picture) for picture in training_pictures(seed)], P.training_captions())
     return learn(
         folder / "raw",
@@ -149,7 +161,7 @@ def _learn(seed: int, method: Method, folder: Path, steps: int, device: str) -> 
         token_map=f"{P.NAME}:2",
         resolution=256,
         steps=steps,
-        batch_size=4,
+        batch_size=batch_size,
         device=device,
     )
 

@@ -16,6 +16,7 @@ from sdxl.errors import NotBuiltYetError, UserInputError
 
 DEFAULT_STEPS = 1000
 Schedule = Literal["constant", "linear", "cosine"]
+LoraTargets = Literal["attention", "transformer", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class TrainingConfig:
     """Train LoRA matrices on the UNet's attention instead of the UNet itself."""
     lora_rank: int
     """Rank of the LoRA matrices, at least 1; their alpha equals it."""
+    lora_targets: LoraTargets = "attention"
+    """Which layers of the UNet get LoRA matrices: the projections of attention; those and all other linear layers of
+    the transformer blocks; or the convolutions too."""
     lora_lr: float
     """Learning rate of the LoRA matrices, at least 0; 0 trains the token rows alone."""
     lr_scheduler: Schedule
@@ -84,6 +88,10 @@ class TrainingConfig:
         if self.lr_scheduler not in (names := get_args(Schedule)):
             raise UserInputError(
                 f"lr_scheduler is {self.lr_scheduler!r}, but must be one of {', '.join(names)}."
+            )
+        if self.lora_targets not in (names := get_args(LoraTargets)):
+            raise UserInputError(
+                f"lora_targets is {self.lora_targets!r}, but must be one of {', '.join(names)}."
             )
         if not 0 <= self.pivot_fraction <= 1:
             raise UserInputError(f"pivot_fraction is {self.pivot_fraction}, but must be from 0 to 1.")

@@ -31,8 +31,15 @@ from sdxl.token_rows import TokenRows
 
 log = logging.getLogger(__name__)
 
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-"""The projections of every attention layer of the UNet."""
+_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+_FEED_FORWARD = ["proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+_CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
+LORA_TARGETS = {
+    "attention": _ATTENTION,
+    "transformer": _ATTENTION + _FEED_FORWARD,
+    "all": _ATTENTION + _FEED_FORWARD + _CONVOLUTIONS,
+}
+"""Public name → ends of the names of the UNet's layers that get LoRA matrices."""
 WEIGHT_DECAY = 1e-4
 """AdamW's decay of LoRA matrices; full weights and token rows have none, since 0 is not where they started."""
 MAX_GRAD_NORM = 1.0
@@ -268,14 +275,14 @@ def _full(components: Components, config: TrainingConfig) -> _Trainable:
 
 
 def _lora(components: Components, config: TrainingConfig) -> _Trainable:
-    """LoRA matrices on `LORA_TARGETS`, trained in fp32 beside the frozen UNet, stored under diffusers' keys."""
+    """LoRA matrices on the layers of `lora_targets`, trained in fp32 beside the frozen UNet, stored under diffusers' keys."""
     unet = components.unet
     unet.add_adapter(
         LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_rank,
             init_lora_weights="gaussian",
-            target_modules=LORA_TARGETS,
+            target_modules=LORA_TARGETS[config.lora_targets],
         )
     )
     cast_training_params(unet, dtype=torch.float32)
