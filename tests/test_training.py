@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dataset_and_utils import ExampleDataset, TokenMap
@@ -95,6 +96,29 @@ def test_lora_mode_leaves_the_unet_itself_alone(run, base: Components):
     )
 
 
+@pytest.mark.parametrize(
+    ("targets", "layer"),
+    [
+        ("attention", "attn1.to_q"),
+        ("transformer", "ff.net.2"),
+        ("transformer", "attentions.0.proj_in"),
+        ("all", "resnets.0.conv1"),
+        ("all", "downsamplers.0.conv"),
+    ],
+)
+def test_lora_targets_name_the_layers_that_learn(run, tmp_path: Path, targets: str, layer: str):
+    _, _, trained = run(is_lora=True, lora_targets=targets)
+    mine = [name for name in trained.weights if layer in name]
+    assert mine and all(trained.weights[name].abs().max() > 0 for name in mine)
+    _, _, less = run(is_lora=True, lora_targets={"all": "transformer"}.get(targets, "attention"))
+    assert targets == "attention" or not any(layer in name for name in less.weights)
+    save_file(trained.weights, tmp_path / "lora.safetensors")
+    unet = load_components(TINY_BASE, is_lora=False, device=torch.device("cpu")).unet
+    unet.load_lora_adapter(load_file(tmp_path / "lora.safetensors"), prefix="unet")
+    loaded = {name for name, _ in unet.named_parameters() if "lora_" in name}
+    assert len(loaded) == len(trained.weights)
+
+
 @pytest.mark.parametrize("is_lora", [False, True])
 def test_rows_change_up_to_the_pivot_and_not_after(run, is_lora: bool):
     seen: list[TrainedModel] = []
@@ -168,7 +192,9 @@ def test_rows_start_from_a_known_word(run):
     for encoder, tokenizer, rows in zip(
         fresh.text_encoders, fresh.tokenizers, trained.token_rows, strict=True
     ):
-        toy = encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("toy</w>")]
+        toy = encoder.get_input_embeddings().state_dict()["weight"][
+            tokenizer.convert_tokens_to_ids("toy</w>")
+        ]
         assert torch.equal(rows[0], toy) and torch.equal(rows[1], toy)
         assert not torch.equal(rows[2], toy)
 
