@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -56,7 +55,7 @@ class TrainedModel:
     kind: str
     """"unet" or "lora"."""
     weights: dict[str, Tensor]
-    """UNet parameter name → tensor, or diffusers' LoRA key → tensor."""
+    """UNet parameter name → tensor, or `unet.….lora_A.weight` and `…lora_B.weight` → tensor."""
     token_rows: list[Tensor]
     """[tokens, dim] for each text encoder."""
     token_map: TokenMap
@@ -275,7 +274,8 @@ def _full(components: Components, config: TrainingConfig) -> _Trainable:
 
 
 def _lora(components: Components, config: TrainingConfig) -> _Trainable:
-    """LoRA matrices on the layers of `lora_targets`, trained in fp32 beside the frozen UNet, stored under diffusers' keys."""
+    """LoRA matrices on the layers of `lora_targets`, trained in fp32 beside the frozen UNet, stored as diffusers reads
+    them."""
     unet = components.unet
     unet.add_adapter(
         LoraConfig(
@@ -291,7 +291,7 @@ def _lora(components: Components, config: TrainingConfig) -> _Trainable:
         unet.enable_gradient_checkpointing()
 
     def export() -> dict[str, Tensor]:
-        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        state = get_peft_model_state_dict(unet)  # diffusers reads these names for every kind of layer alike
         return {f"unet.{name}": value.detach().float().cpu().clone() for name, value in state.items()}
 
     return _Trainable(
