@@ -311,9 +311,18 @@ class Example:
     time_ids: Tensor
     """SDXL's size conditioning [6]: original height and width, crop top and left, target height and width, in pixels."""
 
+    def take(self, rows: Tensor) -> "Example":
+        """Of stacked examples, those at `rows` [B], an integer tensor on their device."""
+        return Example(
+            latents=self.latents[rows],
+            mask=self.mask[rows],
+            token_ids=(self.token_ids[0][rows], self.token_ids[1][rows]),
+            time_ids=self.time_ids[rows],
+        )
+
 
 class ExampleDataset(Dataset[Example]):
-    """Cached examples of one shape; `collate` stacks them along a leading batch axis."""
+    """Cached examples; `collate` stacks those of one shape along a leading batch axis."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)
@@ -323,6 +332,13 @@ class ExampleDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
+
+    def by_shape(self) -> list[list[int]]:
+        """Indices of the examples of each shape of latents."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, example in enumerate(self.examples):
+            groups.setdefault(tuple(example.latents.shape), []).append(index)
+        return list(groups.values())
 
     def collate(self, indices: Sequence[int]) -> Example:
         """Stack the examples at `indices` (B of them): latents [B, 4, h, w], mask [B, 1, h, w], ids 2×[B, 77], …."""

@@ -30,13 +30,14 @@ from sdxl.pipelines import load_pipeline
 from sdxl.tuned_weights import TunedPipeline
 
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-base-patch32"
+_LORA = {"is_lora": True, "lora_lr": 1e-4}
 METHODS = (
     Method(name="untuned base", trained=False),
-    Method(name="textual inversion only", lora=True, rate=0.0, ti=1.0, ti_rate=3e-4),
-    Method(name="LoRA without TI", lora=True, rate=1e-4),
-    Method(name="full UNet without TI", rate=1e-6),
-    Method(name="LoRA + pivotal", lora=True, rate=1e-4, ti=0.5, ti_rate=3e-4),
-    Method(name="full UNet + pivotal", rate=1e-6, ti=0.5, ti_rate=3e-4),
+    Method(name="textual inversion only", settings=_LORA | {"lora_lr": 0.0, "pivot_fraction": 1.0}),
+    Method(name="LoRA without TI", settings=_LORA | {"pivot_fraction": 0.0}),
+    Method(name="full UNet without TI", settings={"pivot_fraction": 0.0}),
+    Method(name="LoRA + pivotal", settings=_LORA),
+    Method(name="full UNet + pivotal"),
 )
 PROMPTS = (
     "a {} in a snowy forest",

@@ -32,15 +32,19 @@ from benchmarks.subject_job import BASE, Method, run_job, training_pictures
 from sdxl.contact_sheet import Row, contact_sheet
 from tiny_world.sheets import to_pil
 
+_LORA = {"is_lora": True, "lora_targets": "all", "lora_lr": 2e-3}
+_FULL = {"unet_learning_rate": 4e-4}
+_SHARED = {"init": "toy", "views": 15}
+_NO_TI, _PIVOTAL = {"pivot_fraction": 0.0}, {"pivot_fraction": 0.5, "ti_lr": 5e-3}
 METHODS = (
     Method(name="untuned", trained=False),
-    Method(name="ti", lora=True, rate=0.0, ti=1.0, init="toy"),
-    Method(name="lora", lora=True, rate=2e-3, init="toy", targets="all"),
-    Method(name="full", rate=2e-4, init="toy"),
-    Method(name="lora_pivotal", lora=True, rate=2e-3, ti=0.5, init="toy", targets="all"),
-    Method(name="full_pivotal", rate=2e-4, ti=0.5, init="toy"),
+    Method(name="ti", **_SHARED, settings=_LORA | {"lora_lr": 0.0, "pivot_fraction": 1.0, "ti_lr": 5e-3}),
+    Method(name="lora", **_SHARED, settings=_LORA | _NO_TI),
+    Method(name="full", **_SHARED, settings=_FULL | _NO_TI),
+    Method(name="lora_pivotal", **_SHARED, settings=_LORA | _PIVOTAL),
+    Method(name="full_pivotal", **_SHARED, settings=_FULL | _PIVOTAL),
 )
-"""All are told the subject's class, by the word that the token's rows start from."""
+"""All are told the subject's class, by the word that the token's rows start from, and see the same views of the pictures."""
 TITLES = {
     "untuned": "untuned base",
     "ti": "textual inversion only",
@@ -175,7 +179,10 @@ def sheet(results: list[dict[str, Any]], subjects: list[int]) -> Image.Image:
     rows = []
     for seed in subjects:
         rows.append(
-            Row(title=f"Subject {seed}: learnt from", pictures=[to_pil(p) for p in training_pictures(seed)])
+            Row(
+                title=f"Subject {seed}: learnt from",
+                pictures=[to_pil(p) for p in training_pictures(seed).images],
+            )
         )
         for r in results:
             if r["seed"] == seed:
@@ -214,7 +221,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="only these; 'untuned' must be among them")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps a method")
     parser.add_argument(
-        "--batch-size", type=int, default=12 if torch.cuda.is_available() else 4, help="pictures a step"
+        "--batch-size", type=int, default=32 if torch.cuda.is_available() else 4, help="pictures a step"
     )
     parser.add_argument("--sampling-steps", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")

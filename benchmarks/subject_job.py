@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl import artifacts
 from sdxl.components import load_components
-from sdxl.config import LoraTargets, TrainingConfig
+from sdxl.config import TrainingConfig
 from sdxl.examples import cache_examples
 from sdxl.pipelines import load_pipeline
 from sdxl.training import fine_tune
 from sdxl.tuned_weights import TunedPipeline
 from tiny_world.following import following, shares
 from tiny_world.parts import pad
-from tiny_world.raster import render
+from tiny_world.raster import Rendered, render
 from tiny_world.scorer import Scorer
 from tiny_world.sheets import to_pil
 from tiny_world.subjects import random_shot, shot_parts, subject
@@ -38,19 +39,32 @@ REAL_SHOTS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How a subject is learnt. lora: matrices instead of the UNet itself. rate: their learning rate, 0 to train
-    the token rows alone. ti: share of the steps in which the rows train, 0 for rows that stay as they start.
-    init: known word that the rows start from. targets: layers that get LoRA matrices. Not `trained` is the untuned
-    base."""
+    """How a subject is learnt."""
 
     name: str
-    lora: bool = False
-    rate: float = 0.0
-    ti: float = 0.0
-    ti_rate: float = 5e-3
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What of the `TrainingConfig` differs from `SETTINGS`."""
     init: str = ""
-    targets: LoraTargets = "attention"
+    """Known word that the token's rows start from; none for an empty one."""
+    views: int = 0
+    """Random views of every picture that are learnt beside the whole."""
+    masks: bool = False
+    """Whether the pictures come with masks of the subject."""
     trained: bool = True
+    """False for the untuned base."""
+
+
+SETTINGS: dict[str, Any] = {
+    "unet_learning_rate": 1e-6,
+    "lora_lr": 1e-4,
+    "ti_lr": 3e-4,
+    "is_lora": False,
+    "lora_rank": 16,
+    "lr_scheduler": "cosine",
+    "seed": 0,
+    "checkpointing_steps": 0,
+}
+"""What all methods share unless they say otherwise."""
 
 
 def run_job(
@@ -77,10 +91,10 @@ def run_job(
     return {"seed": seed, "method": method.name, **numbers, "pictures": pictures}
 
 
-def training_pictures(seed: int) -> Tensor:
-    """The six pictures [6, 3, 256, 256] in 0..1 that subject `seed` is learnt from."""
+def training_pictures(seed: int) -> Rendered:
+    """The six pictures of 256 pixels that subject `seed` is learnt from, and the subject's masks."""
     cast = {P.NAME: subject(seed)}
-    return render(pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(P.TRAINING)])).images
+    return render(pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(P.TRAINING)]))
 
 
 def real_pictures(seed: int, n: int = REAL_SHOTS) -> Tensor:
@@ -105,29 +119,23 @@ def learn(
     gradient_checkpointing: bool = False,
 ) -> artifacts.FineTune:
     """Fine-tune `base` on the pictures and captions in `raw` with the project's own stages, in the empty `folder`."""
-    config = TrainingConfig(
-        base=str(base),
-        token_map=token_map,
-        token_init=_token_init(token_map, method.init),
-        resolution=resolution,
-        max_train_steps=steps,
-        train_batch_size=batch_size,
-        unet_learning_rate=method.rate or 1e-6,
-        lora_lr=method.rate,
-        ti_lr=method.ti_rate,
-        is_lora=method.lora,
-        lora_rank=16,
-        lora_targets=method.targets,
-        lr_scheduler="cosine",
-        lr_warmup_steps=min(5, steps - 1),
-        seed=0,
-        checkpointing_steps=0,
-        pivot_fraction=method.ti,
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    settings = {
+        **SETTINGS,
+        "base": str(base),
+        "token_map": token_map,
+        "token_init": _token_init(token_map, method.init),
+        "resolution": resolution,
+        "max_train_steps": steps,
+        "train_batch_size": batch_size,
+        "gradient_checkpointing": gradient_checkpointing,
+        **method.settings,
+    }
+    config = TrainingConfig(**settings, lr_warmup_steps=min(5, settings["max_train_steps"] - 1))
     dataset = prepare_dataset(raw, folder / "dataset", config=PreprocessConfig(target_size=resolution))
-    components = load_components(base, is_lora=method.lora, device=torch.device(device))
-    examples = cache_examples(dataset, components, TokenMap.parse(config.token_map), seed=0)
+    components = load_components(base, is_lora=config.is_lora, device=torch.device(device))
+    examples = cache_examples(
+        dataset, components, TokenMap.parse(config.token_map), seed=0, views=method.views
+    )
     model = fine_tune(components, examples, config)
     artifacts.write(model, folder / "tuned", {})
     return artifacts.read(folder / "tuned", folder / "unpacked")
@@ -138,21 +146,31 @@ def _token_init(token_map: str, word: str) -> str:
     return ",".join(f"{name}:{word}" for name in TokenMap.parse(token_map).placeholders if word)
 
 
-def write_raw(folder: Path, pictures: list[Image.Image], captions: list[str]) -> None:
-    """Pictures and their captions.csv, as people hand them over, into the new `folder`."""
+def write_raw(
+    folder: Path,
+    pictures: list[Image.Image],
+    captions: list[str],
+    masks: list[Image.Image] | None = None,
+) -> None:
+    """Pictures, their captions.csv and masks, as people hand them over, into the new `folder`."""
     folder.mkdir()
-    for i, picture in enumerate(pictures):
-        picture.save(folder / f"{i}.png")
+    names = [f"{i}.src.png" for i in range(len(pictures))]
+    for name, picture in zip(names, pictures, strict=True):
+        picture.save(folder / name)
+    for i, mask in enumerate(masks or ()):
+        mask.save(folder / f"{i}.mask.png")
     with (folder / "captions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("image_file", "caption"))
-        writer.writerows((f"{i}.png", caption) for i, caption in enumerate(captions))
+        writer.writerows(zip(names, captions, strict=True))
 
 
 def _learn(
     seed: int, method: Method, folder: Path, steps: int, batch_size: int, device: str
 ) -> artifacts.FineTune:
-    write_raw(folder / "raw", [to_pil(picture) for picture in training_pictures(seed)], P.training_captions())
+    shown = training_pictures(seed)
+    masks = [to_pil(_grown(mask).expand(3, -1, -1)) for mask in shown.masks[:, :1]] if method.masks else None
+    write_raw(folder / "raw", [to_pil(picture) for picture in shown.images], P.training_captions(), masks)
     return learn(
         folder / "raw",
         folder,
@@ -166,17 +184,26 @@ def _learn(
     )
 
 
+def _grown(mask: Tensor, by: int = 4) -> Tensor:
+    """A mask [1, h, w] with a margin of `by` pixels, as hand-made ones have."""
+    return torch.nn.functional.max_pool2d(mask[None], 2 * by + 1, 1, by)[0]
+
+
 def _judge(
     seed: int, tuned: TunedPipeline, seeds: int, sampling_steps: int, device: str, *, untuned: bool
 ) -> tuple[dict[str, float], Tensor]:
     scorer = Scorer(device=device)
-    asked, known, prior = P.subject_prompts(), P.known_prompts(), P.prior_prompts()
+    asked = P.subject_prompts() * seeds
+    controls = {"prior": P.prior_prompts()} | ({"known": P.known_prompts()} if untuned else {})
+    prompts = [prompt for prompt, _ in asked]
+    prompts += [prompt for pairs in controls.values() for prompt, _ in pairs]
+    prompts += [P.DIVERSITY_PROMPT] * 6
+    # On a GPU all in one batch: small pictures cost launches, not arithmetic.
+    everything = draw(
+        tuned, prompts, 100, side=256, steps=sampling_steps, at_once=len(prompts) if device != "cpu" else 10
+    )
+    pictures, rest = everything[: len(asked)], everything[len(asked) :]
 
-    def drawn_of(prompts: list[str], seed: int) -> Tensor:
-        return draw(tuned, prompts, seed, side=256, steps=sampling_steps)
-
-    drawn = [drawn_of([prompt for prompt, _ in asked], 100 + 50 * i) for i in range(seeds)]
-    pictures = torch.cat(drawn)
     real = scorer.identity(real_pictures(seed))
     others = scorer.identity(real_pictures(seed + 2, 8))
     embedded = scorer.identity(pictures)
@@ -187,16 +214,15 @@ def _judge(
     }
     for i, value in enumerate((embedded @ real.T).mean(1).view(seeds, -1).mean(0).tolist()):
         numbers[f"similarity_prompt_{i}"] = round(value, 3)
-    met = following(scorer.attributes(pictures), [scene for _, scene in asked] * seeds)
+    met = following(scorer.attributes(pictures), [scene for _, scene in asked])
     numbers |= {f"prompt_{name}": value for name, value in shares(met).items()}
-    for name, pairs in (("known", known), ("prior", prior)) if untuned else (("prior", prior),):
-        images = drawn_of([prompt for prompt, _ in pairs], 200)
+    for name, pairs in controls.items():
+        images, rest = rest[: len(pairs)], rest[len(pairs) :]
         met = following(scorer.attributes(images), [scene for _, scene in pairs])
         numbers |= {f"{name}_{key}": value for key, value in shares(met).items()}
     numbers["diversity"] = spread(pictures.unflatten(0, (seeds, -1)).transpose(0, 1))
-    again = drawn_of([P.DIVERSITY_PROMPT] * 6, 300)
-    numbers["prior_diversity"] = spread(again.unsqueeze(0))
-    return numbers, (drawn[0] * 255).round().to(torch.uint8).contiguous()
+    numbers["prior_diversity"] = spread(rest.unsqueeze(0))
+    return numbers, (pictures[: len(asked) // seeds] * 255).round().to(torch.uint8).contiguous()
 
 
 def spread(pictures: Tensor) -> float:
@@ -212,15 +238,21 @@ def spread(pictures: Tensor) -> float:
 
 
 @torch.inference_mode()
-def draw(tuned: TunedPipeline, prompts: list[str], seed: int, *, side: int, steps: int) -> Tensor:
-    """One picture a prompt, [n, 3, side, side] in 0..1 on the CPU; picture i from the seed `seed` + i."""
-    output: Any = tuned.pipeline(
-        prompt=[tuned.token_map.substitute(prompt) for prompt in prompts],
-        num_inference_steps=steps,
-        guidance_scale=GUIDANCE,
-        height=side,
-        width=side,
-        generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
-        output_type="pt",
-    )
-    return output.images.float().cpu()
+def draw(
+    tuned: TunedPipeline, prompts: list[str], seed: int, *, side: int, steps: int, at_once: int = 10
+) -> Tensor:
+    """One picture a prompt, [n, 3, side, side] in 0..1 on the CPU; picture i from the seed `seed` + i, `at_once` a batch."""
+    images = []
+    for start in range(0, len(prompts), at_once):
+        batch = prompts[start : start + at_once]
+        output: Any = tuned.pipeline(
+            prompt=[tuned.token_map.substitute(prompt) for prompt in batch],
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            height=side,
+            width=side,
+            generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))],
+            output_type="pt",
+        )
+        images.append(output.images.float().cpu())
+    return torch.cat(images)

@@ -18,6 +18,18 @@ DEFAULT_STEPS = 1000
 Schedule = Literal["constant", "linear", "cosine"]
 LoraTargets = Literal["attention", "transformer", "all"]
 
+_ABOVE_ZERO = {
+    "max_train_steps": 1000,
+    "train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "lora_rank": 32,
+    "unet_learning_rate": 1e-6,
+    "ti_lr": 3e-4,
+    "snr_gamma": 5,
+}
+_ZERO_OR_MORE = {"lora_lr": 1e-4, "checkpointing_steps": 200, "prior_weight": 1}
+_SHARES = ("noise_offset", "caption_dropout", "mask_floor", "pivot_fraction")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -42,7 +54,12 @@ class TrainingConfig:
     is_lora: bool
     """Train LoRA matrices on the UNet's attention instead of the UNet itself."""
     lora_rank: int
-    """Rank of the LoRA matrices, at least 1; their alpha equals it."""
+    """Rank of the LoRA matrices, at least 1."""
+    lora_alpha: int | None = None
+    """LoRA's α, above 0: the matrices' product is multiplied by α / rank. None: the rank, for a factor of 1."""
+    use_dora: bool = False
+    """Train DoRA (arXiv:2402.09353) in the place of LoRA: the size of each output's weights learns apart from its
+    direction; slower."""
     lora_targets: LoraTargets = "attention"
     """Which layers of the UNet get LoRA matrices: the projections of attention; those and all other linear layers of
     the transformer blocks; or the convolutions too."""
@@ -58,25 +75,45 @@ class TrainingConfig:
     """Save the fine-tune every so many steps; 0 for never."""
     snr_gamma: float = 5.0
     """γ of the min-SNR weighting of the loss, above 0; a large value such as 1e6 weighs all timesteps alike."""
+    noise_offset: float = 0.0
+    """How much noise of one value per picture and channel is added to the noise, 0 to 1; above 0 the fine-tune can draw
+    darker and brighter pictures. Source: N. Guttenberg, "Diffusion with Offset Noise" (2023)."""
+    caption_dropout: float = 0.0
+    """Share of pictures, 0 to 1, that are learnt without their caption, as guidance's unconditional branch sees them."""
+    mask_floor: float = 0.0
+    """Weight, 0 to 1, of what a mask leaves out, where what it shows has 1."""
+    prior_weight: float = 1.0
+    """Weight of the loss on pictures of the prior, where there are some, beside 1 for the subject's."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are averaged in one optimizer step, at least 1."""
     pivot_fraction: float = 0.5
     """Share of the steps, 0 to 1, in which the token rows train; from the pivot on only the UNet's weights do."""
     gradient_checkpointing: bool = True
     """On CUDA, compute the UNet's activations again in the backward pass: a third slower, far less memory."""
+    cuda_graph: bool = True
+    """On CUDA, capture the step as a graph and replay it; without, kernels are launched one by one, for debugging."""
 
     def __post_init__(self) -> None:
-        positive = {
-            "max_train_steps": "steps",
-            "train_batch_size": "pictures",
-            "lora_rank": "dimensions",
-            "unet_learning_rate": "such as 1e-6",
-            "ti_lr": "such as 3e-4",
-            "snr_gamma": "such as 5",
-        }
-        for name, unit in positive.items():
+        for name, example in _ABOVE_ZERO.items():
             if not getattr(self, name) > 0:
-                raise UserInputError(f"{name} is {getattr(self, name)}, but must be above 0 ({unit}).")
-        if not self.lora_lr >= 0:
-            raise UserInputError(f"lora_lr is {self.lora_lr}, but must be 0 or more, such as 1e-4.")
+                raise UserInputError(
+                    f"{name} is {getattr(self, name)}, but must be above 0, such as {example}."
+                )
+        for name, example in _ZERO_OR_MORE.items():
+            if not getattr(self, name) >= 0:
+                raise UserInputError(
+                    f"{name} is {getattr(self, name)}, but must be 0 or more, such as {example}."
+                )
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserInputError(f"{name} is {getattr(self, name)}, but must be from 0 to 1.")
+        for name, choices in (("lr_scheduler", get_args(Schedule)), ("lora_targets", get_args(LoraTargets))):
+            if getattr(self, name) not in choices:
+                raise UserInputError(
+                    f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(choices)}."
+                )
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise UserInputError(f"lora_alpha is {self.lora_alpha}, but must be 1 or more, such as 32.")
         if not 64 <= self.resolution <= 2048 or self.resolution % 8:
             raise UserInputError(
                 f"resolution is {self.resolution}, but must be a multiple of 8 from 64 to 2048, such as 1024."
@@ -85,20 +122,8 @@ class TrainingConfig:
             raise UserInputError(
                 f"lr_warmup_steps is {self.lr_warmup_steps}, but must be from 0 to below the {self.max_train_steps} steps."
             )
-        if self.lr_scheduler not in (names := get_args(Schedule)):
-            raise UserInputError(
-                f"lr_scheduler is {self.lr_scheduler!r}, but must be one of {', '.join(names)}."
-            )
-        if self.lora_targets not in (names := get_args(LoraTargets)):
-            raise UserInputError(
-                f"lora_targets is {self.lora_targets!r}, but must be one of {', '.join(names)}."
-            )
-        if not 0 <= self.pivot_fraction <= 1:
-            raise UserInputError(f"pivot_fraction is {self.pivot_fraction}, but must be from 0 to 1.")
         if not 0 <= self.seed < 2**32:
             raise UserInputError(f"seed is {self.seed}, but must be from 0 to 4294967295.")
-        if self.checkpointing_steps < 0:
-            raise UserInputError(f"checkpointing_steps is {self.checkpointing_steps}, but must be 0 or more.")
         TokenMap.parse(self.token_map).parse_init(self.token_init)
 
     @property

@@ -28,6 +28,27 @@ def encode_prompt(
     return torch.cat(hidden, dim=-1), pooled
 
 
+def sample_noise(shape_bchw: torch.Size, offset: float, generator: torch.Generator) -> Tensor:
+    """Standard normal noise [b, c, h, w]; `offset` times one more value per picture and channel is added to it.
+
+    Source: N. Guttenberg, "Diffusion with Offset Noise" (crosslabs.org, 2023).
+    """
+    noise = torch.randn(shape_bchw, generator=generator, device=generator.device)
+    if offset:
+        noise += offset * torch.randn((*shape_bchw[:2], 1, 1), generator=generator, device=generator.device)
+    return noise
+
+
+def drop_prompts(
+    hidden_btd: Tensor, pooled_bd: Tensor, share: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Put zeros, SDXL's unconditional branch, in the place of about a `share` of the prompts."""
+    if not share:
+        return hidden_btd, pooled_bd
+    kept = torch.rand(len(pooled_bd), generator=generator, device=generator.device) >= share
+    return hidden_btd * kept[:, None, None], pooled_bd * kept[:, None]
+
+
 def sample_timesteps(scheduler: DDPMScheduler, count: int, generator: torch.Generator) -> Tensor:
     """Uniform timesteps [count] from 0 to below the scheduler's number."""
     total = scheduler.config["num_train_timesteps"]
@@ -54,8 +75,14 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps_b: Tensor, gamma: float)
     return snr.clamp(max=gamma) / (snr + extra)
 
 
-def masked_mse(prediction_bchw: Tensor, target_bchw: Tensor, mask_b1hw: Tensor, weights_b: Tensor) -> Tensor:
-    """Weighted mean squared error, in fp32, over the masked area: a picture counts alike, however small its mask."""
+def masked_mse(
+    prediction_bchw: Tensor, target_bchw: Tensor, mask_b1hw: Tensor, weights_b: Tensor, floor: float = 0.0
+) -> Tensor:
+    """Weighted mean squared error, in fp32, over the masked area: a picture counts alike, however small its mask.
+
+    floor: weight, 0 to 1, of what the mask leaves out, where what it shows has 1.
+    """
+    mask_b1hw = floor + (1 - floor) * mask_b1hw
     error_b1hw = F.mse_loss(prediction_bchw.float(), target_bchw.float(), reduction="none").mean(
         1, keepdim=True
     )

@@ -10,42 +10,36 @@ LoRA (arXiv:2106.09685), SDXL (arXiv:2307.01952).
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap
 from sdxl import token_rows
+from sdxl.batches import Batches
 from sdxl.components import Components, add_placeholder_tokens
-from sdxl.config import TrainingConfig
-from sdxl.diffusion import encode_prompt, masked_mse, min_snr_weights, sample_timesteps, training_target
+from sdxl.config import Schedule, TrainingConfig
+from sdxl.cuda_graphs import GraphedWork
+from sdxl.diffusion import (
+    drop_prompts,
+    encode_prompt,
+    masked_mse,
+    min_snr_weights,
+    sample_noise,
+    sample_timesteps,
+    training_target,
+)
 from sdxl.errors import TrainingDivergedError
 from sdxl.token_rows import TokenRows
+from sdxl.trainable import Trainable, full_unet, lora
 
 log = logging.getLogger(__name__)
 
-_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-_FEED_FORWARD = ["proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-_CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
-LORA_TARGETS = {
-    "attention": _ATTENTION,
-    "transformer": _ATTENTION + _FEED_FORWARD,
-    "all": _ATTENTION + _FEED_FORWARD + _CONVOLUTIONS,
-}
-"""Public name → ends of the names of the UNet's layers that get LoRA matrices."""
-WEIGHT_DECAY = 1e-4
-"""AdamW's decay of LoRA matrices; full weights and token rows have none, since 0 is not where they started."""
 MAX_GRAD_NORM = 1.0
 """Gradients are clipped to this norm, token rows and UNet weights apart: one must not scale the other's step."""
-
-_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-"""Our names → diffusers': its plain "constant" knows no warm-up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +67,8 @@ class StepReport:
     """Of the UNet's weights or LoRA matrices."""
     ti_learning_rate: float
     """Of the token rows; 0 after the pivot."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Trainable:
-    """The weights of the UNet that train, and how they are handed on."""
-
-    parameters: list[nn.Parameter]
-    learning_rate: float
-    weight_decay: float
-    export: Callable[[], dict[str, Tensor]]
+    steps_per_second: float
+    """Of late; 0 before it is known."""
 
 
 def fine_tune(
@@ -90,13 +76,16 @@ def fine_tune(
     dataset: ExampleDataset,
     config: TrainingConfig,
     *,
+    prior: ExampleDataset | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_checkpoint: Callable[[int, TrainedModel], None] = lambda step, model: None,
 ) -> TrainedModel:
     """Train `components` on `dataset`; the components' UNet is changed in place (full mode) or carries an adapter.
 
+    prior: pictures of what the base should go on drawing as it does, learnt beside the subject's.
+
     Raises:
-        TrainingDivergedError: the loss is not a number.
+        TrainingDivergedError: the loss is not a number; `on_checkpoint` has got the weights before that step.
     """
     device = components.device
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -105,70 +94,84 @@ def fine_tune(
     # What trains: the UNet's weights or LoRA matrices all along, the new token rows up to the pivot.
     token_map = TokenMap.parse(config.token_map)
     rows = _install_rows(components, token_map, token_map.parse_init(config.token_init), generator)
-    trainable = _lora(components, config) if config.is_lora else _full(components, config)
+    trainable = (lora if config.is_lora else full_unet)(components.unet, config)
     optimizer = _optimizer(trainable, rows, config, device)
-    schedule = get_scheduler(
-        _SCHEDULES[config.lr_scheduler],
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
+
+    # What a step sees: pictures of one shape, and of the prior.
+    micro_batches = config.gradient_accumulation_steps
+    subject = Batches(dataset, config.train_batch_size, micro_batches=micro_batches, seed=config.seed)
+    sources = [(subject, 1.0)]
+    if prior is not None:
+        kept = Batches(prior, config.train_batch_size, micro_batches=micro_batches, seed=config.seed + 1)
+        sources.append((kept, config.prior_weight))
+        _fix_prompts(components, kept)
+    graphed = GraphedWork(device, generator, enabled=config.cuda_graph)
+    rows_train = True
+
+    def gradients(drawn: tuple[int, ...]) -> Tensor:
+        """Forward, loss, backward and clipping of the drawn buckets; returns the loss and the gradients' norms."""
+        optimizer.zero_grad(set_to_none=False)
+        total = torch.zeros((), device=device)
+        for (batches, weight), number in zip(sources, drawn, strict=True):
+            for batch, prompts in batches.buckets[number].micro_batches():
+                with _precision(device):
+                    loss = _loss(components, batch, prompts, generator, config) * (weight / micro_batches)
+                loss.backward()
+                total += loss.detach()
+        # Each group by itself: token rows must not scale the UNet's step, or it theirs.
+        norms = [nn.utils.clip_grad_norm_(g["params"], MAX_GRAD_NORM) for g in optimizer.param_groups]
+        return torch.stack([total, *norms])
+
+    def update() -> Tensor:
+        optimizer.step()
+        if rows_train:
+            for row in rows:
+                row.pull_to_scale()
+        return rows[0].rows
 
     def snapshot() -> TrainedModel:
         return TrainedModel(
-            kind="lora" if config.is_lora else "unet",
+            kind=trainable.kind,
             weights=trainable.export(),
             token_rows=[row.rows.detach().cpu().clone() for row in rows],
             token_map=token_map,
         )
 
-    prompts: tuple[Tensor, Tensor] | None = None  # of every example, once the rows are frozen
-    batches = _batches(len(dataset), config.train_batch_size, generator)
     progress = tqdm(
         range(config.max_train_steps), desc="Training tokens and UNet", unit="step", mininterval=0.5
     )
     for step in progress:
         if step == config.pivot_step:
             progress.set_description("Training UNet")
-            prompts = _freeze_rows(components, dataset, rows)
+            rows_train = False
+            graphed.forget()
+            _freeze_rows(components, subject, rows, optimizer)
 
         # -------------------------------------------------------------------------------------- a single training step
-        chosen = next(batches)
-        batch = dataset.collate(chosen.tolist())
-        with _precision(device):
-            if prompts is None:
-                hidden, pooled = encode_prompt(components.text_encoders, batch.token_ids)
-            else:
-                hidden, pooled = (encoded[chosen] for encoded in prompts)
-            loss = _loss(components, batch, hidden, pooled, generator, config.snr_gamma)
-        loss.backward()
-        for group in (
-            optimizer.param_groups
-        ):  # each by itself: token rows must not scale the UNet's step, or it theirs
-            nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        learning_rates = schedule.get_last_lr()
-        schedule.step()
-        if prompts is None:
-            for row in rows:
-                row.pull_to_scale()
+        share = learning_rate_share(
+            config.lr_scheduler, step, warmup=config.lr_warmup_steps, total=config.max_train_steps
+        )
+        learning_rates = _set_rates(optimizer, share)
+        drawn = tuple(batches.draw() for batches, _ in sources)
+        loss, *norms = graphed(drawn, lambda drawn=drawn: gradients(drawn)).tolist()
+        if not all(map(math.isfinite, (loss, *norms))):
+            on_checkpoint(step, snapshot())
+            raise TrainingDivergedError(
+                f"The loss became {loss} in step {step + 1}: lower the learning rates, or look for broken pictures; "
+                "the weights from before that step are kept."
+            )
+        graphed("update", update)
         # ------------------------------------------------------------------------------------------------------------
 
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingDivergedError(
-                f"The loss became {value} in step {step + 1}: lower the learning rates, or look for broken pictures."
-            )
-        progress.set_postfix(loss=f"{value:.4f}", refresh=False)
-        ti_rate = float(learning_rates[1]) if prompts is None else 0.0
+        progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         on_step(
             StepReport(
                 step=step + 1,
                 total=config.max_train_steps,
-                loss=value,
-                learning_rate=float(learning_rates[0]),
-                ti_learning_rate=ti_rate,
+                loss=loss,
+                learning_rate=learning_rates[0],
+                ti_learning_rate=learning_rates[1] if rows_train else 0.0,
+                steps_per_second=progress.format_dict["rate"] or 0.0,
             )
         )
         if config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0:
@@ -181,14 +184,15 @@ def fine_tune(
 def _loss(
     components: Components,
     batch: Example,
-    hidden: Tensor,
-    pooled: Tensor,
+    prompts: tuple[Tensor, Tensor] | None,
     generator: torch.Generator,
-    snr_gamma: float,
+    config: TrainingConfig,
 ) -> Tensor:
-    """The denoising loss of `batch` under its text conditioning [b, t, d] and [b, d], at random noise and times."""
+    """The denoising loss of `batch` at random noise and times; its captions are encoded unless `prompts` are given."""
     scheduler = components.noise_scheduler
-    noise = torch.randn(batch.latents.shape, generator=generator, device=components.device)
+    hidden, pooled = prompts or encode_prompt(components.text_encoders, batch.token_ids)
+    hidden, pooled = drop_prompts(hidden, pooled, config.caption_dropout, generator)
+    noise = sample_noise(batch.latents.shape, config.noise_offset, generator)
     timesteps = sample_timesteps(scheduler, len(batch.latents), generator)
     noisy = scheduler.add_noise(batch.latents, noise, timesteps)  # type: ignore[arg-type]
     prediction = components.unet(
@@ -198,8 +202,17 @@ def _loss(
         added_cond_kwargs={"text_embeds": pooled, "time_ids": batch.time_ids},
     ).sample
     target = training_target(scheduler, batch.latents, noise, timesteps)
-    weights = min_snr_weights(scheduler, timesteps, snr_gamma)
-    return masked_mse(prediction, target, batch.mask, weights)
+    weights = min_snr_weights(scheduler, timesteps, config.snr_gamma)
+    return masked_mse(prediction, target, batch.mask, weights, config.mask_floor)
+
+
+def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: int) -> float:
+    """The factor, 0 to 1, of all learning rates in `step` (from 0) of `total`: a linear rise over `warmup` steps, then
+    constant, or falling to 0 along a line or half a cosine."""
+    if step < warmup:
+        return step / warmup
+    gone = (step - warmup) / (total - warmup)
+    return {"constant": 1.0, "linear": 1 - gone, "cosine": 0.5 * (1 + math.cos(math.pi * gone))}[schedule]
 
 
 def _install_rows(
@@ -218,98 +231,62 @@ def _install_rows(
 
 
 def _freeze_rows(
-    components: Components, dataset: ExampleDataset, rows: list[TokenRows]
-) -> tuple[Tensor, Tensor]:
-    """The pivot: stop training the rows, encode every caption once, and move the text encoders off the device.
-
-    Returns the text conditioning of every example: [n, t, d] and [n, d].
-    """
+    components: Components, subject: Batches, rows: list[TokenRows], optimizer: torch.optim.Optimizer
+) -> None:
+    """The pivot: stop training the rows, encode every caption once, and move the text encoders off the device."""
+    optimizer.param_groups.pop()
     for row in rows:
         row.rows.requires_grad_(False).grad = None
-    with _precision(components.device), torch.no_grad():
-        encoded = [
-            encode_prompt(components.text_encoders, dataset.collate([index]).token_ids)
-            for index in range(len(dataset))
-        ]
+    _fix_prompts(components, subject)
     for encoder in components.text_encoders:
         encoder.to(torch.device("cpu"))  # type: ignore[arg-type]
-    return torch.cat([hidden for hidden, _ in encoded]), torch.cat([pooled for _, pooled in encoded])
+
+
+@torch.no_grad()
+def _fix_prompts(components: Components, batches: Batches) -> None:
+    """Encode the captions of all examples once, picture by picture."""
+    for bucket in batches.buckets:
+        with _precision(components.device):
+            encoded = [
+                encode_prompt(components.text_encoders, bucket.examples.take(row).token_ids)
+                for row in torch.arange(len(bucket), device=components.device).split(1)
+            ]
+        bucket.prompts = (
+            torch.cat([hidden for hidden, _ in encoded]),
+            torch.cat([pool for _, pool in encoded]),
+        )
 
 
 def _optimizer(
-    trainable: _Trainable, rows: list[TokenRows], config: TrainingConfig, device: torch.device
+    trainable: Trainable, rows: list[TokenRows], config: TrainingConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) over two groups: the UNet's weights, then the token rows."""
+    on_gpu = device.type == "cuda"
+
+    def group(parameters: list[nn.Parameter], rate: float, decay: float) -> dict:
+        # On a GPU the rate is a tensor of its own: a captured step sees what is written into it.
+        lr = torch.tensor(rate, device=device) if on_gpu else rate
+        return {"params": parameters, "lr": lr, "base_lr": rate, "weight_decay": decay}
+
     return torch.optim.AdamW(
         [
-            {
-                "params": trainable.parameters,
-                "lr": trainable.learning_rate,
-                "weight_decay": trainable.weight_decay,
-            },
-            {"params": [row.rows for row in rows], "lr": config.ti_lr, "weight_decay": 0.0},
+            group(trainable.parameters, trainable.learning_rate, trainable.weight_decay),
+            group([row.rows for row in rows], config.ti_lr, 0.0),
         ],
-        fused=device.type == "cuda",
+        fused=on_gpu,
+        capturable=on_gpu,
     )
 
 
-def _full(components: Components, config: TrainingConfig) -> _Trainable:
-    """Every parameter of the UNet, stored in half precision as inference uses it."""
-    unet = components.unet.requires_grad_(True).train()
-    if config.gradient_checkpointing and components.device.type == "cuda":
-        unet.enable_gradient_checkpointing()
-
-    def export() -> dict[str, Tensor]:
-        return {
-            name: value.detach().to("cpu", torch.float16).contiguous()
-            for name, value in unet.state_dict().items()
-        }
-
-    return _Trainable(
-        parameters=list(unet.parameters()),
-        learning_rate=config.unet_learning_rate,
-        weight_decay=0.0,
-        export=export,
-    )
-
-
-def _lora(components: Components, config: TrainingConfig) -> _Trainable:
-    """LoRA matrices on the layers of `lora_targets`, trained in fp32 beside the frozen UNet, stored as diffusers reads
-    them."""
-    unet = components.unet
-    unet.add_adapter(
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_rank,
-            init_lora_weights="gaussian",
-            target_modules=LORA_TARGETS[config.lora_targets],
-        )
-    )
-    cast_training_params(unet, dtype=torch.float32)
-    unet.train()
-    if config.gradient_checkpointing and components.device.type == "cuda":
-        unet.enable_gradient_checkpointing()
-
-    def export() -> dict[str, Tensor]:
-        state = get_peft_model_state_dict(unet)  # diffusers reads these names for every kind of layer alike
-        return {f"unet.{name}": value.detach().float().cpu().clone() for name, value in state.items()}
-
-    return _Trainable(
-        parameters=[parameter for parameter in unet.parameters() if parameter.requires_grad],
-        learning_rate=config.lora_lr,
-        weight_decay=WEIGHT_DECAY,
-        export=export,
-    )
-
-
-def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices [size] into `count` examples without end: shuffled passes one after another, cut into batches."""
-    queue = torch.empty(0, dtype=torch.long, device=generator.device)
-    while True:
-        while len(queue) < size:
-            queue = torch.cat([queue, torch.randperm(count, generator=generator, device=generator.device)])
-        yield queue[:size]
-        queue = queue[size:]
+def _set_rates(optimizer: torch.optim.Optimizer, share: float) -> list[float]:
+    """Set every group's learning rate to its `share` of the full one; returns them."""
+    rates = [group["base_lr"] * share for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    return rates
 
 
 def _precision(device: torch.device) -> contextlib.AbstractContextManager:

@@ -14,7 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import train
 from dataset_and_utils import Example, ExampleDataset, TokenMap
 from predict import Predictor
-from sdxl.components import Components, add_placeholder_tokens
+from preprocess import PreprocessConfig, prepare_dataset
+from sdxl.components import Components, add_placeholder_tokens, load_components
+from sdxl.examples import cache_examples
 from sdxl.training import StepReport, fine_tune
 from tests.conftest import QUICK, TINY_BASE, call
 from tests.test_training import CONFIG
@@ -133,6 +135,28 @@ def test_the_embedded_base_trains_and_draws_on_cuda(captioned_zip: Path, is_lora
     assert not np.array_equal(base, tuned)
     assert np.array_equal(base, again)
     assert tuned.std() > 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"is_lora": True, "lora_targets": "all"}, {"gradient_accumulation_steps": 2}]
+)
+def test_a_captured_step_is_the_eager_step(captioned_zip: Path, tmp_path: Path, changes: dict[str, Any]):
+    """Same seeds, same losses, before the pivot and after it, whether kernels are replayed or launched."""
+    curves = []
+    for graph in (True, False):
+        config = dataclasses.replace(
+            CONFIG, max_train_steps=20, cuda_graph=graph, caption_dropout=0.2, noise_offset=0.1, **changes
+        )
+        folder = prepare_dataset(
+            captioned_zip, tmp_path / f"dataset-{graph}", config=PreprocessConfig(target_size=64)
+        )
+        components = load_components(TINY_BASE, is_lora=config.is_lora, device=torch.device("cuda"))
+        data = cache_examples(folder, components, TokenMap.parse("TOK:2"), seed=0, views=2)
+        reports: list[StepReport] = []
+        fine_tune(components, data, config, prior=data, on_step=reports.append)
+        curves.append([report.loss for report in reports])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-2)
+    assert len(set(curves[0])) == 20
 
 
 def test_text_encoders_leave_the_gpu_at_the_pivot(captioned_zip: Path):

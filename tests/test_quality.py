@@ -52,9 +52,9 @@ def test_the_scorer_tells_creatures_apart(scorer: Scorer):
 
 
 def test_the_scorer_sees_what_the_training_pictures_were_asked_to_show(scorer: Scorer):
-    met = following(scorer.attributes(training_pictures(0)), prompts.TRAINING)
+    met = following(scorer.attributes(training_pictures(0).images), prompts.TRAINING)
     assert shares(met)["all"] >= 5 / 6
-    wrong = following(scorer.attributes(training_pictures(0).flip(0)), prompts.TRAINING)
+    wrong = following(scorer.attributes(training_pictures(0).images.flip(0)), prompts.TRAINING)
     assert shares(wrong)["all"] < 0.5
 
 
@@ -163,7 +163,7 @@ def test_dino_and_clip_give_unit_vectors_and_real_scores_leave_out_a_picture_aga
 def test_a_small_run_of_the_dreambench_writes_its_table(tmp_path):
     folder = tmp_path / "pictures" / "bear_plushie2"
     folder.mkdir(parents=True)
-    for i, picture in enumerate(training_pictures(0)[:3]):
+    for i, picture in enumerate(training_pictures(0).images[:3]):
         to_pil(picture).save(folder / f"{i}.png")
     dino, clip = tiny_encoders(tmp_path)
     table = run(
@@ -190,7 +190,7 @@ def test_the_refiner_draws_from_a_picture_with_its_second_encoder_alone():
     )
     assert pipeline.text_encoder is None and pipeline.config["requires_aesthetics_score"]
     pipeline.set_progress_bar_config(disable=True)
-    before = training_pictures(0)[:1]
+    before = training_pictures(0).images[:1]
     output: Any = pipeline(
         "a photo of a robot on a plain white background",
         image=before,

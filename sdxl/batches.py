@@ -1,0 +1,62 @@
+"""Which pictures a step sees: cached examples of one shape each, stacked on the device.
+
+Knows shapes and the order of pictures; does not know what is done with them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dataset_and_utils import Example, ExampleDataset
+
+
+@dataclass(kw_only=True)
+class Bucket:
+    """All examples of one shape, and which of them the next step takes."""
+
+    examples: Example
+    """Stacked: latents [n, 4, h, w], mask [n, 1, h, w], ids 2×[n, 77], time ids [n, 6]."""
+    chosen: Tensor
+    """Rows of `examples` [micro-batches, b]; overwritten in place from step to step."""
+    prompts: tuple[Tensor, Tensor] | None = None
+    """Text conditioning of every example, [n, t, d] and [n, d], once it no longer changes."""
+
+    def __len__(self) -> int:
+        return len(self.examples.latents)
+
+    def micro_batches(self) -> Iterator[tuple[Example, tuple[Tensor, Tensor] | None]]:
+        """The chosen examples, and their text conditioning where it no longer changes."""
+        for rows in self.chosen:
+            prompts = None if self.prompts is None else (self.prompts[0][rows], self.prompts[1][rows])
+            yield self.examples.take(rows), prompts
+
+
+class Batches:
+    """Endless batches: a bucket is chosen in proportion to its pictures, and each bucket is gone through in shuffled
+    passes, so that every picture is seen equally often."""
+
+    def __init__(self, dataset: ExampleDataset, size: int, *, micro_batches: int = 1, seed: int) -> None:
+        """Batches of `micro_batches` × `size` examples of one shape."""
+        self.generator = torch.Generator().manual_seed(seed)
+        self.buckets = []
+        for indices in dataset.by_shape():
+            examples = dataset.collate(indices)
+            chosen = torch.zeros(micro_batches, size, dtype=torch.long, device=examples.latents.device)
+            self.buckets.append(Bucket(examples=examples, chosen=chosen))
+        self._queues = [torch.empty(0, dtype=torch.long) for _ in self.buckets]
+        self._shares = torch.tensor([float(len(bucket)) for bucket in self.buckets])
+
+    def draw(self) -> int:
+        """Choose the next batch; returns the index of its bucket."""
+        number = 0
+        if len(self.buckets) > 1:
+            number = int(torch.multinomial(self._shares, 1, generator=self.generator))
+        bucket, queue = self.buckets[number], self._queues[number]
+        wanted = bucket.chosen.numel()
+        while len(queue) < wanted:
+            queue = torch.cat([queue, torch.randperm(len(bucket), generator=self.generator)])
+        bucket.chosen.copy_(queue[:wanted].view_as(bucket.chosen))
+        self._queues[number] = queue[wanted:]
+        return number

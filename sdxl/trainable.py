@@ -1,0 +1,106 @@
+"""What trains of the UNet: all of it, or LoRA matrices beside it; and how either is handed on.
+
+Knows parameters; does not know losses, text or files.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sdxl.config import TrainingConfig
+
+_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+_FEED_FORWARD = ["proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+_CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
+LORA_TARGETS = {
+    "attention": _ATTENTION,
+    "transformer": _ATTENTION + _FEED_FORWARD,
+    "all": _ATTENTION + _FEED_FORWARD + _CONVOLUTIONS,
+}
+"""Public name → ends of the names of the UNet's layers that get LoRA matrices."""
+LORA_WEIGHT_DECAY = 1e-4
+"""AdamW's decay of LoRA matrices; full weights have none, since 0 is not where they started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """The weights of the UNet that train, and how they are handed on."""
+
+    kind: str
+    """"unet" or "lora"."""
+    parameters: list[nn.Parameter]
+    learning_rate: float
+    weight_decay: float
+    export: Callable[[], dict[str, Tensor]]
+    """The weights as they are now: tensors on the CPU, in names and dtypes in which they are stored."""
+
+
+def full_unet(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
+    """Every parameter of the UNet, stored in half precision as inference uses it."""
+    unet.requires_grad_(True)
+    _prepare(unet, config)
+
+    def export() -> dict[str, Tensor]:
+        return {
+            name: value.detach().to("cpu", torch.float16).contiguous()
+            for name, value in unet.state_dict().items()
+        }
+
+    return Trainable(
+        kind="unet",
+        parameters=list(unet.parameters()),
+        learning_rate=config.unet_learning_rate,
+        weight_decay=0.0,
+        export=export,
+    )
+
+
+def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
+    """LoRA matrices (arXiv:2106.09685), or DoRA's (arXiv:2402.09353), on the layers of `lora_targets`, trained in fp32
+    beside the frozen UNet, stored as diffusers reads them.
+
+    The matrices start from torch's global generator.
+    """
+    unet.add_adapter(
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha or config.lora_rank,
+            use_dora=config.use_dora,
+            init_lora_weights="gaussian",
+            target_modules=LORA_TARGETS[config.lora_targets],
+        )
+    )
+    cast_training_params(unet, dtype=torch.float32)
+    _prepare(unet, config)
+    scale = (config.lora_alpha or config.lora_rank) / config.lora_rank
+
+    def export() -> dict[str, Tensor]:
+        # Under these names diffusers reads every kind of layer alike. It takes alpha for the rank where none is told:
+        # the second matrices carry the factor.
+        state = get_peft_model_state_dict(unet)
+        return {
+            f"unet.{name}": value.detach().float().mul(scale if "lora_B" in name else 1.0).cpu().contiguous()
+            for name, value in state.items()
+        }
+
+    return Trainable(
+        kind="lora",
+        parameters=[parameter for parameter in unet.parameters() if parameter.requires_grad],
+        learning_rate=config.lora_lr,
+        weight_decay=LORA_WEIGHT_DECAY,
+        export=export,
+    )
+
+
+def _prepare(unet: UNet2DConditionModel, config: TrainingConfig) -> None:
+    unet.train()
+    if config.gradient_checkpointing and unet.device.type == "cuda":
+        # Nothing in SDXL's UNet is random, and saving the state of random numbers would wait for the GPU.
+        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
