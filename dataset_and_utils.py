@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -17,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 POOLED_AT_EOS = {"pooled_at": "eos"}
 """Metadata that marks embeddings trained with the pooled output taken at the end-of-text token."""
@@ -228,7 +231,7 @@ class TokenEmbeddingsHandler:
     pipe("A photo of <s0><s1>")
     """
 
-    def __init__(self, text_encoders: Sequence[PreTrainedModel], tokenizers: Sequence) -> None:
+    def __init__(self, text_encoders: "Sequence[PreTrainedModel]", tokenizers: Sequence) -> None:
         if len(text_encoders) != len(tokenizers):
             raise ValueError(
                 f"{len(text_encoders)} text encoders need as many tokenizers, not {len(tokenizers)}."
@@ -277,7 +280,7 @@ class TokenEmbeddingsHandler:
         write_embeddings(file_path, rows)
 
 
-def _table(encoder: PreTrainedModel) -> torch.nn.Embedding:
+def _table(encoder: "PreTrainedModel") -> torch.nn.Embedding:
     table = encoder.get_input_embeddings()
     assert isinstance(table, torch.nn.Embedding)
     return table

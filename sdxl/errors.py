@@ -10,6 +10,7 @@ __all__ = [
     "DatasetError",
     "DownloadError",
     "NotBuiltYetError",
+    "NotEnoughMemoryError",
     "TrainingDivergedError",
     "UserInputError",
     "WeightsError",
@@ -34,6 +35,10 @@ class WeightsError(UserInputError):
 
 class NotBuiltYetError(UserInputError):
     """The input is part of the public interface, but this version cannot do what it asks for."""
+
+
+class NotEnoughMemoryError(UserInputError):
+    """The device's memory cannot hold what is to be trained."""
 
 
 class TrainingDivergedError(UserInputError):
