@@ -17,6 +17,8 @@ from sdxl.errors import NotBuiltYetError, UserInputError
 DEFAULT_STEPS = 1000
 Schedule = Literal["constant", "linear", "cosine"]
 LoraTargets = Literal["attention", "transformer", "all"]
+OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "prodigy"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 _ABOVE_ZERO = {
     "max_train_steps": 1000,
@@ -28,6 +30,12 @@ _ABOVE_ZERO = {
     "snr_gamma": 5,
 }
 _ZERO_OR_MORE = {"lora_lr": 1e-4, "checkpointing_steps": 200, "prior_weight": 1}
+_CHOICES = {
+    "lr_scheduler": Schedule,
+    "lora_targets": LoraTargets,
+    "optimizer": OptimizerName,
+    "precision": Precision,
+}
 _SHARES = ("noise_offset", "caption_dropout", "mask_floor", "pivot_fraction")
 
 
@@ -88,6 +96,10 @@ class TrainingConfig:
     """Batches whose gradients are averaged in one optimizer step, at least 1."""
     pivot_fraction: float = 0.5
     """Share of the steps, 0 to 1, in which the token rows train; from the pivot on only the UNet's weights do."""
+    optimizer: OptimizerName = "adamw"
+    """What turns gradients into steps of the UNet's weights or LoRA matrices; token rows always have AdamW."""
+    precision: Precision = "auto"
+    """How full training holds the UNet's weights; "auto": in fp32 where it fits, else in bf16, rounded stochastically."""
     gradient_checkpointing: bool = True
     """On CUDA, compute the UNet's activations again in the backward pass: a third slower, far less memory."""
     cuda_graph: bool = True
@@ -107,8 +119,8 @@ class TrainingConfig:
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserInputError(f"{name} is {getattr(self, name)}, but must be from 0 to 1.")
-        for name, choices in (("lr_scheduler", get_args(Schedule)), ("lora_targets", get_args(LoraTargets))):
-            if getattr(self, name) not in choices:
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in (choices := get_args(kind)):
                 raise UserInputError(
                     f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(choices)}."
                 )

@@ -3,6 +3,7 @@
 Knows parameters; does not know losses, text or files.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdxl.config import TrainingConfig
+from sdxl.precision import WeightPrecision, choose_precision
+
+log = logging.getLogger(__name__)
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 _FEED_FORWARD = ["proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
@@ -38,13 +42,22 @@ class Trainable:
     parameters: list[nn.Parameter]
     learning_rate: float
     weight_decay: float
+    optimizer: str
+    """A key of `OPTIMIZERS`."""
     export: Callable[[], dict[str, Tensor]]
     """The weights as they are now: tensors on the CPU, in names and dtypes in which they are stored."""
 
 
 def full_unet(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
-    """Every parameter of the UNet, stored in half precision as inference uses it."""
+    """Every parameter of the UNet, stored in half precision as inference uses it.
+
+    Raises:
+        NotEnoughMemoryError: neither fp32 nor bf16 weights fit on the device.
+    """
+    precision = _precision(unet, config)
+    log.log(logging.WARNING if precision.tight else logging.INFO, precision.reason)
     unet.requires_grad_(True)
+    precision.apply(unet)
     _prepare(unet, config)
 
     def export() -> dict[str, Tensor]:
@@ -58,6 +71,7 @@ def full_unet(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
         parameters=list(unet.parameters()),
         learning_rate=config.unet_learning_rate,
         weight_decay=0.0,
+        optimizer=precision.optimizer,
         export=export,
     )
 
@@ -95,7 +109,23 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
         parameters=[parameter for parameter in unet.parameters() if parameter.requires_grad],
         learning_rate=config.lora_lr,
         weight_decay=LORA_WEIGHT_DECAY,
+        optimizer=config.optimizer,
         export=export,
+    )
+
+
+def _precision(unet: UNet2DConditionModel, config: TrainingConfig) -> WeightPrecision:
+    """How the weights are held while they train: as well as free memory allows; on a CPU always as asked for."""
+    size = sum(parameter.nbytes for parameter in unet.parameters())
+    on_gpu = unet.device.type == "cuda"
+    return choose_precision(
+        free_bytes=torch.cuda.mem_get_info(unet.device)[0] + size if on_gpu else 2**62,
+        parameters=sum(parameter.numel() for parameter in unet.parameters()),
+        optimizer=config.optimizer,
+        batch=config.train_batch_size,
+        resolution=config.resolution,
+        precision=config.precision,
+        checkpointing=config.gradient_checkpointing,
     )
 
 

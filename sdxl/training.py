@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,9 @@ from sdxl.diffusion import (
     training_target,
 )
 from sdxl.errors import TrainingDivergedError
+from sdxl.optimizers import CAPTURABLE, Group, make_optimizers
 from sdxl.token_rows import TokenRows
-from sdxl.trainable import Trainable, full_unet, lora
+from sdxl.trainable import full_unet, lora
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class StepReport:
     """Of late; 0 before it is known."""
 
 
-def fine_tune(
+def fine_tune(  # noqa: PLR0915 - the recipe is one text
     components: Components,
     dataset: ExampleDataset,
     config: TrainingConfig,
@@ -95,7 +97,13 @@ def fine_tune(
     token_map = TokenMap.parse(config.token_map)
     rows = _install_rows(components, token_map, token_map.parse_init(config.token_init), generator)
     trainable = (lora if config.is_lora else full_unet)(components.unet, config)
-    optimizer = _optimizer(trainable, rows, config, device)
+    optimizers = make_optimizers(
+        trainable.optimizer,
+        Group(params=trainable.parameters, lr=trainable.learning_rate, weight_decay=trainable.weight_decay),
+        Group(params=[row.rows for row in rows], lr=config.ti_lr),
+        device=device,
+    )
+    full_rates = [float(group["lr"]) for group in _groups(optimizers)]
 
     # What a step sees: pictures of one shape, and of the prior.
     micro_batches = config.gradient_accumulation_steps
@@ -110,20 +118,22 @@ def fine_tune(
 
     def gradients(drawn: tuple[int, ...]) -> Tensor:
         """Forward, loss, backward and clipping of the drawn buckets; returns the loss and the gradients' norms."""
-        optimizer.zero_grad(set_to_none=False)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=False)  # a captured step writes to the same gradients every time
         total = torch.zeros((), device=device)
         for (batches, weight), number in zip(sources, drawn, strict=True):
             for batch, prompts in batches.buckets[number].micro_batches():
-                with _precision(device):
+                with _autocast(device):
                     loss = _loss(components, batch, prompts, generator, config) * (weight / micro_batches)
                 loss.backward()
                 total += loss.detach()
         # Each group by itself: token rows must not scale the UNet's step, or it theirs.
-        norms = [nn.utils.clip_grad_norm_(g["params"], MAX_GRAD_NORM) for g in optimizer.param_groups]
+        norms = [nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM) for group in _groups(optimizers)]
         return torch.stack([total, *norms])
 
     def update() -> Tensor:
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if rows_train:
             for row in rows:
                 row.pull_to_scale()
@@ -145,13 +155,15 @@ def fine_tune(
             progress.set_description("Training UNet")
             rows_train = False
             graphed.forget()
-            _freeze_rows(components, subject, rows, optimizer)
+            _freeze_rows(components, subject, rows)
+            optimizers[-1].param_groups.pop()
 
         # -------------------------------------------------------------------------------------- a single training step
         share = learning_rate_share(
             config.lr_scheduler, step, warmup=config.lr_warmup_steps, total=config.max_train_steps
         )
-        learning_rates = _set_rates(optimizer, share)
+        learning_rates = [rate * share for rate in full_rates]
+        _set_rates(optimizers, learning_rates)
         drawn = tuple(batches.draw() for batches, _ in sources)
         loss, *norms = graphed(drawn, lambda drawn=drawn: gradients(drawn)).tolist()
         if not all(map(math.isfinite, (loss, *norms))):
@@ -160,7 +172,7 @@ def fine_tune(
                 f"The loss became {loss} in step {step + 1}: lower the learning rates, or look for broken pictures; "
                 "the weights from before that step are kept."
             )
-        graphed("update", update)
+        graphed("update", update) if trainable.optimizer in CAPTURABLE else update()
         # ------------------------------------------------------------------------------------------------------------
 
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -230,11 +242,8 @@ def _install_rows(
     return rows
 
 
-def _freeze_rows(
-    components: Components, subject: Batches, rows: list[TokenRows], optimizer: torch.optim.Optimizer
-) -> None:
+def _freeze_rows(components: Components, subject: Batches, rows: list[TokenRows]) -> None:
     """The pivot: stop training the rows, encode every caption once, and move the text encoders off the device."""
-    optimizer.param_groups.pop()
     for row in rows:
         row.rows.requires_grad_(False).grad = None
     _fix_prompts(components, subject)
@@ -246,7 +255,7 @@ def _freeze_rows(
 def _fix_prompts(components: Components, batches: Batches) -> None:
     """Encode the captions of all examples once, picture by picture."""
     for bucket in batches.buckets:
-        with _precision(components.device):
+        with _autocast(components.device):
             encoded = [
                 encode_prompt(components.text_encoders, bucket.examples.take(row).token_ids)
                 for row in torch.arange(len(bucket), device=components.device).split(1)
@@ -257,38 +266,24 @@ def _fix_prompts(components: Components, batches: Batches) -> None:
         )
 
 
-def _optimizer(
-    trainable: Trainable, rows: list[TokenRows], config: TrainingConfig, device: torch.device
-) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) over two groups: the UNet's weights, then the token rows."""
-    on_gpu = device.type == "cuda"
-
-    def group(parameters: list[nn.Parameter], rate: float, decay: float) -> dict:
-        # On a GPU the rate is a tensor of its own: a captured step sees what is written into it.
-        lr = torch.tensor(rate, device=device) if on_gpu else rate
-        return {"params": parameters, "lr": lr, "base_lr": rate, "weight_decay": decay}
-
-    return torch.optim.AdamW(
-        [
-            group(trainable.parameters, trainable.learning_rate, trainable.weight_decay),
-            group([row.rows for row in rows], config.ti_lr, 0.0),
-        ],
-        fused=on_gpu,
-        capturable=on_gpu,
-    )
+def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """All groups of parameters: the UNet's weights first, then the token rows while they train."""
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, share: float) -> list[float]:
-    """Set every group's learning rate to its `share` of the full one; returns them."""
-    rates = [group["base_lr"] * share for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+def _set_rates(optimizers: list[torch.optim.Optimizer], rates: list[float]) -> None:
+    for group, rate in zip(
+        _groups(optimizers), rates, strict=False
+    ):  # the rows' group is gone after the pivot
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(rate)  # where a captured step reads it
         else:
             group["lr"] = rate
-    return rates
 
 
-def _precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 autocast on CUDA; plain fp32 on a CPU, whose bf16 is slower."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+def _autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 autocast on CUDA, without its cache, which would keep a bf16 copy of all fp32 weights; plain fp32 on a CPU,
+    whose bf16 is slower."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
