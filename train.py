@@ -22,7 +22,6 @@ from sdxl.config import (
     TrainingConfig,
     canonical_inputs,
     new_workspace,
-    refuse_unbuilt,
     resolve_seed,
     resolve_steps,
 )
@@ -54,11 +53,15 @@ def train(
     ),
     caption_prefix: str = Input(
         default="a photo of TOK, ",
-        description="How the caption of a picture begins where you give none at all. Must name a token of token_map.",
+        description="How the captions begin where you give none at all; a captioner goes on from it. Must name a token of token_map.",
     ),
     resolution: Optional[int] = Input(
         default=None,
         description="Side of the square training pictures, in pixels, a multiple of 8. Default: the size the base was made for, 1024 for SDXL 1.0.",
+    ),
+    bucketing: bool = Input(
+        default=False,
+        description="Cut each picture to the nearest of several shapes of about resolution times resolution pixels instead of to a square: less is cut off.",
     ),
     num_train_epochs: Optional[int] = Input(
         default=None,
@@ -99,17 +102,18 @@ def train(
     ),
     mask_target_prompts: Optional[str] = Input(
         default=None,
-        description="Words for the part of the pictures that matters, to mask the rest. Not available in this version.",
+        description='Words for what matters in the pictures, such as "a dog" or "a dog, a red ball"; the rest is masked and not learned. Masks that come with the pictures stay.',
     ),
     crop_based_on_salience: bool = Input(
         default=False,
-        description="Crop to where the mask is instead of to the centre. Not available in this version.",
+        description="Cut around what the masks show instead of around the centre; without masks the centre it is.",
     ),
     use_face_detection_instead: bool = Input(
-        default=False, description="Mask faces instead of mask_target_prompts. Not available in this version."
+        default=False,
+        description="Mask all faces instead of mask_target_prompts; faces are not cut where they fit.",
     ),
     clipseg_temperature: float = Input(
-        default=1.0, description="How soft the masks' edges are. Not available in this version."
+        default=1.0, description="How soft the masks' edges are: 0.5 is hard, 2 is soft."
     ),
     seed: Optional[int] = Input(
         default=None,
@@ -151,7 +155,6 @@ def train(
 
 def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
     """The stages of a training, one line each; everything of the run lies in `workspace`. Returns the tar."""
-    refuse_unbuilt(inputs)
     token_map = TokenMap.parse(inputs["token_map"])
     base = hosted_models.local_folder(hosted_models.base_name())
     resolution = native_resolution(base) if inputs["resolution"] is None else inputs["resolution"]
@@ -162,6 +165,11 @@ def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
         global_caption=inputs["global_caption"],
         caption_prefix=inputs["caption_prefix"],
         token_map=token_map,
+        bucketing=inputs["bucketing"],
+        mask_target_prompts=inputs["mask_target_prompts"],
+        crop_based_on_salience=inputs["crop_based_on_salience"],
+        use_face_detection_instead=inputs["use_face_detection_instead"],
+        mask_temperature=inputs["clipseg_temperature"],
     )
     dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config)
     config = _config(inputs, resolution, images=len(read_captions_csv(dataset_folder / "captions.csv")))

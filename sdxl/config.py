@@ -5,6 +5,7 @@ Knows names, ranges and defaults; does not know cog, files' contents or models.
 
 import os
 import random
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dataset_and_utils import TokenMap
-from sdxl.errors import NotBuiltYetError, UserInputError
+from sdxl.errors import UserInputError
 
 DEFAULT_STEPS = 1000
 Schedule = Literal["constant", "linear", "cosine"]
@@ -155,24 +156,18 @@ def canonical_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def refuse_unbuilt(inputs: Mapping[str, Any]) -> None:
-    """Refuse inputs that this version takes but cannot honour, rather than ignore them.
+def check_caption_text(text: str) -> None:
+    """Refuse placeholders in the beginning of captions.
 
     Raises:
-        NotBuiltYetError: names the input.
+        UserInputError: `text` holds something like <s0>.
     """
-    unbuilt = {
-        "mask_target_prompts": None,
-        "crop_based_on_salience": False,
-        "use_face_detection_instead": False,
-        "clipseg_temperature": 1.0,
-    }
-    for name, off in unbuilt.items():
-        if inputs[name] not in (off, ""):
-            raise NotBuiltYetError(
-                f"{name} is not available in this version: leave it out, and bring masks as N.mask.png beside "
-                "N.src.png if only a part of each picture should count."
-            )
+    placeholder = re.search(r"<s[0-9]+>", text)
+    if placeholder is not None:
+        raise UserInputError(
+            f'"{text}" holds {placeholder[0]}, which the text encoders have not learned before training, and token_map '
+            "puts it in by itself: write a word such as TOK instead."
+        )
 
 
 def new_workspace(name: str) -> Path:

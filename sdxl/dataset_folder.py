@@ -43,7 +43,9 @@ def open_source(source: Path, folder: Path) -> Source:
         DatasetError: there is no picture in it.
     """
     root = source if source.is_dir() else folder
-    found = (path for path in source.rglob("*") if path.is_file()) if source.is_dir() else unpack(source, root)
+    found = (
+        (path for path in source.rglob("*") if path.is_file()) if source.is_dir() else unpack(source, root)
+    )
     files = sorted(path for path in found if not _is_litter(path.relative_to(root)))
     pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     masks = {path for path in pictures if path.name.endswith(".mask.png")}
@@ -62,9 +64,10 @@ def open_source(source: Path, folder: Path) -> Source:
 
 
 def _is_litter(path: Path) -> bool:
-    return (
-        any(part == "__MACOSX" or part.startswith(".") for part in path.parts)
-        or path.name in ("Thumbs.db", SHEET, ADVICE)
+    return any(part == "__MACOSX" or part.startswith(".") for part in path.parts) or path.name in (
+        "Thumbs.db",
+        SHEET,
+        ADVICE,
     )
 
 

@@ -60,9 +60,7 @@ def _finds(grey: np.ndarray, turn: int) -> Iterator[_Find]:
     cosine, sine = abs(matrix[0, 0]), abs(matrix[0, 1])
     wide, high = int(height * sine + width * cosine), int(height * cosine + width * sine)
     matrix[:, 2] += (wide - width) / 2, (high - height) / 2
-    turned = (
-        cv2.warpAffine(grey, matrix, (wide, high), borderMode=cv2.BORDER_REPLICATE) if turn else grey
-    )
+    turned = cv2.warpAffine(grey, matrix, (wide, high), borderMode=cv2.BORDER_REPLICATE) if turn else grey
     back = cv2.invertAffineTransform(matrix)
     smallest = max(20, min(height, width) // 25)
     for name, mirrored in (*((name, False) for name in _FRONTAL), (_PROFILE, False), (_PROFILE, True)):

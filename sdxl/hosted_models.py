@@ -37,9 +37,7 @@ class Helper:
 CAPTIONER = Helper(
     purpose="the captioner", setting="SDXL_CAPTIONER", hub_name="Salesforce/blip-image-captioning-large"
 )
-SEGMENTER = Helper(
-    purpose="the segmenter", setting="SDXL_SEGMENTER", hub_name="CIDAS/clipseg-rd64-refined"
-)
+SEGMENTER = Helper(purpose="the segmenter", setting="SDXL_SEGMENTER", hub_name="CIDAS/clipseg-rd64-refined")
 UPSCALER = Helper(
     purpose="the upscaler",
     setting="SDXL_UPSCALER",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train
 from sdxl.archives import unpack
-from sdxl.errors import NotBuiltYetError, UserInputError
+from sdxl.errors import UserInputError
 from tests.conftest import QUICK, call, png, write_zip
 
 
@@ -135,21 +135,6 @@ def test_bad_inputs_end_in_one_sentence_and_leave_nothing(
     assert "\n" not in str(caught.value)
     workspace = tmp_path / "workspace"
     assert not workspace.exists() or list(workspace.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        {"mask_target_prompts": "a dog"},
-        {"crop_based_on_salience": True},
-        {"use_face_detection_instead": True},
-        {"clipseg_temperature": 0.5},
-        {"temp": 0.5},
-    ],
-)
-def test_inputs_that_are_not_built_yet_say_so(captioned_zip: Path, inputs: dict):
-    with pytest.raises(NotBuiltYetError, match="not available in this version"):
-        call(train.train, input_images=captioned_zip, **QUICK, **inputs)
 
 
 def test_a_wrong_base_is_told_what_to_do(
