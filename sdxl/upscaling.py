@@ -36,19 +36,21 @@ class Upscaler:
         height, width = pixels.shape[:2]
         lacking = [(0, max(0, _SMALLEST - length)) for length in (height, width)]
         pixels = np.pad(pixels, [*lacking, (0, 0)], mode="edge")
-        scale, result = self.scale, None
+        result = np.zeros((pixels.shape[0] * self.scale, pixels.shape[1] * self.scale, 3), np.uint8)
         for top, bottom in _spans(pixels.shape[0]):
-            for left, right in _spans(pixels.shape[1]):
-                tile = self._run(pixels[top:bottom, left:right])
-                if result is None:
-                    result = np.zeros((pixels.shape[0] * scale, pixels.shape[1] * scale, 3), np.uint8)
-                place = result[top * scale : bottom * scale, left * scale : right * scale]
-                weight = np.minimum(
-                    _ramp(len(tile), scale, top > 0)[:, None], _ramp(tile.shape[1], scale, left > 0)[None]
-                )[..., None]
-                place[:] = (place * (1 - weight) + tile * weight).round()
-        assert result is not None
-        return Image.fromarray(result[: height * scale, : width * scale])
+            band = result[top * self.scale : bottom * self.scale]
+            weight = _ramp(len(band), self.scale, top > 0)[:, None, None]
+            band[:] = (band * (1 - weight) + self._band(pixels[top:bottom]) * weight).round()
+        return Image.fromarray(result[: height * self.scale, : width * self.scale])
+
+    def _band(self, pixels: np.ndarray) -> np.ndarray:
+        """A row of tiles uint8 [h, w, 3] → float32 [scale·h, scale·w, 3], 0 to 255."""
+        band = np.zeros((pixels.shape[0] * self.scale, pixels.shape[1] * self.scale, 3), np.float32)
+        for left, right in _spans(pixels.shape[1]):
+            place = band[:, left * self.scale : right * self.scale]
+            weight = _ramp(place.shape[1], self.scale, left > 0)[None, :, None]
+            place[:] = place * (1 - weight) + self._run(pixels[:, left:right]) * weight
+        return band
 
     def _run(self, tile: np.ndarray) -> np.ndarray:
         """One tile uint8 [h, w, 3] → float32 [scale·h, scale·w, 3], 0 to 255."""
