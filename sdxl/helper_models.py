@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from sdxl.errors import WeightsError
 from sdxl.hosted_models import Helper, helper_folder
@@ -23,7 +24,7 @@ def loaded(helper: Helper, model_class: Any) -> Iterator[Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = model_class.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise WeightsError(
             f"{helper.purpose} in {folder} cannot be loaded ({type(error).__name__}): fetch it again, or name another "
             f"in {helper.setting}."

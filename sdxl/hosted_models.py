@@ -102,7 +102,7 @@ def _fetched(name: str, revision: str | None, patterns: list[str], *, setting: s
             snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
         )
     except (LocalEntryNotFoundError, HFValidationError):
-        log.info("Fetching %s from the hub (once; SDXL 1.0 is about 7 GB)", name)
+        log.info("Fetching %s from the hub (once)", name)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError) as error:

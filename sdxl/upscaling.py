@@ -17,8 +17,10 @@ TILE = 192
 """Side of a tile in pixels of the small picture."""
 OVERLAP = 32
 """Pixels that neighbouring tiles share: the outer quarter is thrown away, the rest blends from one into the other."""
-_SMALLEST = 16
-"""Smallest side that the model takes: it mirrors up to a window of 8 beyond its input."""
+_WINDOW = 8
+"""The model takes sides that are multiples of this."""
+_BORDER = 8
+"""Mirrored pixels around the picture, cut off again: the convolutions take what lies outside for black."""
 
 
 class Upscaler:
@@ -34,14 +36,15 @@ class Upscaler:
         """`image` (RGB) with each side `scale` times as long; pixel (x, y) becomes the block at (scale·x, scale·y)."""
         pixels = np.asarray(image.convert("RGB"))
         height, width = pixels.shape[:2]
-        lacking = [(0, max(0, _SMALLEST - length)) for length in (height, width)]
-        pixels = np.pad(pixels, [*lacking, (0, 0)], mode="edge")
+        around = [(_BORDER, _BORDER + -length % _WINDOW) for length in (height, width)]
+        pixels = np.pad(pixels, [*around, (0, 0)], mode="symmetric")
         result = np.zeros((pixels.shape[0] * self.scale, pixels.shape[1] * self.scale, 3), np.uint8)
         for top, bottom in _spans(pixels.shape[0]):
             band = result[top * self.scale : bottom * self.scale]
             weight = _ramp(len(band), self.scale, top > 0)[:, None, None]
             band[:] = (band * (1 - weight) + self._band(pixels[top:bottom]) * weight).round()
-        return Image.fromarray(result[: height * self.scale, : width * self.scale])
+        edge = _BORDER * self.scale
+        return Image.fromarray(result[edge : edge + height * self.scale, edge : edge + width * self.scale])
 
     def _band(self, pixels: np.ndarray) -> np.ndarray:
         """A row of tiles uint8 [h, w, 3] → float32 [scale·h, scale·w, 3], 0 to 255."""
