@@ -6,6 +6,7 @@ several turns of the picture, seldom agree on anything but a face. Knows pixels;
 """
 
 import functools
+import threading
 from collections.abc import Iterator
 
 import cv2
@@ -28,6 +29,9 @@ _MIN_VOTES = 6
 _SAME_FACE = 0.4
 """Overlap (intersection over union) from which two finds are one face."""
 
+_ONE_AT_A_TIME = threading.Lock()
+"""A cascade must not be used by two threads at once; each uses all cores by itself."""
+
 _Find = tuple[float, float, float, str]
 """Centre x and y and side of a find in pixels, and the cascade that made it."""
 
@@ -38,13 +42,14 @@ def find_faces(image: Image.Image) -> list[Box]:
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     grey = np.array(image.convert("L").resize(size, Image.Resampling.BOX if scale < 1 else None))
     groups: list[list[_Find]] = []
-    for turn in _TURNS:
-        for find in _finds(grey, turn):
-            near = next((group for group in groups if _overlap(_middle(group), find) > _SAME_FACE), None)
-            if near is None:
-                groups.append([find])
-            else:
-                near.append(find)
+    with _ONE_AT_A_TIME:
+        finds = [find for turn in _TURNS for find in _finds(grey, turn)]
+    for find in finds:
+        near = next((group for group in groups if _overlap(_middle(group), find) > _SAME_FACE), None)
+        if near is None:
+            groups.append([find])
+        else:
+            near.append(find)
     boxes = []
     for group in sorted(groups, key=len, reverse=True):
         if len(group) >= _MIN_VOTES and len({cascade for *_, cascade in group}) > 1:

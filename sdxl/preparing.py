@@ -105,13 +105,10 @@ def find_salience(files: Source, config: PreprocessConfig) -> dict[Path, tuple[S
         return {}
     found: dict[Path, tuple[Salience | None, list[float]]] = {}
     if config.use_face_detection_instead:
-
-        def look(image: Path) -> tuple[Salience | None, list[float]]:
+        for image in tqdm(images, desc="Looking for faces", unit="picture"):
             picture, _ = read_image(image, at_least=_LOOK)
             salience, heights = face_salience(picture, config.mask_temperature)
-            return salience, [height / picture.height for height in heights]
-
-        found = dict(zip(images, _in_parallel(look, images, "Looking for faces"), strict=True))
+            found[image] = (salience, [height / picture.height for height in heights])
     else:
         with segmenter() as model:
             for image in tqdm(images, desc=f"Looking for {', '.join(prompts)}", unit="picture"):
@@ -224,7 +221,7 @@ def _prepared(
     scale = _enlarged(here)
     goal_height, goal_width = here.target_size
     grey = framed.convert("L")
-    grey.thumbnail((256, 256), Image.Resampling.BOX)
+    grey.thumbnail((512, 512), Image.Resampling.BOX)
     values = np.asarray(grey, dtype=np.float32) / 255
     facts = Facts(
         name=image.name,
@@ -299,7 +296,7 @@ def write_missing_captions(
 
 
 def _in_parallel(work: Callable[[In], Out], items: Sequence[In], title: str) -> list[Out]:
-    """`work` on every item, in order, on a few threads: Pillow and OpenCV let others run while they compute."""
+    """`work` on every item, in order, on a few threads: Pillow lets others run while it computes."""
     pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
     try:
         return list(_watched(pool.map(work, items), len(items), title))

@@ -51,7 +51,7 @@ def test_enlarging_keeps_places(
     plain = values(small.resize((1000, 400), Image.Resampling.BICUBIC))
     steps, expected = (np.abs(np.diff(picture, axis=1)).mean((0, 2)) for picture in (large, plain))
     assert (steps < 2 * expected + 3).all()
-    assert np.corrcoef(large.ravel(), plain.ravel())[0, 1] > 0.95
+    assert np.corrcoef(large.ravel(), plain.ravel())[0, 1] > 0.9
 
 
 def test_a_caption_goes_on_from_its_beginning(astronaut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -99,8 +99,8 @@ def write_upscaler(folder: Path) -> Path:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model gains nothing from more, and waits long for busy cores
-    for _ in range(80):
-        noise = torch.rand(2, 3, 6, 6)
+    for _ in range(120):
+        noise = torch.rand(4, 3, 6, 6)
         small = functional.interpolate(noise, size=16, mode="bicubic").clamp(0, 1)
         large = functional.interpolate(noise, size=64, mode="bicubic").clamp(0, 1)
         loss = (model(pixel_values=small).reconstruction - large).abs().mean()
