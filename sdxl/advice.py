@@ -112,7 +112,7 @@ def _on_one(fact: Facts, caption: str, tokens: Sequence[str]) -> list[str]:
         findings.append("is blurred: leave it out, or the subject is learned blurred.")
     if fact.brightness < _DARK:
         findings.append("is very dark: brighten it or leave it out.")
-    if fact.cut_off > 0.3:
+    if fact.cut_off > 0.4:
         findings.append(
             f"({fact.width}×{fact.height}) lost {fact.cut_off:.0%} in the crop: crop it by hand, or set bucketing."
         )

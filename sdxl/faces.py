@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 
 import cv2
+import cv2.data
 import numpy as np
 from PIL import Image
 

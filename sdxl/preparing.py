@@ -6,11 +6,10 @@ Knows files of pictures and in which order models are needed; does not know inpu
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -32,8 +31,6 @@ _LOOK = (800, 800)
 """Size that pictures are decoded to at least, where a model only looks at them."""
 _PNG_LEVEL = 3
 """Compression of what is written: twice as fast as the default 6 for a few percent more bytes."""
-
-In, Out = TypeVar("In"), TypeVar("Out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +140,14 @@ def frame_all(
         stem = folder / str(index)
         return _frame(image, files.masks.get(image), earlier, image in salience, found, heights, stem, config)
 
-    return _in_parallel(frame, list(enumerate(files.images)), "Preparing pictures")
+    pool = ThreadPoolExecutor(
+        max_workers=min(8, os.cpu_count() or 1)
+    )  # Pillow lets others run while it computes
+    try:
+        results = pool.map(frame, enumerate(files.images))
+        return list(tqdm(results, total=len(files.images), desc="Preparing pictures", unit="picture"))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or a cancel no further picture is begun
 
 
 def _frame(
@@ -293,16 +297,3 @@ def write_missing_captions(
         texts = [prefix.strip(" ,")] * len(pictures)
         log.warning('All pictures get the caption "%s". %s', texts[0], error)
     return texts
-
-
-def _in_parallel(work: Callable[[In], Out], items: Sequence[In], title: str) -> list[Out]:
-    """`work` on every item, in order, on a few threads: Pillow lets others run while it computes."""
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
-    try:
-        return list(_watched(pool.map(work, items), len(items), title))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error or a cancel no further picture is begun
-
-
-def _watched(results: Iterable[Out], count: int, title: str) -> Iterator[Out]:
-    yield from tqdm(results, total=count, desc=title, unit="picture")

@@ -179,10 +179,12 @@ def test_advice_names_the_file_and_the_remedy(tmp_path: Path):
         "twin.png": sharp.resize((840, 560)),
         "blurred.png": Image.fromarray(data.chelsea())
         .reduce(12)
-        .resize((451, 300), Image.Resampling.BICUBIC),
-        "dark.png": Image.fromarray(data.rocket()).point(lambda value: value // 8),
+        .resize((700, 600), Image.Resampling.BICUBIC),
+        "dark.png": Image.fromarray(data.rocket()).point([value // 8 for value in range(256)] * 3),
         "tiny.png": Image.fromarray(data.astronaut()).resize((60, 60)),
-        "wide.png": Image.fromarray(data.astronaut()).crop((0, 0, 512, 256)).resize((1024, 512), Image.Resampling.BICUBIC),
+        "wide.png": Image.fromarray(data.astronaut())
+        .crop((0, 0, 512, 256))
+        .resize((1024, 512), Image.Resampling.BICUBIC),
     }.items():
         buffer = io.BytesIO()
         made.save(buffer, "PNG")
