@@ -173,7 +173,7 @@ def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
     )
     dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config)
     config = _config(inputs, resolution, images=len(read_captions_csv(dataset_folder / "captions.csv")))
-    record = artifacts.run_record(config.as_json(), dataset_folder)
+    record = artifacts.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder)
     _announce(config)
 
     components = load_components(base, is_lora=config.is_lora, device=default_device())

@@ -50,7 +50,7 @@ def speed(count: int) -> dict[str, float | int | bool]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         archive = photographs(count, folder / "raw.zip")
-        digests, seconds, memory = [], [], []
+        digests, seconds, memory, processor = [], [], [], [_processor_seconds()]
         for run in ("one", "two"):
             command = [
                 *(sys.executable, "preprocess.py", "-i", f"files=@{archive}", "-i", "target_size=1024"),
@@ -61,6 +61,7 @@ def speed(count: int) -> dict[str, float | int | bool]:
                 command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
             )
             seconds.append(time.monotonic() - started)
+            processor.append(_processor_seconds())
             memory.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)
             digests.append(hashlib.sha256((folder / run / "data.tar").read_bytes()).hexdigest())
     return {
@@ -68,24 +69,35 @@ def speed(count: int) -> dict[str, float | int | bool]:
         "photograph_megapixels": 12,
         "seconds": round(min(seconds), 1),
         "seconds_slower_run": round(max(seconds), 1),
+        "processor_seconds": round((processor[-1] - processor[0]) / 2, 1),
         "peak_memory_gib": round(max(memory), 2),
         "tars_are_equal": digests[0] == digests[1],
     }
 
 
+def _processor_seconds() -> float:
+    """Processor time of all finished child processes: unlike the clock it hardly depends on what else runs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def photographs(count: int, archive: Path) -> Path:
-    """A zip of JPEG files of 4000×3000 with detail at all scales and captions: decoding costs what a photograph costs."""
+    """A zip of captioned JPEG files of 4000×3000, ten different ones, with detail at all scales: decoding costs what a
+    photograph costs."""
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(archive, "w") as opened:
         rows = ["image_file,caption"]
-        for index in range(count):
+        files: list[bytes] = []
+        for _ in range(min(count, 10)):
             scene = np.zeros((3000, 4000, 3), np.float32)
             for cells in (6, 24, 96, 384):
                 noise = rng.integers(0, 255, (cells * 3 // 4, cells, 3), dtype=np.uint8)
                 scene += np.asarray(Image.fromarray(noise).resize((4000, 3000), Image.Resampling.BICUBIC)) / 4
             buffer = io.BytesIO()
             Image.fromarray(scene.astype(np.uint8)).save(buffer, "JPEG", quality=90)
-            opened.writestr(f"{index}.jpg", buffer.getvalue())
+            files.append(buffer.getvalue())
+        for index in range(count):
+            opened.writestr(f"{index}.jpg", files[index % len(files)])
             rows.append(f"{index}.jpg,a photo of TOK")
         opened.writestr("captions.csv", "\n".join(rows) + "\n")
     return archive

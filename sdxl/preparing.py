@@ -8,8 +8,9 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -67,6 +68,12 @@ class PreprocessConfig:
             )
         split_prompts(self.mask_target_prompts)
         check_caption_text(self.caption_prefix)
+
+    def as_json(self) -> dict[str, Any]:
+        """All settings but the size and tokens, which are the training's too, ready for json."""
+        settings = asdict(self)
+        del settings["target_size"], settings["token_map"]
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)

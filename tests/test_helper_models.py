@@ -13,12 +13,7 @@ from sdxl.faces import find_faces
 from sdxl.hosted_models import UPSCALER, helper_folder
 from sdxl.masking import face_salience, segmenter, split_prompts
 from sdxl.upscaling import TILE, upscaler
-from tests.tiny_helpers import write_captioner, write_segmenter, write_upscaler
-
-
-@pytest.fixture(scope="module")
-def upscaler_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_upscaler(tmp_path_factory.mktemp("upscaler"))
+from tests.tiny_helpers import write_captioner, write_segmenter
 
 
 @pytest.fixture

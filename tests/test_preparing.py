@@ -18,7 +18,7 @@ from sdxl.components import load_components
 from sdxl.errors import DatasetError, DownloadError, UserInputError
 from sdxl.examples import cache_examples
 from tests.conftest import TINY_BASE, call, png, write_zip
-from tests.tiny_helpers import write_captioner, write_segmenter, write_upscaler
+from tests.tiny_helpers import write_captioner, write_segmenter
 
 
 def photograph(name: str, size: tuple[int, int] | None = None) -> bytes:
@@ -95,9 +95,11 @@ def test_without_models_the_rest_is_done_and_told(tmp_path: Path, caplog: pytest
     assert 'All pictures get the caption "a photo of TOK"' in caplog.text
 
 
-def test_with_models_pictures_are_captioned_and_enlarged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_with_models_pictures_are_captioned_and_enlarged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upscaler_folder: Path
+):
     monkeypatch.setenv("SDXL_CAPTIONER", str(write_captioner(tmp_path / "blip")))
-    monkeypatch.setenv("SDXL_UPSCALER", str(write_upscaler(tmp_path / "swin")))
+    monkeypatch.setenv("SDXL_UPSCALER", str(upscaler_folder))
     small = photograph("astronaut", (80, 60))
     archive = write_zip(tmp_path / "x.zip", {"0.jpg": small})
     out = run(tmp_path, archive, target_size=128)
