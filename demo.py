@@ -99,7 +99,7 @@ def training_pictures() -> list[Image.Image]:
     """The first pictures of the example archive, as many as there are prompts."""
     with tempfile.TemporaryDirectory() as unpacked:
         files = sorted(path for path in unpack(EXAMPLES, Path(unpacked)) if path.suffix in IMAGE_SUFFIXES)
-        return [read_image(path) for path in files[: len(PROMPTS)]]
+        return [read_image(path)[0] for path in files[: len(PROMPTS)]]
 
 
 if __name__ == "__main__":

@@ -1,139 +1,83 @@
 """From an archive or folder of pictures to a dataset folder: `N.src.png`, `N.mask.png`, `captions.csv`.
 
-The dataset folder is a seam: look at it, edit captions.csv, zip it, train on it. This file knows pictures and captions;
-it does not know training.
+The dataset folder is a seam: look at it, edit captions.csv, zip it, train on it. This file knows the public inputs and
+the order of the stages; it does not know how a stage works, nor training.
 
     python preprocess.py -i files=@raw.zip -i caption_text="a photo of TOK" -i target_size=512 -o out/
 """
 
+import functools
 import logging
 import pathlib
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
-import pandas as pd
 from cog import BaseRunner, Input, Path
-from tqdm import tqdm
 
-from dataset_and_utils import TokenMap
-from sdxl.archives import pack_tar, unpack
-from sdxl.captioning import find_captions, require_token
+from sdxl import hosted_models
+from sdxl.advice import advise
+from sdxl.archives import pack_tar
+from sdxl.captioning import find_captions, require_token, tokens_in
 from sdxl.command_line import run_command_line
 from sdxl.config import new_workspace
-from sdxl.errors import DatasetError, UserInputError
+from sdxl.contact_sheet import dataset_sheet
+from sdxl.dataset_folder import ADVICE, SHEET, open_source, write_captions
+from sdxl.errors import UserInputError
 from sdxl.fetching import fetch
-from sdxl.framing import IMAGE_SUFFIXES, read_image, square
+from sdxl.logs import configure_logging
+from sdxl.preparing import PreprocessConfig, find_salience, frame_all, upscale_small, write_missing_captions
 
 log = logging.getLogger(__name__)
 
-FRAMING_COLUMNS = ["original_height", "original_width", "crop_top", "crop_left"]
-"""Columns of captions.csv that carry the size conditioning of each picture through the seam, in pixels."""
+__all__ = ["PreprocessConfig", "Preprocessor", "prepare_dataset"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreprocessConfig:
-    """Settings of the preprocessing stage."""
-
-    target_size: int
-    """Side of the square pictures that come out, in pixels; a multiple of 8."""
-    global_caption: str | None = None
-    """Caption of all pictures, where the archive brings none."""
-    caption_prefix: str = "a photo of TOK, "
-    """Caption of all pictures, where there is neither a caption in the archive nor a global one."""
-    token_map: TokenMap | None = None
-    """When given, every caption must name one of its tokens."""
-
-    def __post_init__(self) -> None:
-        if self.target_size < 64 or self.target_size > 2048 or self.target_size % 8:
-            raise UserInputError(
-                f"A picture size of {self.target_size} does not work: give a multiple of 8 from 64 to 2048, such as 1024."
-            )
-
-
-def prepare_dataset(source: pathlib.Path, folder: pathlib.Path, *, config: PreprocessConfig) -> pathlib.Path:
+def prepare_dataset(
+    source: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    config: PreprocessConfig,
+    report: pathlib.Path | None = None,
+) -> pathlib.Path:
     """Fill `folder` with the training set made of `source`, a zip, a tar or a folder of pictures; return `folder`.
 
-    A picture that is a dataset folder's already (`N.src.png` beside `N.mask.png`) keeps its mask.
+    A picture of a finished dataset folder (`N.src.png` with its row of numbers in captions.csv) that has the size
+    asked for stays as it is, byte by byte, with its mask, caption and numbers. Advice on the pictures goes to the log;
+    with `report`, a folder, also into its advice.txt, beside a contact_sheet.jpg.
 
     Raises:
         ArchiveError, DatasetError, ContractError: see there; nothing of a failed run is read by later stages.
+        DownloadError: mask_target_prompts are given, but the segmenter cannot be had.
     """
     with tempfile.TemporaryDirectory(prefix="unpacked-", dir=folder.parent) as unpacked:
-        root = source if source.is_dir() else pathlib.Path(unpacked)
-        files = (
-            sorted(path for path in root.rglob("*") if path.is_file())
-            if source.is_dir()
-            else unpack(source, root)
-        )
-        images, masks, others = _sort_files(files, source, root)
-        captions = find_captions(
-            images, others, root, global_caption=config.global_caption, caption_prefix=config.caption_prefix
-        )
-        if config.token_map is not None:
-            require_token(captions, config.token_map, root)
+        files = open_source(source, pathlib.Path(unpacked))
+        given = find_captions(files.images, files.others, files.root, global_caption=config.global_caption)
+        if given is not None and config.token_map is not None:
+            require_token(given, config.token_map, files.root)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for index, (image, caption) in enumerate(
-            tqdm(captions.items(), desc="Preparing pictures", unit="picture")
-        ):
-            framing = _frame(image, masks.get(image), folder / str(index), config.target_size)
-            numbers = dict(zip(FRAMING_COLUMNS, framing, strict=True))
-            rows.append({"image_file": f"{index}.src.png", "caption": caption, **numbers})
-        pd.DataFrame(rows).to_csv(folder / "captions.csv", index=False)
-    return folder
+        salience = find_salience(files, config)
+        pictures = frame_all(files, salience, folder, config)
+        upscale_small(pictures, folder)
+        texts = write_missing_captions(pictures, given, folder, config)
+        if config.token_map is not None:
+            require_token(dict(zip(files.images, texts, strict=True)), config.token_map, files.root)
+    captions = {picture.file_name: text for picture, text in zip(pictures, texts, strict=True)}
+    write_captions(folder / "captions.csv", captions, [picture.framing for picture in pictures])
 
-
-def _sort_files(
-    files: list[pathlib.Path], source: pathlib.Path, root: pathlib.Path
-) -> tuple[list[pathlib.Path], dict[pathlib.Path, pathlib.Path], list[pathlib.Path]]:
-    """Split into images (in natural order), image → its mask, and everything else; the systems' litter is left out."""
-    files = [path for path in files if not _is_litter(path.relative_to(root))]
-    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    masks = {path for path in pictures if path.name.endswith(".mask.png")}
-    images = sorted(
-        (path for path in pictures if path not in masks), key=lambda path: _natural(path.relative_to(root))
+    tokens = (
+        tokens_in(config.caption_prefix) if config.token_map is None else list(config.token_map.placeholders)
     )
-    if not images:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DatasetError(f"{source.name} holds no pictures: put {kinds} files into it.")
-    of_image = {image: mask for image in images if (mask := _mask_of(image)) in masks}
-    others = [path for path in files if path not in set(pictures)]
-    ignored = [path.name for path in others if path.suffix.lower() not in (".csv", ".txt")]
-    if ignored:
-        log.info("Ignored, being neither pictures nor captions: %s", ", ".join(sorted(ignored)[:10]))
-    return images, of_image, others
-
-
-def _is_litter(path: pathlib.Path) -> bool:
-    return any(part == "__MACOSX" or part.startswith(".") for part in path.parts) or path.name == "Thumbs.db"
-
-
-def _mask_of(image: pathlib.Path) -> pathlib.Path:
-    return image.with_name(image.name.removesuffix(".src.png") + ".mask.png")
-
-
-def _natural(path: pathlib.Path) -> list[tuple[int, str]]:
-    """Sort key that puts 2.png before 10.png."""
-    digits = "".join(character if character.isdigit() else " " for character in path.name).split()
-    return [(int(digits[0]) if digits else -1, str(path))]
-
-
-def _frame(image: pathlib.Path, mask: pathlib.Path | None, stem: pathlib.Path, side: int) -> list[int]:
-    """Write the square picture, and mask, under `stem`; return the values of `FRAMING_COLUMNS`."""
-    picture = read_image(image)
-    squared, framing = square(picture, side)
-    squared.save(stem.with_name(f"{stem.name}.src.png"))
-    if mask is not None:
-        grey = read_image(mask).convert("L")
-        if grey.size != picture.size:
-            raise DatasetError(
-                f"{mask.name} is {grey.size}, but {image.name} is {picture.size}: give both one size."
-            )
-        square(grey, side)[0].save(stem.with_name(f"{stem.name}.mask.png"))
-    return [*framing.original_size, *framing.crop_top_left]
+    advice = advise([picture.facts for picture in pictures], texts, tokens)
+    for sentence in advice:
+        log.info("Advice: %s", sentence)
+    if report is not None:
+        (report / ADVICE).write_text(
+            "\n".join(advice or ["Nothing to complain about."]) + "\n", encoding="utf-8"
+        )
+        dataset_sheet(folder, captions).save(report / SHEET, quality=88)
+    return folder
 
 
 class Preprocessor(BaseRunner):
@@ -146,24 +90,78 @@ class Preprocessor(BaseRunner):
         ),
         caption_text: str = Input(
             default="a photo of TOK",
-            description="The caption of pictures that come without one.",
+            description="How the captions begin of pictures that come without: a captioner goes on from it. Name the subject with its token, but never as <s0>.",
+        ),
+        mask_target_prompts: Optional[str] = Input(
+            default=None,
+            description='Words for what matters in the pictures, such as "a dog" or "a dog, a red ball"; the rest is masked and not learned.',
         ),
         target_size: Optional[int] = Input(
             default=None,
-            description="Side of the square pictures, in pixels; a multiple of 8. Default: 1024.",
+            description="Side of the square pictures, in pixels, a multiple of 8, best from 512 to 1024. Default: the size the base was made for, 1024 for SDXL 1.0.",
+        ),
+        bucketing: bool = Input(
+            default=False,
+            description="Cut each picture to the nearest of several shapes of about target_size times target_size pixels instead of to a square: less is cut off.",
+        ),
+        crop_based_on_salience: bool = Input(
+            default=True,
+            description="Cut around what the mask shows instead of around the centre; without masks the centre it is.",
+        ),
+        use_face_detection_instead: bool = Input(
+            default=False,
+            description="Mask all faces instead of mask_target_prompts; faces are not cut where they fit.",
+        ),
+        temp: float = Input(
+            default=1.0,
+            description="How soft the masks' edges are: 0.5 is hard, 2 is soft.",
         ),
     ) -> Path:
+        configure_logging()
         workspace = new_workspace("preprocess")
-        config = PreprocessConfig(target_size=target_size or 1024, global_caption=caption_text)
         try:
-            folder = prepare_dataset(fetch(str(files), workspace), workspace / "dataset", config=config)
-            pack_tar({path.name: path for path in folder.iterdir()}, workspace / "data.tar")
+            config = PreprocessConfig(
+                target_size=target_size or _base_size(),
+                bucketing=bucketing,
+                caption_prefix=caption_text,
+                mask_target_prompts=mask_target_prompts,
+                crop_based_on_salience=crop_based_on_salience,
+                use_face_detection_instead=use_face_detection_instead,
+                mask_temperature=temp,
+            )
+            folder = prepare_dataset(
+                fetch(str(files), workspace), workspace / "dataset", config=config, report=workspace
+            )
+            members = {path.name: path for path in (*folder.iterdir(), workspace / SHEET, workspace / ADVICE)}
+            pack_tar(members, workspace / "data.tar")
             shutil.rmtree(folder)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, UserInputError):
+                log.exception("The preprocessing stopped.")
             shutil.rmtree(workspace, ignore_errors=True)
             raise
         return Path(workspace / "data.tar")
 
 
+def _base_size() -> int:
+    """The size of the base's pictures: 1024 unless `SDXL_BASE` names another that lies here as a folder."""
+    folder = pathlib.Path(hosted_models.base_name()).expanduser()
+    if not folder.is_dir():
+        return 1024
+    from sdxl.components import native_resolution
+
+    return native_resolution(folder)
+
+
+def _with_report(**inputs: Any) -> list[pathlib.Path]:
+    """On a command line the contact sheet and the advice lie beside the tar as well as in it."""
+    tar = pathlib.Path(Preprocessor().run(**inputs))
+    return [tar, tar.with_name(SHEET), tar.with_name(ADVICE)]
+
+
 if __name__ == "__main__":
-    sys.exit(run_command_line(Preprocessor().run, description=(__doc__ or "").splitlines()[0]))
+    sys.exit(
+        run_command_line(
+            functools.wraps(Preprocessor().run)(_with_report), description=(__doc__ or "").splitlines()[0]
+        )
+    )

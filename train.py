@@ -9,20 +9,20 @@ import logging
 import pathlib
 import shutil
 import sys
+from dataclasses import fields
 from typing import Any, Optional
 
 from cog import Input, Path, current_scope
 
-from dataset_and_utils import TokenMap, read_captions_csv
+from dataset_and_utils import ExampleDataset, TokenMap, read_captions_csv
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl import artifacts, hosted_models
 from sdxl.command_line import run_command_line
-from sdxl.components import default_device, load_components, native_resolution
+from sdxl.components import Components, default_device, load_components, native_resolution
 from sdxl.config import (
     TrainingConfig,
     canonical_inputs,
     new_workspace,
-    refuse_unbuilt,
     resolve_seed,
     resolve_steps,
 )
@@ -30,6 +30,7 @@ from sdxl.errors import UserInputError
 from sdxl.examples import cache_examples
 from sdxl.fetching import fetch
 from sdxl.logs import configure_logging
+from sdxl.prior import PriorConfig, prior_dataset
 from sdxl.training import StepReport, TrainedModel, fine_tune
 
 log = logging.getLogger(__name__)
@@ -54,11 +55,15 @@ def train(
     ),
     caption_prefix: str = Input(
         default="a photo of TOK, ",
-        description="How the caption of a picture begins where you give none at all. Must name a token of token_map.",
+        description="How the captions begin where you give none at all; a captioner goes on from it. Must name a token of token_map.",
     ),
     resolution: Optional[int] = Input(
         default=None,
         description="Side of the square training pictures, in pixels, a multiple of 8. Default: the size the base was made for, 1024 for SDXL 1.0.",
+    ),
+    bucketing: bool = Input(
+        default=False,
+        description="Cut each picture to the nearest of several shapes of about resolution times resolution pixels instead of to a square: less is cut off.",
     ),
     num_train_epochs: Optional[int] = Input(
         default=None,
@@ -83,12 +88,37 @@ def train(
     lora_rank: int = Input(
         default=32, description="Rank of the LoRA: higher holds more detail.", ge=1, le=1024
     ),
+    lora_alpha: Optional[int] = Input(
+        default=None,
+        description="Strength of the LoRA while it trains, as a multiple of 1 / lora_rank. Default: lora_rank, for a strength of 1.",
+        ge=1,
+    ),
+    use_dora: bool = Input(
+        default=False,
+        description="Train a DoRA in the place of a LoRA: a little closer to full training, slower.",
+    ),
     lora_targets: str = Input(
         default="attention",
         description="Which layers of the UNet the LoRA changes: its attention, its whole transformer blocks, or all of them with the convolutions. More layers hold more of an unusual subject.",
         choices=["attention", "transformer", "all"],
     ),
     lora_lr: float = Input(default=1e-4, description="Learning rate of the LoRA. Only used with is_lora."),
+    optimizer: str = Input(
+        default="adamw",
+        description="What trains the UNet or LoRA. adamw_8bit and adafactor need less memory; prodigy finds its own learning rate, so give 1 as unet_learning_rate or lora_lr.",
+        choices=["adamw", "adamw_8bit", "adafactor", "prodigy"],
+    ),
+    precision: str = Input(
+        default="auto",
+        description="How full training holds the UNet's weights. auto: fp32 where it fits into memory, else bf16 with stochastic rounding.",
+        choices=["auto", "fp32", "bf16"],
+    ),
+    pivot_fraction: float = Input(
+        default=0.5,
+        description="Share of the steps in which the new tokens train; from then on they are frozen and only the UNet or LoRA does.",
+        ge=0,
+        le=1,
+    ),
     lr_scheduler: str = Input(
         default="constant",
         description="Course of the learning rates over the run.",
@@ -97,19 +127,72 @@ def train(
     lr_warmup_steps: int = Input(
         default=0, description="Steps over which the learning rates rise from 0 to their values.", ge=0
     ),
+    gradient_accumulation_steps: int = Input(
+        default=1,
+        description="Batches whose gradients are averaged in each step: a larger batch in the same memory.",
+        ge=1,
+    ),
+    gradient_checkpointing: bool = Input(
+        default=True, description="Save GPU memory by computing a part of each step twice; a third slower."
+    ),
+    random_views: int = Input(
+        default=7,
+        description="Parts of each picture, enlarged by up to 1.3 and cut at random, that are learnt beside the whole: they teach sizes and places that your pictures do not show. 0: none.",
+        ge=0,
+        le=63,
+    ),
+    horizontal_flip: bool = Input(
+        default=False,
+        description="Learn each picture mirrored too. Only for subjects without a left and a right, and captions that name neither.",
+    ),
+    snr_gamma: float = Input(
+        default=5.0,
+        description="Gamma of the min-SNR weighting of the loss; a large value such as 1e6 weighs all noise levels alike.",
+    ),
+    noise_offset: float = Input(
+        default=0.0,
+        description="Offset noise: about 0.05 lets the fine-tune draw very dark and very bright pictures.",
+        ge=0,
+        le=1,
+    ),
+    caption_dropout: float = Input(
+        default=0.0,
+        description="Share of pictures that are learnt without their caption: 0.1 or so makes a style or subject appear unasked.",
+        ge=0,
+        le=1,
+    ),
+    mask_floor: float = Input(
+        default=0.2,
+        description="Weight in the loss of what masks leave out, where what they show has 1. Only used where there are masks.",
+        ge=0,
+        le=1,
+    ),
+    prior_prompts: str = Input(
+        default="",
+        description='Prompts, separated by |, whose pictures should stay as the base draws them, such as "a photo of a dog|a photo of a person": the base draws them first, and they are learnt beside yours.',
+    ),
+    prior_images: int = Input(
+        default=100,
+        description="How many pictures the base draws for prior_prompts. They are kept for later runs.",
+        ge=1,
+    ),
+    prior_weight: float = Input(
+        default=1.0, description="Weight of those pictures in the loss, beside 1 for yours.", ge=0
+    ),
     mask_target_prompts: Optional[str] = Input(
         default=None,
-        description="Words for the part of the pictures that matters, to mask the rest. Not available in this version.",
+        description='Words for what matters in the pictures, such as "a dog" or "a dog, a red ball"; the rest is masked and not learned. Masks that come with the pictures stay.',
     ),
     crop_based_on_salience: bool = Input(
         default=False,
-        description="Crop to where the mask is instead of to the centre. Not available in this version.",
+        description="Cut around what the masks show instead of around the centre; without masks the centre it is.",
     ),
     use_face_detection_instead: bool = Input(
-        default=False, description="Mask faces instead of mask_target_prompts. Not available in this version."
+        default=False,
+        description="Mask all faces instead of mask_target_prompts; faces are not cut where they fit.",
     ),
     clipseg_temperature: float = Input(
-        default=1.0, description="How soft the masks' edges are. Not available in this version."
+        default=1.0, description="How soft the masks' edges are: 0.5 is hard, 2 is soft."
     ),
     seed: Optional[int] = Input(
         default=None,
@@ -151,7 +234,6 @@ def train(
 
 def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
     """The stages of a training, one line each; everything of the run lies in `workspace`. Returns the tar."""
-    refuse_unbuilt(inputs)
     token_map = TokenMap.parse(inputs["token_map"])
     base = hosted_models.local_folder(hosted_models.base_name())
     resolution = native_resolution(base) if inputs["resolution"] is None else inputs["resolution"]
@@ -162,20 +244,35 @@ def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
         global_caption=inputs["global_caption"],
         caption_prefix=inputs["caption_prefix"],
         token_map=token_map,
+        bucketing=inputs["bucketing"],
+        mask_target_prompts=inputs["mask_target_prompts"],
+        crop_based_on_salience=inputs["crop_based_on_salience"],
+        use_face_detection_instead=inputs["use_face_detection_instead"],
+        mask_temperature=inputs["clipseg_temperature"],
     )
     dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config)
     config = _config(inputs, resolution, images=len(read_captions_csv(dataset_folder / "captions.csv")))
-    record = artifacts.run_record(config.as_json(), dataset_folder)
+    record = artifacts.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder)
     _announce(config)
 
     components = load_components(base, is_lora=config.is_lora, device=default_device())
-    examples = cache_examples(dataset_folder, components, token_map, seed=config.seed)
+    examples = cache_examples(
+        dataset_folder,
+        components,
+        token_map,
+        seed=config.seed,
+        views=config.random_views,
+        flip=config.horizontal_flip,
+    )
+    prior = _prior(config, components) if config.prior_prompts else None
     output = workspace / "training_out"
 
     def save_checkpoint(step: int, model: TrainedModel) -> None:
         artifacts.write_atomically(model, output / "checkpoints" / f"step-{step:06d}", record)
 
-    trained = fine_tune(components, examples, config, on_step=_record_metrics, on_checkpoint=save_checkpoint)
+    trained = fine_tune(
+        components, examples, config, prior=prior, on_step=_record_metrics, on_checkpoint=save_checkpoint
+    )
     artifacts.write(trained, output, record)
     artifacts.pack(output, workspace / "trained_model.tar")
     shutil.rmtree(dataset_folder)
@@ -191,27 +288,24 @@ def _config(inputs: dict[str, Any], resolution: int, *, images: int) -> Training
         images=images,
         batch_size=inputs["train_batch_size"],
     )
-    as_given = (
-        *(
-            "token_map",
-            "token_init",
-            "train_batch_size",
-            "unet_learning_rate",
-            "ti_lr",
-            "is_lora",
-            "lora_rank",
-            "lora_targets",
-            "lora_lr",
-        ),
-        *("lr_scheduler", "lr_warmup_steps", "checkpointing_steps"),
-    )
+    same = {field.name for field in fields(TrainingConfig)} & inputs.keys()
     return TrainingConfig(
-        base=hosted_models.base_name(),
-        resolution=resolution,
-        max_train_steps=steps,
-        seed=resolve_seed(inputs["seed"]),
-        **{name: inputs[name] for name in as_given},
+        **{name: inputs[name] for name in same}
+        | {
+            "base": hosted_models.base_name(),
+            "resolution": resolution,
+            "max_train_steps": steps,
+            "seed": resolve_seed(inputs["seed"]),
+        }
     )
+
+
+def _prior(config: TrainingConfig, components: Components) -> ExampleDataset:
+    """The prior's pictures, encoded; the base in `components` draws them unless they are kept from an earlier run."""
+    wanted = PriorConfig.parse(
+        config.prior_prompts, base=config.base, images=config.prior_images, resolution=config.resolution
+    )
+    return cache_examples(prior_dataset(wanted, components), components, TokenMap({}), seed=0)
 
 
 def _announce(config: TrainingConfig) -> None:
@@ -231,6 +325,8 @@ def _record_metrics(report: StepReport) -> None:
         scope.record_metric("step", report.step)
         scope.record_metric("loss", float(report.loss))
         scope.record_metric("learning_rate", float(report.learning_rate))
+        scope.record_metric("ti_learning_rate", float(report.ti_learning_rate))
+        scope.record_metric("steps_per_second", float(report.steps_per_second))
 
 
 def _discard(workspace: pathlib.Path) -> None:

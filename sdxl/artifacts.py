@@ -49,7 +49,9 @@ def write(model: TrainedModel, folder: Path, record: Mapping[str, Any]) -> dict[
 
 
 def write_atomically(model: TrainedModel, folder: Path, record: Mapping[str, Any]) -> None:
-    """`write`, but `folder` appears only when it is complete."""
+    """`write`, but `folder` appears only when it is complete; one that is there already stays."""
+    if folder.exists():
+        return
     partial = folder.with_name(f".{folder.name}.partial")
     write(model, partial, record)
     partial.replace(folder)

@@ -1,14 +1,21 @@
-"""Which caption belongs to which picture.
+"""Which caption belongs to which picture: the one that comes with it, or one that a model writes.
 
-Knows file names and texts; does not know pixels.
+Knows file names, texts and whole pictures; does not know crops.
 """
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from PIL import Image
 
 from dataset_and_utils import TokenMap, read_captions_csv
 from sdxl.errors import DatasetError
+from sdxl.helper_models import loaded
+from sdxl.hosted_models import CAPTIONER, helper_folder
 
 log = logging.getLogger(__name__)
 
@@ -19,17 +26,16 @@ def find_captions(
     root: Path,
     *,
     global_caption: str | None,
-    caption_prefix: str,
-) -> dict[Path, str]:
-    """Return the caption of every image.
+) -> dict[Path, str] | None:
+    """Return the given caption of every image, or None where none is given.
 
     Taken from, in this order: a csv whose name holds "caption"; one `.txt` beside each image; `global_caption` for
-    all; `caption_prefix` for all.
+    all.
 
     Raises:
         DatasetError: an image without caption, a row without image, several csv files, or an empty `.txt`.
     """
-    tables = [path for path in others if path.suffix.lower() == ".csv" and "caption" in path.name.lower()]
+    tables = caption_tables(others)
     texts = {path.with_suffix(""): path for path in others if path.suffix.lower() == ".txt"}
     if len(tables) > 1:
         names = ", ".join(sorted(str(path.relative_to(root)) for path in tables))
@@ -41,9 +47,72 @@ def find_captions(
     elif global_caption:
         captions, origin = dict.fromkeys(images, global_caption), "global_caption"
     else:
-        captions, origin = dict.fromkeys(images, caption_prefix.strip(" ,")), "caption_prefix"
+        return None
     log.info("Captions come from %s", origin)
     return captions
+
+
+def caption_tables(others: Sequence[Path]) -> list[Path]:
+    """The csv files that hold captions, by their names."""
+    return [path for path in others if path.suffix.lower() == ".csv" and "caption" in path.name.lower()]
+
+
+class Captioner:
+    """A loaded image-to-text model, such as BLIP (arXiv:2201.12086)."""
+
+    def __init__(self, model, processor) -> None:
+        self.model, self.processor = model, processor
+
+    @torch.no_grad()
+    def caption(self, image: Image.Image, prefix: str) -> str:
+        """A caption that begins with `prefix`, letter by letter, and goes on as the model sees the picture.
+
+        Words of the prefix that are written in capitals, the tokens, appear in it but once. The model searches with
+        three beams and draws nothing at random.
+        """
+        device = next(self.model.parameters()).device
+        inputs = self.processor(images=image.convert("RGB"), text=prefix, return_tensors="pt").to(device)
+        ids = self.model.generate(**inputs, num_beams=3, do_sample=False, max_new_tokens=40)
+        whole = self.processor.batch_decode(ids, skip_special_tokens=True)[0]
+        return join_caption(prefix, whole)
+
+
+@contextmanager
+def captioner() -> Iterator[Captioner]:
+    """The captioner for as long as the block lasts.
+
+    Raises:
+        DownloadError, WeightsError: the model cannot be had.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = helper_folder(CAPTIONER)
+    with loaded(CAPTIONER, AutoModelForImageTextToText) as model:
+        yield Captioner(model, AutoProcessor.from_pretrained(folder, backend="pil"))
+
+
+def join_caption(prefix: str, written: str) -> str:
+    """`prefix` and what a model wrote after it; `written` may repeat the prefix, in whatever case and spacing."""
+    prefix, at = prefix.strip(), 0
+    for letter in filter(str.isalnum, prefix.lower()):
+        while at < len(written) and not written[at].isalnum():
+            at += 1
+        if at == len(written) or written[at].lower() != letter:
+            at = 0
+            break
+        at += 1
+    rest = written[at:]
+    for token in tokens_in(prefix):
+        rest = re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", " ", rest, flags=re.IGNORECASE)
+    rest = " ".join(rest.split()).strip(" ,.")
+    if not rest:
+        return prefix.strip(" ,")
+    return f"{prefix} {rest}"
+
+
+def tokens_in(text: str) -> list[str]:
+    """The words of `text` that look like new tokens: two or more letters and underscores, all in capitals."""
+    return list(dict.fromkeys(re.findall(r"(?<!\w)[A-Z_]*[A-Z][A-Z_]+(?!\w)", text)))
 
 
 def require_token(captions: dict[Path, str], token_map: TokenMap, root: Path) -> None:

@@ -5,6 +5,7 @@ Knows names, ranges and defaults; does not know cog, files' contents or models.
 
 import os
 import random
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dataset_and_utils import TokenMap
-from sdxl.errors import NotBuiltYetError, UserInputError
+from sdxl.errors import UserInputError
 
 DEFAULT_STEPS = 1000
 Schedule = Literal["constant", "linear", "cosine"]
@@ -25,11 +26,12 @@ _ABOVE_ZERO = {
     "train_batch_size": 4,
     "gradient_accumulation_steps": 1,
     "lora_rank": 32,
+    "prior_images": 100,
     "unet_learning_rate": 1e-6,
     "ti_lr": 3e-4,
     "snr_gamma": 5,
 }
-_ZERO_OR_MORE = {"lora_lr": 1e-4, "checkpointing_steps": 200, "prior_weight": 1}
+_ZERO_OR_MORE = {"random_views": 7, "lora_lr": 1e-4, "checkpointing_steps": 200, "prior_weight": 1}
 _CHOICES = {
     "lr_scheduler": Schedule,
     "lora_targets": LoraTargets,
@@ -88,8 +90,16 @@ class TrainingConfig:
     darker and brighter pictures. Source: N. Guttenberg, "Diffusion with Offset Noise" (2023)."""
     caption_dropout: float = 0.0
     """Share of pictures, 0 to 1, that are learnt without their caption, as guidance's unconditional branch sees them."""
-    mask_floor: float = 0.0
+    mask_floor: float = 0.2
     """Weight, 0 to 1, of what a mask leaves out, where what it shows has 1."""
+    random_views: int = 7
+    """Parts of each picture, enlarged and cut at random, that are learnt beside the whole, at least 0."""
+    horizontal_flip: bool = False
+    """Learn every picture mirrored too."""
+    prior_prompts: str = ""
+    """Prompts, separated by |, whose pictures should stay as the base draws them."""
+    prior_images: int = 100
+    """How many pictures the base draws for them, at least 1."""
     prior_weight: float = 1.0
     """Weight of the loss on pictures of the prior, where there are some, beside 1 for the subject's."""
     gradient_accumulation_steps: int = 1
@@ -192,24 +202,18 @@ def canonical_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def refuse_unbuilt(inputs: Mapping[str, Any]) -> None:
-    """Refuse inputs that this version takes but cannot honour, rather than ignore them.
+def check_caption_text(text: str) -> None:
+    """Refuse placeholders in the beginning of captions.
 
     Raises:
-        NotBuiltYetError: names the input.
+        UserInputError: `text` holds something like <s0>.
     """
-    unbuilt = {
-        "mask_target_prompts": None,
-        "crop_based_on_salience": False,
-        "use_face_detection_instead": False,
-        "clipseg_temperature": 1.0,
-    }
-    for name, off in unbuilt.items():
-        if inputs[name] not in (off, ""):
-            raise NotBuiltYetError(
-                f"{name} is not available in this version: leave it out, and bring masks as N.mask.png beside "
-                "N.src.png if only a part of each picture should count."
-            )
+    placeholder = re.search(r"<s[0-9]+>", text)
+    if placeholder is not None:
+        raise UserInputError(
+            f'"{text}" holds {placeholder[0]}, which the text encoders have not learned before training, and token_map '
+            "puts it in by itself: write a word such as TOK instead."
+        )
 
 
 def new_workspace(name: str) -> Path:

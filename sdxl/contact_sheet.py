@@ -1,8 +1,9 @@
 """Pictures laid out in labelled rows, for people who would rather look than read."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -45,3 +46,41 @@ def contact_sheet(rows: Sequence[Row], *, side: int = 256) -> Image.Image:
                 draw.text((left, top + 34 + side + index * line), text, font=caption_font, fill=_INK)
         top += height
     return sheet
+
+
+def masked(picture: Image.Image, mask: Image.Image | None) -> Image.Image:
+    """`picture` with what its mask (grey, of its size) leaves out in faded red; unchanged without a mask."""
+    if mask is None:
+        return picture
+    faded = Image.blend(picture.convert("RGB"), Image.new("RGB", picture.size, (200, 30, 50)), 0.65)
+    return Image.composite(picture.convert("RGB"), faded, mask.convert("L"))
+
+
+def dataset_sheet(
+    folder: Path, captions: Mapping[str, str], *, columns: int = 4, limit: int = 40
+) -> Image.Image:
+    """The first `limit` pictures of a dataset folder (image file → caption), their masks laid over, captions below."""
+    thumbnails = []
+    for name in list(captions)[:limit]:
+        mask_path = folder / name.replace(".src.png", ".mask.png")
+        with Image.open(folder / name) as opened:
+            picture = opened.convert("RGB")
+        picture.thumbnail((256, 256), Image.Resampling.LANCZOS)
+        mask = None
+        if mask_path.is_file():
+            with Image.open(mask_path) as opened:
+                mask = opened.convert("L").resize(picture.size, Image.Resampling.BOX)
+        thumbnails.append((f"{name}: {captions[name]}", masked(picture, mask)))
+    title = (
+        f"{len(captions)} pictures; red: outside the mask, not learned" if len(captions) > 1 else "1 picture"
+    )
+    return contact_sheet(
+        [
+            Row(
+                title=title if start == 0 else "",
+                pictures=[picture for _, picture in thumbnails[start : start + columns]],
+                captions=[caption for caption, _ in thumbnails[start : start + columns]],
+            )
+            for start in range(0, len(thumbnails), columns)
+        ]
+    )

@@ -9,7 +9,6 @@ __all__ = [
     "ArchiveError",
     "DatasetError",
     "DownloadError",
-    "NotBuiltYetError",
     "NotEnoughMemoryError",
     "TrainingDivergedError",
     "UserInputError",
@@ -31,10 +30,6 @@ class DownloadError(UserInputError):
 
 class WeightsError(UserInputError):
     """A fine-tune is incomplete, malformed or does not fit the base model."""
-
-
-class NotBuiltYetError(UserInputError):
-    """The input is part of the public interface, but this version cannot do what it asks for."""
 
 
 class NotEnoughMemoryError(UserInputError):

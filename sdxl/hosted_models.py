@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -19,6 +20,29 @@ log = logging.getLogger(__name__)
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
 """The revision of the default base that is fetched: a moved branch must not change results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Helper:
+    """A model that helps to prepare pictures."""
+
+    purpose: str
+    """What it does, as in "the captioner"."""
+    setting: str
+    """The environment variable that names another hub model, or a folder in transformers' layout."""
+    hub_name: str
+    """The model that is used without that setting."""
+
+
+CAPTIONER = Helper(
+    purpose="the captioner", setting="SDXL_CAPTIONER", hub_name="Salesforce/blip-image-captioning-large"
+)
+SEGMENTER = Helper(purpose="the segmenter", setting="SDXL_SEGMENTER", hub_name="CIDAS/clipseg-rd64-refined")
+UPSCALER = Helper(
+    purpose="the upscaler",
+    setting="SDXL_UPSCALER",
+    hub_name="caidas/swin2SR-realworld-sr-x4-64-bsrgan-psnr",
+)
 
 
 def base_name() -> str:
@@ -44,20 +68,49 @@ def local_folder(name: str) -> Path:
         return folder
     patterns = ["*.json", "*.txt", "*.fp16.safetensors"]
     revision = SDXL_REVISION if name == SDXL else None
+    remedy = "set SDXL_BASE to a local folder in diffusers' layout, such as base_models/tiny-sdxl"
+    return _fetched(name, revision, patterns, setting="SDXL_BASE", remedy=remedy)
+
+
+def helper_folder(helper: Helper) -> Path:
+    """Return the folder of a helper model in transformers' layout: safetensors weights and configuration files only.
+
+    It is the folder or hub name that the helper's setting gives, with an optional `@revision` after a hub name, else
+    the helper's default. Files already in the hub's cache are used without network.
+
+    Raises:
+        DownloadError: the folder is no model, the hub cannot be reached, or it has no safetensors weights of it.
+    """
+    name = os.environ.get(helper.setting) or helper.hub_name
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        name, _, revision = name.partition("@")
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        remedy = f"set {helper.setting} to a local folder in transformers' layout"
+        folder = _fetched(name, revision or None, patterns, setting=helper.setting, remedy=remedy)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise DownloadError(
+            f"{helper.setting}={name} holds no config.json with safetensors weights: name a model in transformers' layout."
+        )
+    return folder
+
+
+def _fetched(name: str, revision: str | None, patterns: list[str], *, setting: str, remedy: str) -> Path:
+    """The folder of the hub's model `name` with the files of `patterns`, from the cache or the network."""
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
         )
     except (LocalEntryNotFoundError, HFValidationError):
-        log.info("Fetching %s from the hub (about 7 GB for SDXL 1.0; once)", name)
+        log.info("Fetching %s from the hub (once)", name)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DownloadError(
-            f"SDXL_BASE={name} is neither an existing folder nor a model on the hub: check the spelling."
+            f"{setting}={name} is neither an existing folder nor a model on the hub: check the spelling."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DownloadError(
             f"The model {name} could not be fetched from the hub ({type(error).__name__}): connect this machine, "
-            "or set SDXL_BASE to a local folder in diffusers' layout, such as base_models/tiny-sdxl."
+            f"or {remedy}."
         ) from error

@@ -26,6 +26,14 @@ def _tiny_base_and_own_workspace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     configure_logging()
 
 
+@pytest.fixture(scope="session")
+def upscaler_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small upscaler, taught once for all tests."""
+    from tests.tiny_helpers import write_upscaler
+
+    return write_upscaler(tmp_path_factory.mktemp("upscaler"))
+
+
 def png(seed: int = 0, size: tuple[int, int] = (96, 80)) -> bytes:
     """A small picture of coloured blocks."""
     blocks = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), dtype=np.uint8)

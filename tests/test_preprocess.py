@@ -13,7 +13,7 @@ from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.archives import Limits, pack_tar, unpack
 from sdxl.errors import ArchiveError, DatasetError, UserInputError
-from sdxl.framing import read_image, square
+from sdxl.framing import cut, place_crop, read_image
 from tests.conftest import png, write_zip
 
 TOK = TokenMap.parse("TOK:2")
@@ -38,7 +38,8 @@ def test_captions_are_matched_by_file_name_not_by_order(tmp_path: Path):
     with Image.open(
         tmp_path / "dataset" / table.loc[table["caption"] == "TOK b", "image_file"].item()
     ) as picture:
-        whole = square(read_image_bytes(png(1)), 64)[0]
+        raw = read_image_bytes(png(1))
+        whole = cut(raw, place_crop((raw.height, raw.width), (64, 64), None))
         assert np.array_equal(np.array(picture), np.array(whole))
 
 
@@ -98,16 +99,16 @@ def test_pictures_are_turned_upright_and_transparency_becomes_white(tmp_path: Pa
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").size == (20, 40)
+    assert read_image(tmp_path / "turned.jpg")[0].size == (20, 40)
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "clear.png")[0].getpixel((0, 0)) == (255, 255, 255)
     Image.new("I;16", (4, 4), 65535).save(tmp_path / "deep.png")
-    assert read_image(tmp_path / "deep.png").mode == "RGB"
+    assert read_image(tmp_path / "deep.png")[0].mode == "RGB"
 
 
 def test_framing_tells_the_truth():
-    squared, framing = square(Image.new("RGB", (300, 200)), 100)
-    assert squared.size == (100, 100)
+    framing = place_crop((200, 300), (100, 100), None)
+    assert cut(Image.new("RGB", (300, 200)), framing).size == (100, 100)
     assert framing.time_ids == [200, 300, 0, 25, 100, 100]
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train
 from sdxl.archives import unpack
-from sdxl.errors import NotBuiltYetError, UserInputError
+from sdxl.errors import UserInputError
 from tests.conftest import QUICK, call, png, write_zip
 
 
@@ -121,6 +121,9 @@ def test_equal_runs_give_equal_bytes(captioned_zip: Path):
         ({"ti_lr": float("nan")}, "ti_lr is nan"),
         ({"lr_warmup_steps": 4}, "lr_warmup_steps is 4"),
         ({"seed": -1}, "seed is -1"),
+        ({"clipseg_temperature": 0.0}, "temperature of masks is 0"),
+        ({"mask_target_prompts": "a dog"}, "set SDXL_SEGMENTER"),
+        ({"caption_prefix": "a photo of <s0>"}, "holds <s0>"),
         ({"lr_scheduler": "wave"}, "lr_scheduler"),
         ({"input_images": "http://127.0.0.1:9/data.zip"}, r"127\.0\.0\.1/data\.zip could not be fetched"),
         ({"input_images": "data:application/zip;base64,aGVsbG8="}, "neither a zip nor a tar"),
@@ -137,19 +140,14 @@ def test_bad_inputs_end_in_one_sentence_and_leave_nothing(
     assert not workspace.exists() or list(workspace.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        {"mask_target_prompts": "a dog"},
-        {"crop_based_on_salience": True},
-        {"use_face_detection_instead": True},
-        {"clipseg_temperature": 0.5},
-        {"temp": 0.5},
-    ],
-)
-def test_inputs_that_are_not_built_yet_say_so(captioned_zip: Path, inputs: dict):
-    with pytest.raises(NotBuiltYetError, match="not available in this version"):
-        call(train.train, input_images=captioned_zip, **QUICK, **inputs)
+def test_the_inputs_of_preprocessing_are_honoured_and_recorded(captioned_zip: Path, tmp_path: Path):
+    inputs = {"use_face_detection_instead": True, "crop_based_on_salience": True, "temp": 0.5}
+    out = run(tmp_path, input_images=captioned_zip, **QUICK, **inputs)
+    settings = json.loads((out / "training.json").read_text())["settings"]
+    assert settings["use_face_detection_instead"] is True
+    assert settings["crop_based_on_salience"] is True
+    assert settings["mask_temperature"] == 0.5
+    assert settings["bucketing"] is False
 
 
 def test_a_wrong_base_is_told_what_to_do(

@@ -1,0 +1,242 @@
+"""The levers of the recipe: each does what its name says, on the embedded base."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from safetensors.torch import save_file
+
+from dataset_and_utils import Example, ExampleDataset, TokenMap
+from preprocess import PreprocessConfig, prepare_dataset
+from sdxl.batches import Batches
+from sdxl.components import load_components
+from sdxl.diffusion import drop_prompts, masked_mse, sample_noise
+from sdxl.errors import TrainingDivergedError, UserInputError
+from sdxl.examples import LARGEST_ZOOM, cache_examples
+from sdxl.prior import PriorConfig, cache_folder, prior_dataset
+from sdxl.training import StepReport, TrainedModel, fine_tune, learning_rate_share
+from tests.conftest import TINY_BASE
+from tests.test_training import CONFIG, run  # noqa: F401 - a fixture
+
+CPU = torch.device("cpu")
+
+
+def example(height: int, width: int, value: float = 0.0) -> Example:
+    return Example(
+        latents=torch.full((4, height, width), value),
+        mask=torch.ones(1, height, width),
+        token_ids=(torch.zeros(77, dtype=torch.long), torch.zeros(77, dtype=torch.long)),
+        time_ids=torch.zeros(6),
+    )
+
+
+def test_batches_hold_one_shape_and_show_every_picture_equally_often():
+    data = ExampleDataset([*(example(8, 8, i) for i in range(6)), *(example(4, 16, 6 + i) for i in range(2))])
+    batches = Batches(data, 2, micro_batches=2, seed=0)
+    seen: Counter[int] = Counter()
+    for _ in range(800):
+        bucket = batches.buckets[batches.draw()]
+        for batch, prompts in bucket.micro_batches():
+            assert batch.latents.shape[0] == 2 and prompts is None
+            seen.update(int(value) for value in batch.latents[:, 0, 0, 0])
+    assert sum(seen.values()) == 3200
+    assert all(seen[i] == pytest.approx(400, rel=0.12) for i in range(8))
+
+
+def test_a_run_over_two_shapes_learns_from_both(run):  # noqa: F811
+    _, dataset, _ = run()
+    wide = [
+        dataclasses.replace(e, latents=e.latents[:, :4], mask=e.mask[:, :4]) for e in dataset.examples[:2]
+    ]
+    mixed = ExampleDataset([*dataset.examples[:2], *wide])
+    fresh = load_components(TINY_BASE, is_lora=False, device=CPU)
+    cache_examples_tokens(fresh)
+    losses: list[float] = []
+    fine_tune(
+        fresh,
+        mixed,
+        dataclasses.replace(CONFIG, max_train_steps=8),
+        on_step=lambda report: losses.append(report.loss),
+    )
+    assert len(losses) == 8 and all(np.isfinite(losses))
+
+
+def cache_examples_tokens(components) -> None:
+    for tokenizer in components.tokenizers:
+        tokenizer.add_tokens(["<s0>", "<s1>"], special_tokens=True)
+
+
+@pytest.fixture
+def striped(tmp_path: Path) -> Path:
+    """One picture of 64 columns, each brighter than the last, with a mask of its left half."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))
+    Image.fromarray(np.stack([ramp] * 3, 2)).save(raw / "0.src.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :32] = 255
+    Image.fromarray(mask).save(raw / "0.mask.png")
+    return prepare_dataset(
+        raw, tmp_path / "dataset", config=PreprocessConfig(target_size=64, global_caption="TOK")
+    )
+
+
+def test_views_tell_where_they_were_cut(striped: Path):
+    components = load_components(TINY_BASE, is_lora=False, device=CPU)
+    data = cache_examples(striped, components, TokenMap.parse("TOK:2"), seed=0, views=20)
+    assert len(data) == 21
+    whole, *views = (e.time_ids.tolist() for e in data.examples)
+    assert whole == [64, 64, 0, 0, 64, 64]
+    for height, width, top, left, *target in views:
+        assert (height, width, target) == (64, 64, [64, 64])
+        assert 0 <= top <= (LARGEST_ZOOM - 1) * 64 and 0 <= left <= (LARGEST_ZOOM - 1) * 64
+    # The further right a view was cut, the brighter the ramp at its left edge and the narrower its mask.
+    by_left = sorted(
+        zip((v[3] for v in views), (e.mask.mean().item() for e in data.examples[1:]), strict=True)
+    )
+    widths = [width for _, width in by_left]
+    assert np.corrcoef([left for left, _ in by_left], widths)[0, 1] < -0.5
+
+
+def test_flipped_pictures_are_learnt_beside_the_others(striped: Path):
+    components = load_components(TINY_BASE, is_lora=False, device=CPU)
+    data = cache_examples(striped, components, TokenMap.parse("TOK:2"), seed=0, flip=True)
+    plain, mirrored = data.examples
+    assert torch.equal(plain.mask.flip(-1), mirrored.mask)
+    assert not torch.allclose(plain.latents, mirrored.latents, atol=0.1)
+
+
+def test_offset_noise_shifts_whole_channels():
+    shape = torch.Size((64, 4, 16, 16))
+    plain = sample_noise(shape, 0.0, torch.Generator().manual_seed(0))
+    offset = sample_noise(shape, 0.5, torch.Generator().manual_seed(0))
+    assert plain.mean((2, 3)).std().item() == pytest.approx(1 / 16, rel=0.2)
+    assert offset.mean((2, 3)).std().item() == pytest.approx(0.5, rel=0.2)
+
+
+def test_dropped_prompts_are_the_unconditional_branch():
+    hidden, pooled = torch.ones(1000, 3, 2), torch.ones(1000, 2)
+    kept_hidden, kept_pooled = drop_prompts(hidden, pooled, 0.3, torch.Generator().manual_seed(0))
+    assert kept_pooled.mean().item() == pytest.approx(0.7, abs=0.05)
+    assert torch.equal(kept_hidden[:, 0, 0], kept_pooled[:, 0])
+
+
+def test_mask_floor_lets_the_background_count_a_little():
+    target = torch.tensor([[[[1.0, 3.0]]]])
+    mask = torch.tensor([[[[1.0, 0.0]]]])
+    error = masked_mse(torch.zeros_like(target), target, mask, torch.ones(1), floor=0.25)
+    assert error.item() == pytest.approx((1 + 0.25 * 9) / 1.25)
+
+
+def test_accumulated_batches_count_as_one(run):  # noqa: F811
+    """At a rate of next to nothing, the loss of one step is the mean over the batches that single steps would see."""
+    whole: list[StepReport] = []
+    single: list[StepReport] = []
+    still = {"unet_learning_rate": 1e-12, "ti_lr": 1e-12, "pivot_fraction": 1.0}
+    run(gradient_accumulation_steps=3, max_train_steps=2, on_step=whole.append, **still)
+    run(max_train_steps=6, on_step=single.append, **still)
+    losses = [report.loss for report in single]
+    assert [r.loss for r in whole] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-3)
+
+
+def test_alpha_is_in_the_stored_matrices(run):  # noqa: F811
+    """alpha / rank scales what the matrices do; readers that know no alpha must get the same pictures."""
+    components, _, trained = run(is_lora=True, lora_rank=4, lora_alpha=8)
+    layer = components.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    product = trained.weights[f"{name}.lora_B.weight"] @ trained.weights[f"{name}.lora_A.weight"]
+    assert torch.allclose(layer.get_delta_weight("default"), product, atol=1e-7)
+    assert layer.scaling["default"] == 2.0
+
+
+def test_dora_loads_where_lora_does(run, tmp_path: Path):  # noqa: F811
+    components, dataset, trained = run(is_lora=True, use_dora=True)
+    assert any("lora_magnitude_vector" in name for name in trained.weights)
+    save_file(trained.weights, tmp_path / "lora.safetensors")
+    unet = load_components(TINY_BASE, is_lora=False, device=CPU).unet
+    unet.load_lora_adapter(dict(trained.weights), prefix="unet")
+    batch = dataset.collate([0])
+    inputs = {
+        "encoder_hidden_states": torch.randn(1, 77, unet.config["cross_attention_dim"]),
+        "added_cond_kwargs": {"text_embeds": torch.randn(1, 128), "time_ids": batch.time_ids},
+    }
+    with torch.no_grad():
+        one, other = (u(batch.latents, 500, **inputs).sample for u in (components.unet, unet))
+    assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy"])
+def test_every_optimizer_trains_in_the_recipe(run, name: str):  # noqa: F811
+    rates = {"unet_learning_rate": 1.0} if name == "prodigy" else {}
+    seen: list[TrainedModel] = []
+    run(
+        optimizer=name,
+        checkpointing_steps=1,
+        max_train_steps=4,
+        on_checkpoint=lambda _, model: seen.append(model),
+        **rates,
+    )
+    first, *_, last = (model.weights["conv_in.weight"] for model in seen)
+    assert torch.isfinite(last).all() and not torch.equal(first, last)
+    assert torch.equal(seen[-1].token_rows[0], seen[-2].token_rows[0])  # frozen after the pivot
+    assert not torch.equal(seen[0].token_rows[0], seen[1].token_rows[0])
+
+
+def test_a_run_that_diverges_hands_on_the_weights_before(run):  # noqa: F811
+    kept: list[tuple[int, TrainedModel]] = []
+    with pytest.raises(TrainingDivergedError, match="are kept"):
+        run(unet_learning_rate=1e30, on_checkpoint=lambda step, model: kept.append((step, model)))
+    (step, model) = kept[-1]
+    assert step >= 1
+    assert all(torch.isfinite(rows).all() for rows in model.token_rows)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules_are_those_of_diffusers(name):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    reference = get_scheduler(
+        {"constant": "constant_with_warmup"}.get(name, name),
+        torch.optim.SGD([parameter], lr=1.0),
+        num_warmup_steps=5,
+        num_training_steps=30,
+    )
+    for step in range(30):
+        share = learning_rate_share(name, step, warmup=5, total=30)
+        assert share == pytest.approx(reference.lr_lambdas[0](step))
+
+
+def test_the_prior_is_drawn_once_and_learnt(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # noqa: F811
+    monkeypatch.setenv("SDXL_CACHE", str(tmp_path / "cache"))
+    config = PriorConfig.parse(
+        "a red house | a blue car", base=str(TINY_BASE), images=3, resolution=64, steps=2
+    )
+    components = load_components(TINY_BASE, is_lora=False, device=CPU)
+    folder = prior_dataset(config, components)
+    assert folder.parent == cache_folder()
+    assert sorted(path.name for path in folder.glob("*.png")) == ["0.src.png", "1.src.png", "2.src.png"]
+    stamp = folder.stat().st_mtime_ns
+    assert prior_dataset(config, components) == folder and folder.stat().st_mtime_ns == stamp
+    assert [path.name for path in cache_folder().iterdir()] == [folder.name]
+    prior = cache_examples(folder, components, TokenMap({}), seed=0)
+    data = run()[1]
+    cache_examples_tokens(components)
+    alone, beside = [], []
+    for kept, losses in ((None, alone), (prior, beside)):
+        fresh = load_components(TINY_BASE, is_lora=False, device=CPU)
+        cache_examples_tokens(fresh)
+        fine_tune(
+            fresh, data, CONFIG, prior=kept, on_step=lambda report, losses=losses: losses.append(report.loss)
+        )
+    assert sum(beside) > sum(alone)  # the prior's loss comes on top
+
+
+def test_a_prior_without_prompts_is_refused():
+    with pytest.raises(UserInputError, match="prior_prompts"):
+        PriorConfig.parse(" | ", base="b", images=1, resolution=64)
+    with pytest.raises(UserInputError, match="prior_images"):
+        PriorConfig.parse("a", base="b", images=0, resolution=64)

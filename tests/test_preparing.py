@@ -1,0 +1,203 @@
+"""The whole preprocessor: masks, crops, captions, sizes, the seam to training, the report."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+import preprocess
+from dataset_and_utils import TokenMap
+from preprocess import PreprocessConfig, prepare_dataset
+from sdxl.archives import unpack
+from sdxl.components import load_components
+from sdxl.errors import DatasetError, DownloadError, UserInputError
+from sdxl.examples import cache_examples
+from tests.conftest import TINY_BASE, call, png, write_zip
+from tests.tiny_helpers import write_captioner, write_segmenter
+
+
+def photograph(name: str, size: tuple[int, int] | None = None) -> bytes:
+    picture = Image.fromarray(getattr(data, name)()).convert("RGB")
+    buffer = io.BytesIO()
+    (picture.resize(size) if size else picture).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def mask_png(size: tuple[int, int], box: tuple[int, int, int, int]) -> bytes:
+    mask = Image.new("L", size, 0)
+    mask.paste(255, box)
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def run(tmp_path: Path, archive: Path, name: str = "out", **inputs) -> Path:
+    """Run the door, unpack the tar, return the folder."""
+    tar = call(preprocess.Preprocessor().run, files=archive, **{"target_size": 64, **inputs})
+    unpack(tar, tmp_path / name)
+    return tmp_path / name
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as opened:
+        return np.asarray(opened.convert("L" if ".mask." in path.name else "RGB"), dtype=np.float32)
+
+
+def test_faces_are_masked_and_never_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    astronaut = Image.fromarray(data.astronaut())
+    wide = Image.new("RGB", (1400, 512), "grey")
+    wide.paste(astronaut, (888, 0))
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    archive = write_zip(tmp_path / "x.zip", {"0.png": buffer.getvalue(), "1.jpg": photograph("coffee")})
+    out = run(tmp_path, archive, target_size=128, use_face_detection_instead=True)
+    mask = picture(out / "0.mask.png")
+    assert mask.shape == picture(out / "0.src.png").shape[:2] == (128, 128)
+    _, columns = np.nonzero(mask > 127)
+    assert columns.min() > 0
+    assert columns.max() < 127
+    assert 0 < (mask > 127).mean() < 0.2
+    assert (picture(out / "1.mask.png") == 255).all()
+    assert "No face was found in 1.jpg" in caplog.text
+    table = pd.read_csv(out / "captions.csv")
+    assert table.loc[0, "crop_left"] > 111  # of the 222 pixels that are cut off
+
+
+def test_things_are_masked_by_the_segmenter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SDXL_SEGMENTER", str(write_segmenter(tmp_path / "clipseg")))
+    own = mask_png((96, 80), (0, 0, 48, 80))
+    files = {"0.src.png": png(0), "0.mask.png": own, "1.png": png(1)}
+    out = run(tmp_path, write_zip(tmp_path / "x.zip", files), mask_target_prompts="a dog, a cat")
+    assert picture(out / "1.mask.png").shape == (64, 64)
+    assert picture(out / "1.mask.png").max() > 0
+    given = picture(out / "0.mask.png")
+    assert given[:, :20].min() > 250  # the mask that came along stays: its left half
+    assert given[:, 50:].max() < 5
+
+
+def test_masks_that_were_asked_for_are_not_left_out_in_silence(tmp_path: Path):
+    archive = write_zip(tmp_path / "x.zip", {"1.png": png(1)})
+    with pytest.raises(DownloadError, match="set SDXL_SEGMENTER"):
+        run(tmp_path, archive, mask_target_prompts="a dog")
+    assert list((tmp_path / "workspace").iterdir()) == []
+
+
+def test_without_models_the_rest_is_done_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    out = run(tmp_path, write_zip(tmp_path / "x.zip", {"1.png": png(1)}), target_size=128)
+    assert picture(out / "0.src.png").shape == (128, 128, 3)
+    assert pd.read_csv(out / "captions.csv").loc[0, "caption"] == "a photo of TOK"
+    assert "enlarged by plain interpolation" in caplog.text
+    assert 'All pictures get the caption "a photo of TOK"' in caplog.text
+
+
+def test_with_models_pictures_are_captioned_and_enlarged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upscaler_folder: Path
+):
+    monkeypatch.setenv("SDXL_CAPTIONER", str(write_captioner(tmp_path / "blip")))
+    monkeypatch.setenv("SDXL_UPSCALER", str(upscaler_folder))
+    small = photograph("astronaut", (80, 60))
+    archive = write_zip(tmp_path / "x.zip", {"0.jpg": small})
+    out = run(tmp_path, archive, target_size=128)
+    caption = pd.read_csv(out / "captions.csv").loc[0, "caption"]
+    assert caption.startswith("a photo of TOK ")
+    plain = Image.open(io.BytesIO(small)).crop((10, 0, 70, 60)).resize((128, 128), Image.Resampling.LANCZOS)
+    drawn, expected = picture(out / "0.src.png"), np.asarray(plain, np.float32)
+    assert np.corrcoef(drawn.ravel(), expected.ravel())[0, 1] > 0.9  # of the same place
+    assert np.abs(drawn - expected).mean() > 0.5  # by the model
+
+
+def test_given_captions_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SDXL_CAPTIONER", str(write_captioner(tmp_path / "blip")))
+    archive = write_zip(tmp_path / "x.zip", {"1.png": png(1), "1.txt": "my TOK"})
+    assert pd.read_csv(run(tmp_path, archive) / "captions.csv").loc[0, "caption"] == "my TOK"
+
+
+def test_placeholders_are_refused_as_captions(tmp_path: Path):
+    with pytest.raises(UserInputError, match=r"holds <s0>.*write a word such as TOK"):
+        run(tmp_path, write_zip(tmp_path / "x.zip", {"1.png": png(1)}), caption_text="a photo of <s0>")
+
+
+def test_the_tar_is_taken_as_it_is(tmp_path: Path):
+    files = {"a.src.png": png(0, (300, 200)), "b.jpg": photograph("coffee")}
+    files["a.mask.png"] = mask_png((300, 200), (200, 0, 300, 200))
+    files["captions.csv"] = "image_file,caption\na.src.png,left TOK\nb.jpg,coffee TOK\n"
+    first = run(tmp_path, write_zip(tmp_path / "x.zip", files), target_size=256, bucketing=True)
+    members = {path.name: path.read_bytes() for path in first.iterdir()}
+    assert {"contact_sheet.jpg", "advice.txt"} < set(members)
+    config = PreprocessConfig(target_size=256, token_map=TokenMap.parse("TOK:2"))
+    again = prepare_dataset(write_zip(tmp_path / "y.zip", members), tmp_path / "again", config=config)
+    kept = {path.name: path.read_bytes() for path in again.iterdir()}
+    assert kept == {
+        name: members[name] for name in members if name not in ("contact_sheet.jpg", "advice.txt")
+    }
+    components = load_components(TINY_BASE, is_lora=True, device=torch.device("cpu"))
+    examples = cache_examples(again, components, TokenMap.parse("TOK:2"), seed=0).examples
+    assert examples[0].time_ids.tolist() == [200, 300, 10, 0, 192, 320]
+    assert examples[0].latents.shape == (4, 24, 40)
+    assert examples[0].mask[0, :, -1].min() == 1
+    assert examples[0].mask[0, :, 0].max() == 0
+
+    smaller = PreprocessConfig(target_size=128)
+    third = prepare_dataset(tmp_path / "y.zip", tmp_path / "third", config=smaller)
+    row = pd.read_csv(third / "captions.csv").iloc[0]
+    assert (row["original_height"], row["original_width"]) == (200, 300)
+    assert picture(third / row["image_file"]).shape == (128, 128, 3)
+    assert (row["crop_top"], row["crop_left"]) == (round(10 * 128 / 192), (round(320 * 128 / 192) - 128) // 2)
+
+
+def test_wrong_numbers_in_a_table_are_refused(tmp_path: Path):
+    rows = "image_file,caption,original_height,original_width,crop_top,crop_left\n0.src.png,TOK,64,-5,0,0\n"
+    archive = write_zip(tmp_path / "x.zip", {"0.src.png": png(0, (64, 64)), "captions.csv": rows})
+    with pytest.raises(DatasetError, match=r"row of 0\.src\.png"):
+        run(tmp_path, archive)
+
+
+def test_masks_must_have_their_pictures_size(tmp_path: Path):
+    files = {"0.src.png": png(0), "0.mask.png": mask_png((50, 50), (0, 0, 9, 9))}
+    with pytest.raises(DatasetError, match=r"50×50, but 0\.src\.png is 96×80"):
+        run(tmp_path, write_zip(tmp_path / "x.zip", files))
+
+
+def test_equal_inputs_give_equal_tars(tmp_path: Path):
+    files = {f"{index}.jpg": photograph(name) for index, name in enumerate(["astronaut", "rocket"])}
+    archive = write_zip(tmp_path / "x.zip", files)
+    one, two = (
+        call(preprocess.Preprocessor().run, files=archive, target_size=256, use_face_detection_instead=True)
+        for _ in range(2)
+    )
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_advice_names_the_file_and_the_remedy(tmp_path: Path):
+    sharp = Image.fromarray(data.coffee()).resize((900, 600), Image.Resampling.BICUBIC)
+    buffers = {}
+    for name, made in {
+        "sharp.png": sharp,
+        "twin.png": sharp.resize((840, 560)),
+        "blurred.png": Image.fromarray(data.chelsea())
+        .reduce(12)
+        .resize((700, 600), Image.Resampling.BICUBIC),
+        "dark.png": Image.fromarray(data.rocket()).point([value // 8 for value in range(256)] * 3),
+        "tiny.png": Image.fromarray(data.astronaut()).resize((60, 60)),
+        "wide.png": Image.fromarray(data.astronaut())
+        .crop((0, 0, 512, 256))
+        .resize((1024, 512), Image.Resampling.BICUBIC),
+    }.items():
+        buffer = io.BytesIO()
+        made.save(buffer, "PNG")
+        buffers[name] = buffer.getvalue()
+    rows = "".join(f"{name},{'a cup' if name == 'sharp.png' else 'TOK'}\n" for name in buffers)
+    files = {**buffers, "captions.csv": "image_file,caption\n" + rows}
+    advice = (run(tmp_path, write_zip(tmp_path / "x.zip", files), target_size=512) / "advice.txt").read_text()
+    assert "twin.png is nearly the same as sharp.png" in advice
+    assert "blurred.png is blurred" in advice
+    assert "dark.png is very dark" in advice
+    assert "tiny.png is tiny (60×60) and was enlarged 8.5 times" in advice
+    assert "wide.png (1024×512) lost 50% in the crop" in advice
+    assert 'sharp.png has the caption "a cup" without TOK' in advice
+    assert len(advice.splitlines()) == 6

@@ -1,0 +1,112 @@
+"""The models that help to prepare pictures, in their real classes with small random weights, saved as folders."""
+
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+_WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "photo",
+    "of",
+    "tok",
+    "dog",
+    "on",
+    "red",
+    "beach",
+    ",",
+    "the",
+]
+
+
+def write_captioner(folder: Path) -> Path:
+    """A BLIP whose weights are random."""
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipTextConfig,
+        BlipVisionConfig,
+    )
+    from transformers.models.blip import BlipImageProcessorPil, BlipProcessor
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = BlipTextConfig(
+        **sizes,
+        encoder_hidden_size=32,
+        vocab_size=len(_WORDS),
+        bos_token_id=2,
+        eos_token_id=3,
+        sep_token_id=3,
+        pad_token_id=0,
+    )
+    vision = BlipVisionConfig(**sizes, image_size=32, patch_size=8)
+    config = BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=32)
+    model = BlipForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(_WORDS) + "\n")
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(_WORDS)}, do_lower_case=True)
+    images = BlipImageProcessorPil(size={"height": 32, "width": 32})
+    BlipProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_segmenter(folder: Path) -> Path:
+    """A CLIPSeg whose weights are random."""
+    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+    from transformers.models.vit import ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(Path("base_models/tiny-sdxl/tokenizer").resolve())
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    config = CLIPSegConfig(
+        text_config={
+            **sizes,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        projection_dim=32,
+        reduce_dim=16,
+        extract_layers=[0, 1, 2],
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=32,
+    )
+    CLIPSegForImageSegmentation(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def write_upscaler(folder: Path) -> Path:
+    """A Swin2SR of the real one's kind, taught for a few seconds to enlarge smooth noise four times."""
+    from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
+
+    torch.manual_seed(0)
+    config = Swin2SRConfig(
+        image_size=16, embed_dim=16, depths=[2], num_heads=[2], window_size=8, mlp_ratio=2.0, upscale=4,
+        upsampler="nearest+conv",
+    )  # fmt: skip
+    model = Swin2SRForImageSuperResolution(config).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and waits long for busy cores
+    for _ in range(120):
+        noise = torch.rand(4, 3, 6, 6)
+        small = functional.interpolate(noise, size=16, mode="bicubic").clamp(0, 1)
+        large = functional.interpolate(noise, size=64, mode="bicubic").clamp(0, 1)
+        loss = (model(pixel_values=small).reconstruction - large).abs().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(threads)
+    model.save_pretrained(folder)
+    return folder
