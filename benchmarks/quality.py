@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -64,14 +65,16 @@ def main() -> None:
     results = run_all(subjects, methods, args)
     table = summarise(results)
     sys.stdout.write(markdown(table) + "\n")
-    numbers = flat_keys(table) | {
-        "subjects": subjects,
-        "steps": args.steps,
-        "batch_size": args.batch_size,
-        "table": table,
-        "machine": torch.cuda.get_device_name() if args.device == "cuda" else _cpu(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
-    }
+    numbers = (
+        flat_keys(table)
+        | {
+            "subjects": subjects,
+            "steps": args.steps,
+            "batch_size": args.batch_size,
+            "table": table,
+        }
+        | about(args.device)
+    )
     if args.base_prompts:
         followed, _ = base.measure(BASE, args.base_prompts, args.device)
         psnr = json.loads(Path("tiny_world/results/autoencoder.json").read_text())
@@ -84,7 +87,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "quality.json").write_text(json.dumps(numbers, indent=2) + "\n")
     (args.output / "quality.md").write_text(markdown(table) + "\n")
-    sheet(results, subjects[: args.sheet_subjects]).save(args.output / "quality.jpg", quality=85)
+    picture = sheet(results, subjects[: args.sheet_subjects])
+    picture.thumbnail((1800, picture.height), Image.Resampling.LANCZOS)
+    picture.save(args.output / "quality.jpg", quality=80)
 
 
 def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -206,12 +211,32 @@ def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, P
             prompts.training_captions(),
         ]
     )
-    stem = f"{seed}-{method.name}-{args.steps}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    name = re.sub(r"[^A-Za-z0-9.]+", "_", method.name)
+    stem = f"{seed}-{name}-{args.steps}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     return args.workdir / f"{stem}.json", args.workdir / f"{stem}.safetensors"
 
 
-def _cpu() -> str:
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+def about(device: str) -> dict[str, Any]:
+    """The machine and the versions that figures belong to."""
+    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
+    }
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every bench of jobs can be told."""
+    on_gpu = torch.cuda.is_available()
+    cores = os.cpu_count() or 1
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps a method")
+    parser.add_argument("--batch-size", type=int, default=32 if on_gpu else 4, help="pictures a step")
+    parser.add_argument("--sampling-steps", type=int, default=15)
+    parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
+    parser.add_argument("--workers", type=int, default=max(cores - 1, 1) if on_gpu else cores)
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
 
 
 def _arguments() -> argparse.Namespace:
@@ -219,22 +244,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--subjects", type=int, default=3, help="K judging subjects, the odd seeds from 1")
     parser.add_argument("--development", action="store_true", help="even seeds instead, to tune on")
     parser.add_argument("--methods", nargs="+", help="only these; 'untuned' must be among them")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps a method")
-    parser.add_argument(
-        "--batch-size", type=int, default=32 if torch.cuda.is_available() else 4, help="pictures a step"
-    )
-    parser.add_argument("--sampling-steps", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=max((os.cpu_count() or 1) - 1, 1) if torch.cuda.is_available() else os.cpu_count(),
-    )
     parser.add_argument("--base-prompts", type=int, default=0, help="held-out prompts to judge the base by")
     parser.add_argument("--sheet-subjects", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    add_job_arguments(parser)
     return parser.parse_args()
 
 

@@ -169,7 +169,7 @@ def _learn(
     seed: int, method: Method, folder: Path, steps: int, batch_size: int, device: str
 ) -> artifacts.FineTune:
     shown = training_pictures(seed)
-    masks = [to_pil(_grown(mask).expand(3, -1, -1)) for mask in shown.masks[:, :1]] if method.masks else None
+    masks = [to_pil(grown(mask).expand(3, -1, -1)) for mask in shown.masks[:, :1]] if method.masks else None
     write_raw(folder / "raw", [to_pil(picture) for picture in shown.images], P.training_captions(), masks)
     return learn(
         folder / "raw",
@@ -184,7 +184,7 @@ def _learn(
     )
 
 
-def _grown(mask: Tensor, by: int = 4) -> Tensor:
+def grown(mask: Tensor, by: int = 4) -> Tensor:
     """A mask [1, h, w] with a margin of `by` pixels, as hand-made ones have."""
     return torch.nn.functional.max_pool2d(mask[None], 2 * by + 1, 1, by)[0]
 

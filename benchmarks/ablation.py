@@ -1,0 +1,151 @@
+"""`python -m benchmarks.ablation`: what each setting of the recipe is worth, one changed at a time.
+
+Every variant learns the same subjects (development ones, unless `--judging`) from the same pictures under the same
+budget, with several seeds. A difference is paired: the same subject and seed with and without the change; its spread is
+the standard error over those pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from benchmarks.quality import METHODS, about, add_job_arguments, run_all
+from benchmarks.subject_job import Method
+
+DEFAULT = "default"
+FULL, LORA = (next(m for m in METHODS if m.name == name) for name in ("full_pivotal", "lora_pivotal"))
+CHANGES: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    "pivot at 0": {"pivot_fraction": 0.0},
+    "pivot at 0.25": {"pivot_fraction": 0.25},
+    "pivot at 0.75": {"pivot_fraction": 0.75},
+    "pivot at 1": {"pivot_fraction": 1.0},
+    "loss not weighted by SNR": {"snr_gamma": 1e6},
+    "min-SNR γ 1": {"snr_gamma": 1.0},
+    "offset noise 0.05": {"noise_offset": 0.05},
+    "caption dropout 0.1": {"caption_dropout": 0.1},
+    "constant learning rate": {"lr_scheduler": "constant"},
+    "half the learning rate": {"rate": 0.5},
+    "twice the learning rate": {"rate": 2.0},
+    "rows at a third of their rate": {"ti_lr": 1.7e-3},
+    "twice the steps": {"max_train_steps": 2.0},
+    "four times the steps": {"max_train_steps": 4.0},
+    "no views": {"views": 0},
+    "7 views": {"views": 7},
+    "63 views": {"views": 63},
+    "masks": {"masks": True},
+    "masks, floor 0": {"masks": True, "mask_floor": 0.0},
+    "mirrored too": {"horizontal_flip": True},
+    "rows start at random": {"init": ""},
+}
+"""Name → what differs. `rate` and `max_train_steps` are factors; fields of `Method` and of `TrainingConfig` alike."""
+LORA_CHANGES: dict[str, dict[str, Any]] = {
+    "attention only": {"lora_targets": "attention"},
+    "transformer blocks only": {"lora_targets": "transformer"},
+    "rank 4": {"lora_rank": 4},
+    "rank 64": {"lora_rank": 64},
+    "alpha half the rank": {"lora_alpha": 8},
+    "DoRA": {"use_dora": True},
+}
+
+
+def variants(base: Method, steps: int, seeds: int) -> list[Method]:
+    """Every change of `base`, `seeds` times; their names are "base/change/seed"."""
+    changes = CHANGES | (LORA_CHANGES if base.settings.get("is_lora") else {})
+    rate_name = "lora_lr" if base.settings.get("is_lora") else "unet_learning_rate"
+    made = []
+    for name, change in changes.items():
+        fields = {key: value for key, value in change.items() if key in ("views", "masks", "init")}
+        settings = {key: value for key, value in change.items() if key not in fields and key != "rate"}
+        if "rate" in change:
+            settings[rate_name] = base.settings[rate_name] * change["rate"]
+        if "max_train_steps" in change:
+            settings["max_train_steps"] = round(steps * change["max_train_steps"])
+        for seed in range(seeds):
+            whole = {**base.settings, **settings, "seed": seed}
+            made.append(replace(base, name=f"{base.name}/{name}/{seed}", settings=whole, **fields))
+    return made
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """ "base/change" → means of fidelity, prompts followed (0..1) and drift (points), the paired difference of fidelity ×
+    prompts followed from the default's in points, and its standard error."""
+    untuned = {r["seed"]: r for r in results if r["method"] == "untuned"}
+    rows: dict[str, dict[tuple[int, str], dict[str, float]]] = {}
+    for r in results:
+        if r["method"] == "untuned":
+            continue
+        before = untuned[r["seed"]]
+        base, change, seed = r["method"].split("/")
+        fidelity = (r["similarity"] - before["similarity"]) / (r["real_similarity"] - before["similarity"])
+        rows.setdefault(f"{base}/{change}", {})[r["seed"], seed] = {
+            "fidelity": fidelity,
+            "prompt": r["prompt_all"],
+            "drift": 100 * (before["prior_all"] - r["prior_all"]),
+            "diversity": r["diversity"],
+            "score": 100 * fidelity * r["prompt_all"],
+        }
+    table = {}
+    for name, group in rows.items():
+        default = rows[f"{name.split('/')[0]}/{DEFAULT}"]
+        gains = [group[key]["score"] - default[key]["score"] for key in group if key in default]
+        keys = ("fidelity", "prompt", "drift", "diversity", "score")
+        table[name] = {key: round(mean(row[key] for row in group.values()), 4) for key in keys}
+        table[name]["gain"] = round(mean(gains), 2)
+        table[name]["gain_error"] = round(stdev(gains) / len(gains) ** 0.5, 2) if len(gains) > 1 else 0.0
+        table[name]["runs"] = len(gains)
+    return table
+
+
+def markdown(table: dict[str, dict[str, float]]) -> str:
+    """The table as Markdown, one row a change."""
+    lines = [
+        "| change | fidelity | prompts followed | drift, points | diversity | gain, points | runs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in table.items():
+        lines.append(
+            f"| {name.replace('/', ': ')} | {row['fidelity']:.3f} | {row['prompt']:.3f} | {row['drift']:.1f} "
+            f"| {row['diversity']:.2f} | {row['gain']:+.1f} ± {row['gain_error']:.1f} | {row['runs']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all variants, print the table, write it as JSON and Markdown."""
+    args = _arguments()
+    subjects = [(1 if args.judging else 0) + 2 * i for i in range(args.subjects)]
+    methods = [Method(name="untuned", trained=False)]
+    for base in (FULL, LORA):
+        methods += variants(base, args.steps, args.training_seeds)
+    if args.only:
+        kept = {DEFAULT, *args.only}
+        methods = [m for m in methods if not m.trained or m.name.split("/")[1] in kept]
+    table = summarise(run_all(subjects, methods, args))
+    sys.stdout.write(markdown(table) + "\n")
+    args.output.mkdir(parents=True, exist_ok=True)
+    numbers = {"subjects": subjects, "steps": args.steps, "table": table} | about(args.device)
+    (args.output / "ablation.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (args.output / "ablation.md").write_text(markdown(table) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
+    parser.add_argument("--subjects", type=int, default=4)
+    parser.add_argument("--judging", action="store_true", help="odd seeds: once, at the end")
+    parser.add_argument("--training-seeds", type=int, default=2, help="runs of each variant and subject")
+    parser.add_argument("--only", nargs="+", choices=[*CHANGES, *LORA_CHANGES], help="only these changes")
+    add_job_arguments(parser)
+    parser.set_defaults(workers=12 if torch.cuda.is_available() else 2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""`python -m benchmarks.cases`: two subjects in one run, a cluttered data set with and without masks, and a style.
+
+Judged like `benchmarks.quality`, on the procedural world: fidelity is 1 for fresh real pictures and 0 for the untuned base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import prompts as P
+from benchmarks.quality import METHODS, about, add_job_arguments
+from benchmarks.subject_job import BASE, Method, draw, grown, learn, real_pictures, write_raw
+from sdxl.pipelines import load_pipeline
+from sdxl.tuned_weights import TunedPipeline
+from tiny_world.following import following, shares
+from tiny_world.parts import pad
+from tiny_world.raster import render
+from tiny_world.scenes import Scene, scene_parts
+from tiny_world.scorer import Scorer
+from tiny_world.sheets import to_pil
+from tiny_world.subjects import shot_parts, subject
+
+OTHER = "OTHER"
+FULL, LORA = (next(m for m in METHODS if m.name == name) for name in ("full_pivotal", "lora_pivotal"))
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is learnt and what is asked: `pictures` and `masks` [n, 3 and 1, 256, 256] in 0..1 with their captions,
+    prompts to draw, and how the drawn pictures [prompts, 3, 256, 256] are judged."""
+
+    token_map: str
+    pictures: Tensor
+    masks: Tensor
+    captions: list[str]
+    prompts: list[str]
+    judge: Callable[[Tensor, Scorer], Numbers]
+
+
+def two_subjects(seed: int) -> Case:
+    """Subjects `seed` and `seed` + 2, six pictures each, asked for one at a time."""
+    cast = {P.NAME: seed, OTHER: seed + 2}
+    shown, captions, asked = [], [], []
+    for name, number in cast.items():
+        parts = [
+            shot_parts(replace(s, kind=name), {name: subject(number)}, number * 1000 + i)
+            for i, s in enumerate(P.TRAINING)
+        ]
+        shown += parts
+        captions += [text.replace(P.NAME, name) for text in P.training_captions()]
+        asked += [(text.replace(P.NAME, name), scene, name) for text, scene in P.subject_prompts()[:8]]
+    rendered = render(pad(shown))
+
+    def judge(drawn: Tensor, scorer: Scorer) -> Numbers:
+        real = {name: scorer.identity(real_pictures(number)) for name, number in cast.items()}
+        embedded = scorer.identity(drawn)
+        similar = {name: (embedded @ vectors.T).mean(1) for name, vectors in real.items()}
+        numbers: Numbers = {}
+        confused = []
+        for name, stranger in ((P.NAME, OTHER), (OTHER, P.NAME)):
+            mine = torch.tensor([asked_name == name for _, _, asked_name in asked])
+            vectors, n = real[name], len(real[name])
+            numbers[f"real_{name}"] = float(((vectors @ vectors.T).sum() - n) / (n * (n - 1)))
+            numbers[f"similarity_{name}"] = float(similar[name][mine].mean())
+            confused += (similar[stranger][mine] > similar[name][mine]).tolist()
+        met = following(scorer.attributes(drawn), [scene for _, scene, _ in asked])
+        return numbers | {"confusion": mean(confused), "prompt": shares(met)["all"]}
+
+    return Case(
+        token_map=f"{P.NAME}:2,{OTHER}:2",
+        pictures=rendered.images,
+        masks=rendered.masks[:, :1],
+        captions=captions,
+        prompts=[prompt for prompt, _, _ in asked],
+        judge=judge,
+    )
+
+
+CLUTTER = (
+    ("tree", "yellow", "right of", "purple", "checkered"),
+    ("house", "red", "left of", "cyan", "striped"),
+    ("car", "green", "on top of", "orange", "dotted"),
+    ("fish", "blue", "below", "pink", "checkered"),
+    ("star", "orange", "above", "blue", "striped"),
+    ("cup", "white", "right of", "green", "dotted"),
+)
+"""Second thing, its colour, relation, background and texture of each cluttered picture."""
+
+
+def cluttered(seed: int) -> Case:
+    """One subject, in every picture beside another thing on a busy background that the caption does not name."""
+    scenes = [
+        Scene(
+            kind=P.NAME,
+            colour=None,
+            size="medium",
+            position="middle",
+            background=background,
+            texture=texture,
+            second_kind=kind,
+            second_colour=colour,
+            relation=relation,
+        )
+        for kind, colour, relation, background, texture in CLUTTER
+    ]
+    cast = {P.NAME: subject(seed)}
+    rendered = render(pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(scenes)]))
+    asked = P.subject_prompts()
+
+    def judge(drawn: Tensor, scorer: Scorer) -> Numbers:
+        real = scorer.identity(real_pictures(seed))
+        n = len(real)
+        met = following(scorer.attributes(drawn), [scene for _, scene in asked])
+        return {
+            f"real_{P.NAME}": float(((real @ real.T).sum() - n) / (n * (n - 1))),
+            f"similarity_{P.NAME}": float((scorer.identity(drawn) @ real.T).mean()),
+            "prompt": shares(met)["all"],
+        }
+
+    return Case(
+        token_map=f"{P.NAME}:2",
+        pictures=rendered.images,
+        masks=rendered.masks[:, :1],
+        captions=[f"a photo of {P.NAME}"] * len(scenes),
+        prompts=[prompt for prompt, _ in asked],
+        judge=judge,
+    )
+
+
+def style(seed: int) -> Case:
+    """A style: pictures of known things in two inks, from a dark to a light colour by brightness."""
+    rng = np.random.default_rng((seed, 515))
+    dark, light = torch.tensor(rng.uniform(0.0, 0.35, 3)), torch.tensor(rng.uniform(0.65, 1.0, 3))
+
+    def inked(images: Tensor) -> Tensor:
+        grey = (images * torch.tensor([0.3, 0.59, 0.11]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        return torch.lerp(dark.float().view(1, 3, 1, 1), light.float().view(1, 3, 1, 1), grey)
+
+    def share_in_ink(images: Tensor) -> float:
+        """Share of pixels within 0.1 of the line between the inks."""
+        line = (light - dark).float()
+        pixels = images.permute(0, 2, 3, 1).reshape(-1, 3) - dark.float()
+        along = (pixels @ line / line.square().sum()).clamp(0, 1)
+        return float(((pixels - along[:, None] * line).norm(dim=1) < 0.1).float().mean())
+
+    pairs = P.prior_prompts(16)
+    learnt, asked = pairs[:6], pairs[6:]
+
+    def of(scenes: list[Scene]) -> Tensor:
+        return inked(
+            render(
+                pad([scene_parts(s, np.random.default_rng((seed, i))) for i, s in enumerate(scenes)])
+            ).images
+        )
+
+    def judge(drawn: Tensor, scorer: Scorer) -> Numbers:
+        scenes = [scene for _, scene in asked]
+        kinds = [shares(following(scorer.attributes(p), scenes))["kind"] for p in (drawn, of(scenes))]
+        return {"style": share_in_ink(drawn), "content": kinds[0], "content_of_real": kinds[1]}
+
+    pictures = of([scene for _, scene in learnt])
+    return Case(
+        token_map=f"{P.NAME}:2",
+        pictures=pictures,
+        masks=torch.ones(len(pictures), 1, 256, 256),
+        captions=[f"{prompt} in the style of {P.NAME}" for prompt, _ in learnt],
+        prompts=[f"{prompt} in the style of {P.NAME}" for prompt, _ in asked],
+        judge=judge,
+    )
+
+
+CASES = {"two_subjects": two_subjects, "cluttered": cluttered, "style": style}
+
+
+def run_case(case: Case, method: Method, args: argparse.Namespace) -> Numbers:
+    """Learn the case by the method, draw its prompts, judge them."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as work:
+        folder, tuned = Path(work), None
+        if method.trained:
+            masks = [to_pil(grown(mask).expand(3, -1, -1)) for mask in case.masks] if method.masks else None
+            write_raw(folder / "raw", [to_pil(p) for p in case.pictures], case.captions, masks)
+            tuned = learn(
+                folder / "raw",
+                folder,
+                method,
+                base=BASE,
+                token_map=case.token_map,
+                resolution=256,
+                steps=args.steps,
+                batch_size=args.batch_size,
+                device=args.device,
+            )
+        pipeline = TunedPipeline(load_pipeline(BASE, torch.device(args.device)))
+        pipeline.activate(tuned)
+        pipeline.pipeline.set_progress_bar_config(disable=True)
+        drawn = draw(pipeline, case.prompts, 100, side=256, steps=args.sampling_steps)
+    return case.judge(drawn, Scorer(device=args.device))
+
+
+def fidelities(numbers: Numbers, untuned: Numbers) -> Numbers:
+    """`numbers` with each token's fidelity in the place of its similarities."""
+    out = {key: value for key, value in numbers.items() if not key.startswith(("real_", "similarity_"))}
+    for key in numbers:
+        if key.startswith("similarity_"):
+            name, before = key.removeprefix("similarity_"), untuned[key]
+            out[f"fidelity_{name}"] = (numbers[key] - before) / (numbers[f"real_{name}"] - before)
+    return out
+
+
+def main() -> None:
+    """Run the cases on all subjects, print means, write them as JSON."""
+    args = _arguments()
+    subjects = [(0 if args.development else 1) + 4 * i for i in range(args.subjects)]
+    plain = [Method(name="untuned", trained=False), FULL, LORA]
+    masked = [replace(m, name=f"{m.name}_masks", masks=True) for m in (FULL, LORA)]
+    table: dict[str, dict[str, Numbers]] = {}
+    for name in args.cases:
+        # A style is no toy: its rows start at random.
+        methods = [replace(m, init="") for m in plain] if name == "style" else plain
+        methods = [*methods, *(masked if name == "cluttered" else ())]
+        rows: dict[str, list[Numbers]] = {}
+        for seed in tqdm(subjects, desc=name, unit="subject"):
+            case = CASES[name](seed)
+            results = {method.name: run_case(case, method, args) for method in methods}
+            for method, numbers in results.items():
+                rows.setdefault(method, []).append(fidelities(numbers, results["untuned"]))
+        table[name] = {
+            method: {key: round(mean(row[key] for row in group), 4) for key in group[0]}
+            for method, group in rows.items()
+        }
+        sys.stdout.write(json.dumps({name: table[name]}, indent=2) + "\n")
+        numbers_out: dict[str, Any] = {"subjects": subjects, "steps": args.steps, "cases": table}
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "cases.json").write_text(json.dumps(numbers_out | about(args.device), indent=2) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cases", description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--subjects", type=int, default=5)
+    parser.add_argument("--development", action="store_true", help="even seeds instead, to tune on")
+    add_job_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
