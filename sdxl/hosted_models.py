@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -21,16 +22,25 @@ SDXL_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
 """The revision of the default base that is fetched: a moved branch must not change results."""
 
 
+REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
+
+
+def refiner_name() -> str:
+    """The refiner that `SDXL_REFINER` names (a folder in diffusers' layout or a hub name); SDXL 1.0's by default."""
+    return os.environ.get("SDXL_REFINER") or REFINER
+
+
 def base_name() -> str:
     """The base model that `SDXL_BASE` names (a folder in diffusers' layout or a hub name); SDXL 1.0 by default."""
     return os.environ.get("SDXL_BASE") or SDXL
 
 
-def local_folder(name: str) -> Path:
+def local_folder(name: str, *, setting: str = "SDXL_BASE", parts: Sequence[str] = ()) -> Path:
     """Return the folder of the pipeline `name`, in diffusers' layout, fetching it from the hub when need be.
 
-    Of a hub repository only the half-precision safetensors weights and the configuration files are fetched. Files
-    already in the hub's cache are used without network; `HF_HOME` moves that cache.
+    Of a hub repository only the half-precision safetensors weights and the configuration files are fetched, and only
+    those of `parts` (subfolders such as "unet") where any are given. Files already in the hub's cache are used without
+    network; `HF_HOME` moves that cache. `setting` is the environment variable that errors name.
 
     Raises:
         DownloadError: the folder is no pipeline, or the hub cannot be reached or does not have `name`.
@@ -39,25 +49,30 @@ def local_folder(name: str) -> Path:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise DownloadError(
-                f"SDXL_BASE={name} holds no model_index.json: name a folder in diffusers' layout."
+                f"{setting}={name} holds no model_index.json: name a folder in diffusers' layout."
             )
         return folder
-    patterns = ["*.json", "*.txt", "*.fp16.safetensors"]
+    kinds = ("*.json", "*.txt", "*.fp16.safetensors")
+    patterns = (
+        [f"{part}/{kind}" for part in parts for kind in kinds] + ["model_index.json"]
+        if parts
+        else list(kinds)
+    )
     revision = SDXL_REVISION if name == SDXL else None
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
         )
     except (LocalEntryNotFoundError, HFValidationError):
-        log.info("Fetching %s from the hub (about 7 GB for SDXL 1.0; once)", name)
+        log.info("Fetching %s from the hub (gigabytes; once)", name)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DownloadError(
-            f"SDXL_BASE={name} is neither an existing folder nor a model on the hub: check the spelling."
+            f"{setting}={name} is neither an existing folder nor a model on the hub: check the spelling."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DownloadError(
             f"The model {name} could not be fetched from the hub ({type(error).__name__}): connect this machine, "
-            "or set SDXL_BASE to a local folder in diffusers' layout, such as base_models/tiny-sdxl."
+            f"or set {setting} to a local folder in diffusers' layout."
         ) from error

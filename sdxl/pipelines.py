@@ -16,6 +16,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
+    UNet2DConditionModel,
 )
 
 from dataset_and_utils import eos_id, pool_at_eos
@@ -28,15 +29,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "DDIM": (DDIMScheduler, {}),
+    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "DPMSolverMultistep": (DPMSolverMultistepScheduler, {}),
     "HeunDiscrete": (HeunDiscreteScheduler, {}),
     "KarrasDPM": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "K_EULER_ANCESTRAL": (EulerAncestralDiscreteScheduler, {}),
     "K_EULER": (EulerDiscreteScheduler, {}),
-    "PNDM": (PNDMScheduler, {}),
+    "PNDM": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
 }
-"""Public name → (diffusers class, settings that differ from the base's)."""
+"""Public name → (diffusers class, settings that differ from the base's).
+
+SDXL's published configuration states those of DDIM and PNDM; a base that was saved with another sampler has lost them,
+and diffusers' defaults would clip latents as if they were pixels.
+"""
 
 
 def load_pipeline(folder: Path, device: torch.device) -> "StableDiffusionXLPipeline":
@@ -68,6 +73,29 @@ def load_pipeline(folder: Path, device: torch.device) -> "StableDiffusionXLPipel
         pool_at_eos(encoder, eos_id(tokenizer))
     pipeline.set_progress_bar_config(desc="Sampling", unit="step", mininterval=0.5)
     return pipeline.to(device)
+
+
+def load_refiner(folder: Path, like: "StableDiffusionXLPipeline") -> UNet2DConditionModel:
+    """The UNet of the refiner in `folder`, in the precision and on the device of the base `like`.
+
+    It is all that a refiner has of its own: its text encoder and autoencoder are those of the base.
+
+    Raises:
+        WeightsError: the files are missing or damaged.
+    """
+    try:
+        unet = UNet2DConditionModel.from_pretrained(
+            folder,
+            subfolder="unet",
+            variant=weights_variant(folder),
+            dtype=like.unet.dtype,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{folder} holds no refiner in diffusers' layout ({error}): fetch it again."
+        ) from error
+    return unet.requires_grad_(False).eval().to(like._execution_device)
 
 
 def make_scheduler(name: str, pipeline: "StableDiffusionXLPipeline") -> SchedulerMixin:
