@@ -52,7 +52,7 @@ def local_folder(name: str, *, setting: str = "SDXL_BASE", parts: Sequence[str] 
                 f"{setting}={name} holds no model_index.json: name a folder in diffusers' layout."
             )
         return folder
-    kinds = ("*.json", "*.txt", "*.fp16.safetensors")
+    kinds: tuple[str, ...] = ("*.json", "*.txt", "*.fp16.safetensors")
     patterns = (
         [f"{part}/{kind}" for part in parts for kind in kinds] + ["model_index.json"]
         if parts
@@ -75,4 +75,24 @@ def local_folder(name: str, *, setting: str = "SDXL_BASE", parts: Sequence[str] 
         raise DownloadError(
             f"The model {name} could not be fetched from the hub ({type(error).__name__}): connect this machine, "
             f"or set {setting} to a local folder in diffusers' layout."
+        ) from error
+
+
+def fine_tune_folder(name: str) -> Path:
+    """The folder of the fine-tune in the hub's repository `name`: its safetensors, embeddings and JSON files.
+
+    Raises:
+        DownloadError: the hub cannot be reached or does not have `name`.
+    """
+    wanted = {"allow_patterns": ["*.safetensors", "*.pti", "*.json"], "ignore_patterns": ["*/*"]}
+    try:
+        return Path(snapshot_download(name, **wanted))  # type: ignore[arg-type]
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise DownloadError(
+            f"{name} is neither an existing path nor a repository on the hub: check the spelling."
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DownloadError(
+            f"{name} is no existing path, and could not be fetched from the hub ({type(error).__name__}): check the "
+            "spelling and the connection."
         ) from error
