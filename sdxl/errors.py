@@ -13,6 +13,7 @@ __all__ = [
     "TrainingDivergedError",
     "UserInputError",
     "WeightsError",
+    "WithheldError",
 ]
 
 
@@ -30,6 +31,10 @@ class DownloadError(UserInputError):
 
 class WeightsError(UserInputError):
     """A fine-tune is incomplete, malformed or does not fit the base model."""
+
+
+class WithheldError(UserInputError):
+    """Every picture of a request was judged not safe for work."""
 
 
 class NotBuiltYetError(UserInputError):

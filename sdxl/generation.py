@@ -4,6 +4,7 @@ Knows what a request may ask for and the order of the steps; does not know where
 """
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from dataset_and_utils import TokenMap
 from sdxl.canvas import MULTIPLE, SIDES, latent_mask, padded, put_back
 from sdxl.errors import UserInputError, WeightsError
 from sdxl.pipelines import SCHEDULERS, make_scheduler
+from sdxl.placement import lent
 from sdxl.sampling import Conditioning, Kept, begin, course, denoise, intervals_above, noise_like
 
 if TYPE_CHECKING:
@@ -168,7 +170,8 @@ def _draw(
         planned = course(scheduler, first, last)
         if request.refine == "base_image_refiner" and unet is refiner:
             latents = begin(scheduler, planned, latents, noise_like(latents, generators))
-        with pipeline.progress_bar(total=len(planned.timesteps)) as bar:
+        where = lent(unet, pipeline) if unet is refiner else nullcontext()
+        with where, pipeline.progress_bar(total=len(planned.timesteps)) as bar:
             latents = denoise(
                 unet, scheduler, planned, latents, told, generators=generators, kept=kept, on_call=bar.update
             )

@@ -72,6 +72,8 @@ def save(picture: Image.Image, path: Path, *, quality: int, parameters: str | No
     """
     kind = FORMATS[path.suffix.removeprefix(".")]
     options: dict = {} if kind == "PNG" else {"quality": quality}
+    if kind == "JPEG":
+        options["subsampling"] = 0  # the watermark lies in the chroma
     if parameters is not None and kind == "PNG":
         chunks = options["pnginfo"] = PngImagePlugin.PngInfo()
         add = chunks.add_text if parameters.isascii() else chunks.add_itxt

@@ -22,6 +22,7 @@ from diffusers import (
 from dataset_and_utils import eos_id, pool_at_eos
 from sdxl.components import weights_variant
 from sdxl.errors import WeightsError
+from sdxl.placement import Placement, place
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -44,8 +45,8 @@ and diffusers' defaults would clip latents as if they were pixels.
 """
 
 
-def load_pipeline(folder: Path, device: torch.device) -> "StableDiffusionXLPipeline":
-    """The text-to-image pipeline of the base in `folder`, on `device`: fp16 on CUDA, fp32 on a CPU.
+def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiffusionXLPipeline":
+    """The text-to-image pipeline of the base in `folder`, placed on `device`: fp16 on CUDA, fp32 on a CPU.
 
     Its pooled prompts are taken at the end of the text. Where the autoencoder's configuration says `force_upcast`,
     the pipeline decodes in fp32.
@@ -57,7 +58,8 @@ def load_pipeline(folder: Path, device: torch.device) -> "StableDiffusionXLPipel
         StableDiffusionXLPipeline,  # here: it takes a second, and warns before logging is configured
     )
 
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    placement = device if isinstance(device, Placement) else Placement(name=device.type, device=device)
+    dtype = torch.float16 if placement.device.type == "cuda" else torch.float32
     try:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             folder, variant=weights_variant(folder), dtype=dtype, use_safetensors=True, add_watermarker=False
@@ -72,7 +74,8 @@ def load_pipeline(folder: Path, device: torch.device) -> "StableDiffusionXLPipel
     ):
         pool_at_eos(encoder, eos_id(tokenizer))
     pipeline.set_progress_bar_config(desc="Sampling", unit="step", mininterval=0.5)
-    return pipeline.to(device)
+    place(pipeline, placement)
+    return pipeline
 
 
 def load_refiner(folder: Path, like: "StableDiffusionXLPipeline") -> UNet2DConditionModel:
@@ -95,7 +98,8 @@ def load_refiner(folder: Path, like: "StableDiffusionXLPipeline") -> UNet2DCondi
         raise WeightsError(
             f"{folder} holds no refiner in diffusers' layout ({error}): fetch it again."
         ) from error
-    return unet.requires_grad_(False).eval().to(like._execution_device)
+    resting: Any = like.unet.device
+    return unet.requires_grad_(False).eval().to(resting)
 
 
 def make_scheduler(name: str, pipeline: "StableDiffusionXLPipeline") -> SchedulerMixin:

@@ -8,7 +8,7 @@ import copy
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +129,16 @@ class TunedPipeline:
         return Weights(
             name=fine_tune.name, unet=unet, lora=lora, rows=rows, pooled_at_eos=at_eos, token_map=token_map
         )
+
+    def load_copy(self, fine_tune: FineTune) -> Weights:
+        """`load`, into memory of its own (pinned where there is CUDA): the files may change or go afterwards."""
+        read = self.load(fine_tune)
+        lora = {
+            name: replace(layer, down=host_copy(layer.down), up=host_copy(layer.up))
+            for name, layer in read.lora.items()
+        }
+        unet = {name: host_copy(tensor) for name, tensor in read.unet.items()}
+        return replace(read, unet=unet, lora=lora, rows=tuple(map(host_copy, read.rows)))
 
     def activate(self, fine_tune: FineTune | None, *, lora_scale: float = 1.0) -> None:
         """`apply` one fine-tune from its files, or with None the base alone."""

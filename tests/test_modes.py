@@ -103,7 +103,12 @@ def test_text_to_image_is_that_of_diffusers(pipeline, scheduler: str):
     drawn = theirs(
         **common, num_inference_steps=5, guidance_scale=4.0, generator=[torch.Generator().manual_seed(7)]
     ).images[0]
-    assert far(draw(pipeline, request(scheduler=scheduler))[0], np.round(drawn * 255)) <= 1
+    assert far(draw(pipeline, request(scheduler=scheduler))[0], levels(drawn)) <= 1
+
+
+def levels(drawn: Any) -> np.ndarray:
+    """0..1 → 0..255, as pixels are rounded."""
+    return np.round(drawn * 255)
 
 
 def latents_of(pipeline, picture: Image.Image) -> torch.Tensor:
@@ -129,7 +134,7 @@ def test_image_to_image_is_that_of_diffusers(pipeline, picture, scheduler: str):
         output_type="np",
     ).images[0]
     ours = draw(pipeline, request(scheduler=scheduler, image=picture, prompt_strength=0.7))[0]
-    assert far(ours, np.round(drawn * 255)) <= 1
+    assert far(ours, levels(drawn)) <= 1
 
 
 @pytest.mark.parametrize("scheduler", ["DDIM", "K_EULER", "DPMSolverMultistep"])
@@ -153,7 +158,7 @@ def test_the_two_experts_are_those_of_diffusers(pipeline, refiner, scheduler: st
     asked = request(
         scheduler=scheduler, refine="expert_ensemble_refiner", high_noise_frac=0.6, num_inference_steps=10
     )
-    assert far(draw(pipeline, asked, refiner)[0], np.round(drawn * 255)) <= 1
+    assert far(draw(pipeline, asked, refiner)[0], levels(drawn)) <= 1
 
 
 def test_inpainting_repaints_as_diffusers_does(pipeline, picture):
@@ -177,7 +182,7 @@ def test_inpainting_repaints_as_diffusers_does(pipeline, picture):
     ).images[0]
     ours = draw(pipeline, request(image=picture, mask=mask, prompt_strength=0.7))[0]
     white = np.array(mask) > 0
-    assert far(ours[white], np.round(drawn * 255)[white]) <= 1
+    assert far(ours[white], levels(drawn)[white]) <= 1
 
 
 # Strength, refiner, sizes -----------------------------------------------------------------------------------------------
