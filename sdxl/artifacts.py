@@ -1,6 +1,7 @@
 """A fine-tune on disk: `unet.safetensors` or `lora.safetensors`, `embeddings.pti`, `special_params.json`.
 
-The only place that writes or reads the format; knows nothing of training or pipelines.
+The only place that writes or reads the format, and that tells other tools' files apart; knows nothing of training or
+pipelines.
 """
 
 import hashlib
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from dataset_and_utils import TokenMap, write_embeddings
+from dataset_and_utils import TokenMap, read_embeddings, write_embeddings
 from sdxl.archives import Limits, pack_tar, unpack
 from sdxl.errors import WeightsError
+from sdxl.lora_formats import is_lora
 from sdxl.training import TrainedModel
 
 UNET, LORA = "unet.safetensors", "lora.safetensors"
@@ -29,11 +32,16 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safete
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune:
-    """A fine-tune's files, checked: exactly one of `unet` and `lora` is a path, unless it is embeddings alone."""
+    """A fine-tune's files, checked: at most one of `unet` and `lora` is a path, and anything of it is."""
 
+    name: str
+    """What messages call it."""
     unet: Path | None
     lora: Path | None
     embeddings: Path | None
+    """Rows under `text_encoders_0` and `text_encoders_1`."""
+    clip_embeddings: tuple[Path, ...] = ()
+    """Embeddings of other tools, each with its rows under `clip_l` and `clip_g` and its word as its name."""
     token_map: TokenMap
 
 
@@ -63,43 +71,113 @@ def pack(folder: Path, target: Path) -> None:
 
 
 def read(source: Path, folder: Path) -> FineTune:
-    """Open the fine-tune `source`, a folder or an archive, which is unpacked into `folder`.
+    """Open the fine-tune `source`: a folder, a .safetensors file, or an archive, which is unpacked into `folder`.
+
+    Besides this project's files, those of other tools are told by their content: LoRAs under any name, and embeddings
+    for both CLIP encoders.
 
     Raises:
         ArchiveError: the archive cannot be unpacked.
         WeightsError: the files are not a fine-tune.
         ContractError: special_params.json is malformed.
     """
-    if not source.is_dir():
+    if source.is_dir():
+        roots = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
+    elif _is_safetensors(source):
+        return _classify(source.name, [source], TokenMap({}))
+    else:
         unpack(source, folder, limits=Limits(files=1000, total_bytes=32 << 30))
-        source = folder
-    roots = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
-    root = next(
-        (path for path in roots if any((path / name).is_file() for name in (UNET, LORA, EMBEDDINGS))), None
+        roots = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    for root in roots:
+        files = [root / name for name in (UNET, LORA, EMBEDDINGS) if (root / name).is_file()]
+        files += sorted(set(root.glob("*.safetensors")) - set(files))
+        if files:
+            token_map = TokenMap.read(root / TOKENS) if (root / TOKENS).is_file() else TokenMap({})
+            return _classify(source.name, files, token_map)
+    raise WeightsError(
+        f"{source.name} holds neither {UNET} nor {LORA} nor {EMBEDDINGS}: give the trained_model.tar of a training."
     )
-    if root is None:
-        raise WeightsError(
-            f"{source.name} holds neither {UNET} nor {LORA} nor {EMBEDDINGS}: give the trained_model.tar of a training."
-        )
-    found = {name: root / name for name in (UNET, LORA, EMBEDDINGS) if (root / name).is_file()}
-    for path in found.values():
-        _check(path)
-    if UNET in found and LORA in found:
-        raise WeightsError(f"{source.name} holds both {UNET} and {LORA}: keep the one that you trained.")
-    token_map = TokenMap.read(root / TOKENS) if (root / TOKENS).is_file() else TokenMap({})
+
+
+def _classify(name: str, files: list[Path], token_map: TokenMap) -> FineTune:
+    """Tell each file's part in the fine-tune by its name, or else by its keys."""
+    parts: dict[str, list[Path]] = {"unet": [], "lora": [], "embeddings": [], "clip": []}
+    for path in files:
+        keys = _keys(path)
+        if path.name == UNET or "conv_in.weight" in keys:
+            parts["unet"].append(path)
+        elif path.name == EMBEDDINGS or "text_encoders_0" in keys:
+            parts["embeddings"].append(path)
+        elif {"clip_l", "clip_g"} <= keys:
+            parts["clip"].append(path)
+        elif path.name == LORA or is_lora(keys):
+            parts["lora"].append(path)
+    weights = parts["unet"] + parts["lora"]
+    if len(weights) > 1:
+        listed = " and ".join(sorted(path.name for path in weights))
+        raise WeightsError(f"{name} holds both {listed}: keep the one that you trained.")
+    if not weights and not parts["embeddings"] and not parts["clip"]:
+        raise WeightsError(f"{name} holds no UNet, LoRA or embeddings of SDXL: give the file of a fine-tune.")
     return FineTune(
-        unet=found.get(UNET), lora=found.get(LORA), embeddings=found.get(EMBEDDINGS), token_map=token_map
+        name=name,
+        unet=next(iter(parts["unet"]), None),
+        lora=next(iter(parts["lora"]), None),
+        embeddings=next(iter(parts["embeddings"]), None),
+        clip_embeddings=tuple(parts["clip"]) if not parts["embeddings"] else (),
+        token_map=token_map,
     )
 
 
-def _check(path: Path) -> None:
+def read_rows(fine_tune: FineTune) -> tuple[tuple[Tensor, ...], bool, TokenMap]:
+    """A fine-tune's token rows [tokens, dim_i] for text encoder i, whether its prompts are pooled at the end of text,
+    and its token map; of other tools' embeddings each file is a word.
+
+    Raises:
+        ContractError: malformed.
+        WeightsError: the two encoders' rows are not of one number.
+    """
+    if fine_tune.embeddings is not None:
+        rows, at_eos = read_embeddings(fine_tune.embeddings)
+        if len(rows) != 2:
+            raise WeightsError(f"{fine_tune.embeddings.name} needs rows for two text encoders: train again.")
+        return tuple(rows), at_eos, fine_tune.token_map
+    pairs = []
+    placeholders: dict[str, str] = {}
+    count = 0
+    for path in fine_tune.clip_embeddings:
+        with safe_open(path, framework="pt") as file:
+            pair = [file.get_tensor(key) for key in ("clip_l", "clip_g")]
+        pair = [rows[None] if rows.ndim == 1 else rows for rows in pair]
+        if any(rows.ndim != 2 or len(rows) != len(pair[0]) or not len(rows) for rows in pair):
+            raise WeightsError(
+                f"{path.name} must hold as many rows of clip_l as of clip_g: download it again."
+            )
+        placeholders[path.stem] = "".join(f"<s{count + row}>" for row in range(len(pair[0])))
+        count += len(pair[0])
+        pairs.append(pair)
+    if not pairs:
+        return (), True, fine_tune.token_map
+    joined = TokenMap({**placeholders, **fine_tune.token_map.placeholders})
+    return tuple(torch.cat([pair[i] for pair in pairs]) for i in range(2)), True, joined
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _keys(path: Path) -> set[str]:
     try:
         with safe_open(path, framework="pt") as file:
-            empty = not file.keys()
+            keys = set(file.keys())
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path.name} is damaged or no safetensors file: download it again.") from error
-    if empty:
+    if not keys:
         raise WeightsError(f"{path.name} holds no tensors: take it from a finished training.")
+    return keys
 
 
 def run_record(config: Mapping[str, Any], dataset: Path) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class DeclaredInput:
     """str, int, float, bool or a Path class."""
     optional: bool
     """Whether it may be left out and then is None."""
+    many: bool = False
+    """Whether it is a list, of which each `-i` gives one value."""
     declaration: Any
     """What `cog.Input(...)` gave."""
 
@@ -95,6 +97,8 @@ class DeclaredInput:
             )
         if declared.choices:
             facts.append("one of " + ", ".join(map(str, declared.choices)))
+        if self.many:
+            facts.append("may be given several times")
         if declared.deprecated:
             facts.append("deprecated")
         wrapped = textwrap.fill(
@@ -112,7 +116,12 @@ def declared_inputs(door: Callable[..., Any]) -> dict[str, DeclaredInput]:
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             optional = type(None) in typing.get_args(kind)
             kind = next(argument for argument in typing.get_args(kind) if argument is not type(None))
-        inputs[name] = DeclaredInput(name=name, kind=kind, optional=optional, declaration=parameter.default)
+        many = typing.get_origin(kind) is list
+        if many:
+            [kind] = typing.get_args(kind)
+        inputs[name] = DeclaredInput(
+            name=name, kind=kind, optional=optional, declaration=parameter.default, many=many
+        )
     return inputs
 
 
@@ -179,9 +188,13 @@ def _parse_all(given: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[s
             near = difflib.get_close_matches(name, inputs, n=1)
             hint = f"did you mean {near[0]}?" if near else "look at the list of inputs."
             raise UserInputError(f"There is no input {name}: {hint}")
+        value = inputs[name].parse(text)
+        if inputs[name].many:
+            values.setdefault(name, []).append(value)
+            continue
         if name in values:
             raise UserInputError(f"{name} is given twice: give it once.")
-        values[name] = inputs[name].parse(text)
+        values[name] = value
     for name, declared in inputs.items():
         if name not in values:
             if declared.default is _REQUIRED:

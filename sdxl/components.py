@@ -53,7 +53,12 @@ def native_resolution(folder: Path) -> int:
 
 def weights_variant(folder: Path) -> str | None:
     """ "fp16" where `folder` holds SDXL's half-precision files, else None for plain names."""
-    return "fp16" if (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file() else None
+    return weights_variant_of(folder / "unet")
+
+
+def weights_variant_of(part: Path) -> str | None:
+    """ "fp16" where the folder of one part of a pipeline holds half-precision files, else None for plain names."""
+    return "fp16" if any(part.glob("*.fp16.safetensors")) else None
 
 
 def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Components:

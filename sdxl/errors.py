@@ -13,6 +13,7 @@ __all__ = [
     "TrainingDivergedError",
     "UserInputError",
     "WeightsError",
+    "WithheldError",
 ]
 
 
@@ -34,6 +35,10 @@ class WeightsError(UserInputError):
 
 class NotEnoughMemoryError(UserInputError):
     """The device's memory cannot hold what is to be trained."""
+
+
+class WithheldError(UserInputError):
+    """Every picture of a request was judged not safe for work."""
 
 
 class TrainingDivergedError(UserInputError):

@@ -7,6 +7,8 @@ import base64
 import binascii
 import logging
 import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -34,9 +36,11 @@ def fetch(source: str, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:
         UserInputError: no such file.
     """
     if source.startswith("data:"):
-        return _decode_data_uri(source, folder)
+        return decode_data_uri(source, folder)
     if is_remote(source):
-        return _download(source, folder, max_bytes)
+        fetched = download(source, folder, max_bytes=max_bytes)
+        assert fetched is not None
+        return fetched.path
     path = Path(source)
     if not path.exists():
         raise UserInputError(
@@ -45,7 +49,12 @@ def fetch(source: str, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:
     return path
 
 
-def _decode_data_uri(uri: str, folder: Path) -> Path:
+def decode_data_uri(uri: str, folder: Path) -> Path:
+    """The content of a base64 `data:` URI, as a file in `folder`.
+
+    Raises:
+        DownloadError: malformed.
+    """
     header, comma, body = uri.partition(",")
     try:
         if not comma or not header.endswith(";base64"):
@@ -61,15 +70,34 @@ def _decode_data_uri(uri: str, folder: Path) -> Path:
     return target
 
 
-def _download(url: str, folder: Path, max_bytes: int) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A downloaded file."""
+
+    path: Path
+    validators: dict[str, str]
+    """Headers that ask the server, next time, only for what has changed since; empty if it offers none."""
+
+
+def download(
+    url: str, folder: Path, *, max_bytes: int = MAX_BYTES, known: Mapping[str, str] | None = None
+) -> Fetched | None:
+    """Save what is at `url` in `folder`; None where the server says that it is what the validators `known` are of, or
+    cannot be reached while there are any.
+
+    Raises:
+        DownloadError: it cannot be fetched, or is larger than `max_bytes`.
+    """
     parts = urllib.parse.urlsplit(url)
     shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"  # without query and login: both can hold secrets
     target = folder / "download.bin"
     received = 0
     try:
-        with requests.get(url, stream=True, timeout=TIMEOUT_S) as response, atomic_path(target) as partial:
+        with requests.get(url, stream=True, timeout=TIMEOUT_S, headers=dict(known or {})) as response:
             response.raise_for_status()
-            with partial.open("wb") as sink:
+            if known and response.status_code == requests.codes.not_modified:
+                return None
+            with atomic_path(target) as partial, partial.open("wb") as sink:
                 for chunk in response.iter_content(1 << 20):
                     received += len(chunk)
                     if received > max_bytes:
@@ -77,10 +105,17 @@ def _download(url: str, folder: Path, max_bytes: int) -> Path:
                             f"{shown} is larger than {max_bytes / 2**30:.1f} GiB: give a smaller file."
                         )
                     sink.write(chunk)
+            offered = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
+            validators = {
+                ask: response.headers[has] for ask, has in offered.items() if has in response.headers
+            }
     except requests.RequestException as error:
+        if known and isinstance(error, requests.ConnectionError | requests.Timeout):
+            log.warning("%s cannot be reached: what was fetched before is used", shown)
+            return None
         reason = f"HTTP {error.response.status_code}" if error.response is not None else type(error).__name__
         raise DownloadError(
             f"{shown} could not be fetched ({reason}): check the address and that it is public."
         ) from error
     log.info("Fetched %s (%.1f MB)", shown, received / 1e6)
-    return target
+    return Fetched(path=target, validators=validators)

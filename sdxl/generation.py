@@ -1,23 +1,36 @@
-"""Request → pictures.
+"""Request → pictures: text to image, image to image and inpainting, each with or without the refiner.
 
-Knows what a request may ask for; does not know where weights come from, or cog.
+Knows what a request may ask for and the order of the steps; does not know where weights come from, or cog.
 """
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from torch import Tensor
 
 from dataset_and_utils import TokenMap
-from sdxl.errors import UserInputError
+from sdxl.canvas import MULTIPLE, SIDES, latent_mask, padded, put_back
+from sdxl.errors import UserInputError, WeightsError
 from sdxl.pipelines import SCHEDULERS, make_scheduler
+from sdxl.placement import lent
+from sdxl.sampling import Conditioning, Kept, begin, course, denoise, intervals_above, noise_like
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 log = logging.getLogger(__name__)
+
+Refine = Literal["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
+
+REFINER_STRENGTH = 0.3
+"""Share of `refine_steps` that base_image_refiner runs on the finished picture."""
+AESTHETIC_SCORES = (2.5, 6.0)
+"""What the refiner is told of the negative prompt's picture and of the prompt's (arXiv:2307.01952 trains it so)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +41,15 @@ class GenerationRequest:
     negative_prompt: str = ""
     """What to keep out; the empty string for nothing."""
     width: int
-    """Pixels; a multiple of 8 from 64 to 2048."""
+    """Pixels, 64 to 2048; without `image` a multiple of 8."""
     height: int
-    """Pixels; a multiple of 8 from 64 to 2048."""
+    """Pixels, 64 to 2048; without `image` a multiple of 8."""
+    image: Image.Image | None = None
+    """RGB picture of `width` × `height` to start from."""
+    mask: Image.Image | None = None
+    """Black and white, of the same size: white is repainted."""
+    prompt_strength: float = 0.8
+    """Share of the steps that is run on `image`, 0 to 1; 1 leaves nothing of it."""
     num_outputs: int = 1
     """Pictures, 1 to 4."""
     scheduler: str = "K_EULER"
@@ -41,56 +60,212 @@ class GenerationRequest:
     """Classifier-free guidance (arXiv:2207.12598), 1 (off) to 50."""
     seed: int
     """Picture i is drawn from the seed `seed + i`, whatever the number of pictures; 0 to 2³²−1."""
-    lora_scale: float = 1.0
-    """Strength of a LoRA fine-tune, 0 to 1."""
+    refine: Refine = "no_refiner"
+    """Whether the refiner takes over for the last of the noise, or goes over the finished picture."""
+    high_noise_frac: float = 0.8
+    """Share of the noise that the base takes away before the refiner does (expert_ensemble_refiner), 0 to 1."""
+    refine_steps: int | None = None
+    """Steps of base_image_refiner, of which it runs 30 %; None for `num_inference_steps`."""
 
     def __post_init__(self) -> None:
+        step = 1 if self.image is not None else MULTIPLE
         for name in ("width", "height"):
             value = getattr(self, name)
-            if not 64 <= value <= 2048 or value % 8:
+            if not SIDES[0] <= value <= SIDES[1] or value % step:
                 raise UserInputError(
                     f"{name} is {value}, but must be a multiple of 8 from 64 to 2048, such as 1024."
                 )
         ranges = {
+            "prompt_strength": (0, 1),
             "num_outputs": (1, 4),
             "num_inference_steps": (1, 500),
             "guidance_scale": (1, 50),
             "seed": (0, 2**32 - 1),
-            "lora_scale": (0, 1),
+            "high_noise_frac": (0, 1),
+            "refine_steps": (1, 500),
         }
         for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserInputError(f"{name} is {getattr(self, name)}, but must be from {low} to {high}.")
-        if self.scheduler not in SCHEDULERS:
-            raise UserInputError(
-                f"scheduler is {self.scheduler!r}, but must be one of {', '.join(SCHEDULERS)}."
-            )
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserInputError(f"{name} is {value}, but must be from {low} to {high}.")
+        for name, known in (("scheduler", tuple(SCHEDULERS)), ("refine", get_args(Refine))):
+            if getattr(self, name) not in known:
+                raise UserInputError(
+                    f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}."
+                )
+        if self.mask is not None and self.image is None:
+            raise UserInputError("mask is given without image: give the picture that the mask belongs to.")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
-    pipeline: "StableDiffusionXLPipeline", request: GenerationRequest, token_map: TokenMap
+    pipeline: "StableDiffusionXLPipeline",
+    request: GenerationRequest,
+    token_map: TokenMap,
+    refiner: UNet2DConditionModel | None = None,
+    *,
+    at_once: int = 4,
 ) -> list[Image.Image]:
-    """Draw the request's pictures with the weights that are in `pipeline`; the map's words become its tokens."""
+    """Draw the request's pictures with the weights that are in `pipeline`; the map's words become its tokens.
+
+    `refiner` is needed where the request refines. At most `at_once` pictures share a call of the UNet.
+
+    Raises:
+        WeightsError: the weights give no picture, only overflowing numbers; or the refiner does not fit the base.
+    """
     prompt = token_map.substitute(request.prompt)
-    negative = token_map.substitute(request.negative_prompt)
     if prompt != request.prompt:
         log.info("Prompt with the trained tokens put in: %s", prompt)
-    device = pipeline.device
-    base_scheduler = pipeline.scheduler
-    pipeline.scheduler = make_scheduler(request.scheduler, pipeline)
+    texts = (prompt, token_map.substitute(request.negative_prompt))
+    pictures: list[Image.Image] = []
     try:
-        output = pipeline(
-            prompt=[prompt] * request.num_outputs,
-            negative_prompt=[negative] * request.num_outputs if negative else None,
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            generator=[
-                torch.Generator(device).manual_seed(request.seed + i) for i in range(request.num_outputs)
-            ],
-        )
-        return list(output.images)  # type: ignore[union-attr]
+        for first in range(0, request.num_outputs, at_once):
+            seeds = [request.seed + i for i in range(first, min(first + at_once, request.num_outputs))]
+            pictures += _draw(pipeline, refiner, request, texts, seeds)
     finally:
-        pipeline.scheduler = base_scheduler
+        pipeline.maybe_free_model_hooks()
+    return pictures
+
+
+def _draw(
+    pipeline: Any,
+    refiner: UNet2DConditionModel | None,
+    request: GenerationRequest,
+    texts: tuple[str, str],
+    seeds: list[int],
+) -> list[Image.Image]:
+    """One batch, picture i from `seeds[i]`."""
+    device = pipeline._execution_device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    image = None if request.image is None else padded(request.image)
+    width, height = image.size if image is not None else (request.width, request.height)
+    conditioning = _conditioning(pipeline, request, texts, len(seeds), (height, width))
+    image_latents = None if image is None else _encode(pipeline, image, conditioning.embeds.dtype, len(seeds))
+    shape = (len(seeds), 4, height // MULTIPLE, width // MULTIPLE)
+    noise = noise_like(torch.empty(shape, device=device, dtype=conditioning.embeds.dtype), generators)
+    kept = None
+    if request.mask is not None:
+        assert image_latents is not None
+        cells = torch.from_numpy(latent_mask(padded(request.mask)))[None, None]
+        kept = Kept(latents=image_latents, noise=noise, mask=cells.to(noise))
+
+    steps = request.num_inference_steps
+    start = 0 if image is None else steps - _share(steps, request.prompt_strength)
+    fresh = _schedule(pipeline, request, steps)
+    split = steps
+    if request.refine == "expert_ensemble_refiner":
+        split = max(start, min(steps, intervals_above(fresh, request.high_noise_frac)))
+    whole = kept is not None and start == 0  # nothing of what was under the white stays
+    latents = begin(fresh, course(fresh, start, steps), None if whole else image_latents, noise)
+
+    passes = [(pipeline.unet, conditioning, steps, start, split)]
+    if request.refine != "no_refiner":
+        assert refiner is not None, "the caller loads the refiner"
+        refining = _refiner_conditioning(pipeline, refiner, request, texts, len(seeds), (height, width))
+        n = steps if request.refine == "expert_ensemble_refiner" else request.refine_steps or steps
+        begins = split if request.refine == "expert_ensemble_refiner" else n - _share(n, REFINER_STRENGTH)
+        passes.append((refiner, refining, n, begins, n))
+    for unet, told, n, first, last in passes:
+        scheduler = _schedule(pipeline, request, n)
+        planned = course(scheduler, first, last)
+        if request.refine == "base_image_refiner" and unet is refiner:
+            latents = begin(scheduler, planned, latents, noise_like(latents, generators))
+        where = lent(unet, pipeline) if unet is refiner else nullcontext()
+        with where, pipeline.progress_bar(total=len(planned.timesteps)) as bar:
+            latents = denoise(
+                unet, scheduler, planned, latents, told, generators=generators, kept=kept, on_call=bar.update
+            )
+    return [_finish(picture, request) for picture in _decode(pipeline, latents)]
+
+
+def _share(steps: int, strength: float) -> int:
+    """How many of `steps` run at `strength`: at least one, unless it is 0."""
+    return max(1, min(int(steps * strength), steps)) if strength > 0 else 0
+
+
+def _schedule(pipeline: Any, request: GenerationRequest, steps: int) -> Any:
+    scheduler: Any = make_scheduler(request.scheduler, pipeline)
+    scheduler.set_timesteps(steps, device=pipeline._execution_device)
+    return scheduler
+
+
+def _conditioning(
+    pipeline: Any, request: GenerationRequest, texts: tuple[str, str], count: int, size: tuple[int, int]
+) -> Conditioning:
+    """The base's, of `count` equal pictures of `size` (height, width)."""
+    guided = request.guidance_scale > 1
+    embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
+        texts[0],
+        num_images_per_prompt=count,
+        do_classifier_free_guidance=guided,
+        negative_prompt=texts[1] or None,
+    )
+    time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=embeds.dtype).repeat(count, 1)
+    return Conditioning(
+        embeds=torch.cat([negative, embeds]) if guided else embeds,
+        pooled=torch.cat([negative_pooled, pooled]) if guided else pooled,
+        time_ids=(torch.cat([time_ids, time_ids]) if guided else time_ids).to(embeds.device),
+        guidance_scale=request.guidance_scale,
+    )
+
+
+def _refiner_conditioning(
+    pipeline: Any,
+    refiner: UNet2DConditionModel,
+    request: GenerationRequest,
+    texts: tuple[str, str],
+    count: int,
+    size: tuple[int, int],
+) -> Conditioning:
+    """The refiner's: the hidden states of the second text encoder alone, and a score of beauty in the size's place.
+
+    The refiner knows no zeroed prompt: an empty negative prompt is encoded as text.
+    """
+    guided = request.guidance_scale > 1
+    embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
+        texts[0],
+        num_images_per_prompt=count,
+        do_classifier_free_guidance=guided,
+        negative_prompt=texts[1],
+    )
+    width = int(refiner.config["cross_attention_dim"])
+    if width != pipeline.text_encoder_2.config.hidden_size:
+        raise WeightsError(
+            f"The refiner reads prompts of width {width}, this base gives {pipeline.text_encoder_2.config.hidden_size}: "
+            "set SDXL_REFINER to the refiner of this base."
+        )
+    time_ids = torch.tensor([[*size, 0, 0, score] for score in AESTHETIC_SCORES], dtype=embeds.dtype)
+    rows = time_ids.repeat_interleave(count, 0) if guided else time_ids[1:].repeat(count, 1)
+    return Conditioning(
+        embeds=(torch.cat([negative, embeds]) if guided else embeds)[..., -width:],
+        pooled=torch.cat([negative_pooled, pooled]) if guided else pooled,
+        time_ids=rows.to(embeds.device),
+        guidance_scale=request.guidance_scale,
+    )
+
+
+def _encode(pipeline: Any, image: Image.Image, dtype: torch.dtype, count: int) -> Tensor:
+    """Latents [count, 4, h, w] of a picture: the mean of the autoencoder's posterior, scaled."""
+    vae = pipeline.vae
+    pixels = pipeline.image_processor.preprocess(image).to(pipeline._execution_device, vae.dtype)
+    return (
+        (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).to(dtype).repeat(count, 1, 1, 1)
+    )
+
+
+def _decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
+    vae = pipeline.vae
+    if not torch.isfinite(latents).all():
+        raise WeightsError(
+            "These weights give no picture, only overflowing numbers: lower lora_scale, or train with lower rates."
+        )
+    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(decoded, output_type="pil")
+
+
+def _finish(picture: Image.Image, request: GenerationRequest) -> Image.Image:
+    """Cut the padding off, and lay the picture over the one it repaints."""
+    picture = picture.crop((0, 0, request.width, request.height))
+    if request.mask is not None and request.image is not None:
+        return put_back(picture, request.image, request.mask)
+    return picture

@@ -16,11 +16,13 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
+    UNet2DConditionModel,
 )
 
 from dataset_and_utils import eos_id, pool_at_eos
 from sdxl.components import weights_variant
 from sdxl.errors import WeightsError
+from sdxl.placement import Placement, place
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -28,19 +30,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "DDIM": (DDIMScheduler, {}),
+    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "DPMSolverMultistep": (DPMSolverMultistepScheduler, {}),
     "HeunDiscrete": (HeunDiscreteScheduler, {}),
     "KarrasDPM": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "K_EULER_ANCESTRAL": (EulerAncestralDiscreteScheduler, {}),
     "K_EULER": (EulerDiscreteScheduler, {}),
-    "PNDM": (PNDMScheduler, {}),
+    "PNDM": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
 }
-"""Public name → (diffusers class, settings that differ from the base's)."""
+"""Public name → (diffusers class, settings that differ from the base's).
+
+SDXL's published configuration states those of DDIM and PNDM; a base that was saved with another sampler has lost them,
+and diffusers' defaults would clip latents as if they were pixels.
+"""
 
 
-def load_pipeline(folder: Path, device: torch.device) -> "StableDiffusionXLPipeline":
-    """The text-to-image pipeline of the base in `folder`, on `device`: fp16 on CUDA, fp32 on a CPU.
+def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiffusionXLPipeline":
+    """The text-to-image pipeline of the base in `folder`, placed on `device`: fp16 on CUDA, fp32 on a CPU.
 
     Its pooled prompts are taken at the end of the text. Where the autoencoder's configuration says `force_upcast`,
     the pipeline decodes in fp32.
@@ -52,7 +58,8 @@ def load_pipeline(folder: Path, device: torch.device) -> "StableDiffusionXLPipel
         StableDiffusionXLPipeline,  # here: it takes a second, and warns before logging is configured
     )
 
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    placement = device if isinstance(device, Placement) else Placement(name=device.type, device=device)
+    dtype = torch.float16 if placement.device.type == "cuda" else torch.float32
     try:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             folder, variant=weights_variant(folder), dtype=dtype, use_safetensors=True, add_watermarker=False
@@ -67,7 +74,32 @@ def load_pipeline(folder: Path, device: torch.device) -> "StableDiffusionXLPipel
     ):
         pool_at_eos(encoder, eos_id(tokenizer))
     pipeline.set_progress_bar_config(desc="Sampling", unit="step", mininterval=0.5)
-    return pipeline.to(device)
+    place(pipeline, placement)
+    return pipeline
+
+
+def load_refiner(folder: Path, like: "StableDiffusionXLPipeline") -> UNet2DConditionModel:
+    """The UNet of the refiner in `folder`, in the precision and on the device of the base `like`.
+
+    It is all that a refiner has of its own: its text encoder and autoencoder are those of the base.
+
+    Raises:
+        WeightsError: the files are missing or damaged.
+    """
+    try:
+        unet = UNet2DConditionModel.from_pretrained(
+            folder,
+            subfolder="unet",
+            variant=weights_variant(folder),
+            dtype=like.unet.dtype,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{folder} holds no refiner in diffusers' layout ({error}): fetch it again."
+        ) from error
+    resting: Any = like.unet.device
+    return unet.requires_grad_(False).eval().to(resting)
 
 
 def make_scheduler(name: str, pipeline: "StableDiffusionXLPipeline") -> SchedulerMixin:

@@ -22,6 +22,8 @@ def _tiny_base_and_own_workspace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     """Every test uses the embedded base, keeps its runs in its own folder and never asks the network."""
     monkeypatch.setenv("SDXL_BASE", str(TINY_BASE))
     monkeypatch.setenv("SDXL_WORKSPACE", str(tmp_path / "workspace"))
+    monkeypatch.setenv("SDXL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SDXL_REFINER", str(TINY_BASE) + "-refiner")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     configure_logging()
 

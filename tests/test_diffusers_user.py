@@ -59,6 +59,8 @@ def test_one_file_and_the_artifacts_are_enough(captioned_zip: Path, tmp_path: Pa
             "height": 64,
             "num_inference_steps": 3,
             "guidance_scale": 4.0,
+            "apply_watermark": False,
+            "embed_metadata": False,
         },
         seed=0,
         replicate_weights=str(tar),

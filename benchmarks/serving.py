@@ -1,0 +1,379 @@
+"""`python -m benchmarks.serving`: many mixed requests to the real Cog server, every picture compared with a reference.
+
+The references are drawn beforehand in this process, each from a restored base. Requests mix modes, sizes, samplers,
+fine-tunes by path, `data:` URI and URL, wrong inputs and cancels, in an order that a seed decides. Written are counts of
+what went wrong (nothing should), and how far the server's resident memory grew after the first 50 requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import os
+import platform
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import requests
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from sdxl.archives import pack_tar
+from sdxl.pipelines import SCHEDULERS
+
+BASE = Path("base_models/tiny-sdxl")
+WARM = 50
+"""Requests after which memory may hardly grow."""
+THREADS = 1
+"""Of the server and of the references alike: sums in another order would round differently."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kind of request."""
+
+    kind: str
+    inputs: dict[str, Any]
+    error: str | None = None
+    """Part of the error that must be answered."""
+
+
+def main() -> None:
+    """Draw the references, run the requests, write the numbers."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serving.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        environment = settings(folder)
+        os.environ.update(environment)
+        with file_server(make_fine_tunes(folder)) as url:
+            jobs = all_jobs(folder, url)
+            references = list(draw_references(jobs))
+            with cog_server(folder, environment) as (server, process):
+                result = soak(server, process, jobs, references, args.requests, args.seed)
+    result |= {
+        "machine": f"{platform.machine()} CPU, {THREADS} thread",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "cog")},
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+
+
+def settings(folder: Path) -> dict[str, str]:
+    """Environment of the server and of the references."""
+    return {
+        "SDXL_BASE": str(BASE),
+        "SDXL_REFINER": f"{BASE}-refiner",
+        "SDXL_CACHE": str(folder / "cache"),
+        "SDXL_WORKSPACE": str(folder / "workspace"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(THREADS),
+    }
+
+
+# What is asked ----------------------------------------------------------------------------------------------------------
+
+
+def make_fine_tunes(folder: Path) -> Path:
+    """A whole UNet and two LoRAs, random, as tars; returns their folder."""
+    made = folder / "fine_tunes"
+    made.mkdir()
+    torch.manual_seed(0)
+    unet = load_file(BASE / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    whole = {name: value + 0.02 * torch.randn_like(value) for name, value in unet.items()}
+    contents = {"whole": ("unet.safetensors", whole)}
+    for name in ("one", "two"):
+        lora = {}
+        for key, value in unet.items():
+            if key.endswith("to_q.weight"):
+                layer = f"unet.{key.removesuffix('.weight')}"
+                lora[f"{layer}.lora_A.weight"] = torch.randn(4, value.shape[1])
+                lora[f"{layer}.lora_B.weight"] = 0.1 * torch.randn(value.shape[0], 4)
+        contents[name] = ("lora.safetensors", lora)
+    for name, (inside, tensors) in contents.items():
+        save_file(tensors, made / "weights")
+        pack_tar({inside: made / "weights"}, made / f"{name}.tar")
+        (made / "weights").unlink()
+    return made
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def picture_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return data_uri(buffer.getvalue(), "image/png")
+
+
+def all_jobs(folder: Path, url: str) -> list[Job]:
+    """Every kind of request, each with few and small steps."""
+    image = Image.effect_noise((96, 64), 70).convert("RGB")
+    mask = Image.new("L", image.size, 0)
+    ImageDraw.Draw(mask).rectangle((40, 10, 80, 50), fill=255)
+    small = {"prompt": "a red fish on a blue background", "width": 64, "height": 64, "num_inference_steps": 2}
+    small |= {"seed": 1, "disable_safety_checker": True}
+    inpaint = {**small, "width": 96, "height": 64, "image": picture_uri(image), "mask": picture_uri(mask)}
+    redraw = {key: value for key, value in inpaint.items() if key != "mask"}
+    tars = {name: folder / "fine_tunes" / f"{name}.tar" for name in ("whole", "one", "two")}
+    one = {**small, "replicate_weights": data_uri(tars["one"].read_bytes(), "application/x-tar")}
+    jobs = [Job("base", {**small, "scheduler": name}) for name in SCHEDULERS]
+    jobs += [
+        Job("base", {**small, "num_outputs": 2, "guidance_scale": 1.0}),
+        Job("base", {**small, "width": 128, "height": 96, "negative_prompt": "green"}),
+        Job("base", {**small, "output_format": "jpg", "apply_watermark": False}),
+        Job("safety", {**small, "disable_safety_checker": False, "output_format": "webp"}),
+        Job("image", redraw),
+        Job("image", {**redraw, "scheduler": "K_EULER_ANCESTRAL", "prompt_strength": 1.0}),
+        Job("inpaint", inpaint),
+        Job("inpaint", {**inpaint, "scheduler": "HeunDiscrete", "refine": "base_image_refiner"}),
+        Job("refine", {**small, "refine": "expert_ensemble_refiner", "high_noise_frac": 0.5}),
+        Job("refine", {**small, "refine": "base_image_refiner", "refine_steps": 4}),
+        Job("whole UNet", {**small, "replicate_weights": str(tars["whole"])}),
+        Job("whole UNet", {**inpaint, "replicate_weights": f"{url}/whole.tar"}),
+        Job("LoRA", one),
+        Job("LoRA", {**one, "lora_scale": 0.5}),
+        Job("LoRA", {**small, "replicate_weights": f"{url}/two.tar"}),
+        Job("LoRAs", {**one, "extra_lora": [str(tars["two"])], "extra_lora_scale": [0.5]}),
+        Job("LoRAs", {**small, "replicate_weights": str(tars["whole"]), "extra_lora": [str(tars["one"])]}),
+        Job("wrong", {**small, "width": 100}, "width is 100"),
+        Job("wrong", {**small, "scheduler": "EULER"}, "scheduler"),
+        Job("wrong", {**small, "num_inference_steps": "many"}, "num_inference_steps"),
+        Job("wrong", {**small, "image": data_uri(b"no picture", "image/png")}, "cannot be read as a picture"),
+        Job("wrong", {**small, "mask": picture_uri(mask)}, "without image"),
+        Job("wrong", {**small, "replicate_weights": "/nowhere.tar"}, "does not exist"),
+        Job("wrong", {**small, "replicate_weights": f"{url}/nothing.tar"}, "HTTP 404"),
+        Job(
+            "wrong", {**small, "replicate_weights": data_uri(b"x", "application/x-tar")}, "neither a zip nor"
+        ),
+        Job(
+            "wrong",
+            {**small, "extra_lora": [str(tars["whole"])], "replicate_weights": str(tars["one"])},
+            "UNet",
+        ),
+    ]
+    for name in ("whole", "one"):
+        long = {**small, "num_inference_steps": 400, "replicate_weights": str(tars[name])}
+        jobs.append(Job("cancelled", long))
+    return jobs
+
+
+def draw_references(jobs: list[Job]) -> Iterator[list[str] | None]:
+    """Digests of the pictures that each job must give; None for wrong and cancelled ones."""
+    from predict import Predictor
+
+    predictor = Predictor()
+    predictor.setup()
+    predictor.tuned.pipeline.set_progress_bar_config(disable=True)
+    defaults = door_defaults(predictor.run)
+    for job in tqdm(jobs, desc="References", unit="request"):
+        if job.error is not None or job.kind == "cancelled":
+            yield None
+            continue
+        predictor.tuned.restore()
+        files = predictor.run(**{**defaults, **job.inputs})
+        yield [digest(Path(file).read_bytes()) for file in files]
+
+
+def door_defaults(door: Any) -> dict[str, Any]:
+    """Declared default of each input, as Cog fills them in."""
+    return {name: one.default.default for name, one in inspect.signature(door).parameters.items()}
+
+
+def digest(content: bytes) -> str:
+    """Of a picture's pixels."""
+    with Image.open(io.BytesIO(content)) as picture:
+        return hashlib.sha256(np.asarray(picture).tobytes()).hexdigest()
+
+
+# Servers ----------------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def file_server(folder: Path) -> Iterator[str]:
+    """The files of `folder` over HTTP."""
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "-d", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def cog_server(folder: Path, environment: dict[str, str]) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The server as `make serve` starts it; its URL and process."""
+    port = free_port()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    stub = {"COG_PREDICT_TYPE_STUB": "predict.py:Predictor", "PORT": str(port), "PATH": path}
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cog.server.http"],
+            env={**os.environ, **environment, **stub},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(url, "READY", seconds=300)
+        yield url, process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(url: str, status: str, *, seconds: float) -> None:
+    """Wait until the server's health is `status`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{url}/health-check", timeout=5).json()["status"] == status:
+                return
+        time.sleep(0.05)
+    raise TimeoutError(f"the server is not {status} after {seconds} s")
+
+
+def resident_mb(process: subprocess.Popen) -> float:
+    """Resident memory of the server and all its children, in MB."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+    family = {process.pid}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    pages = 0
+    for pid in family:
+        with contextlib.suppress(OSError):
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+# The run ----------------------------------------------------------------------------------------------------------------
+
+
+def order(jobs: list[Job], count: int, seed: int) -> list[int]:
+    """Indices of the requests: first every job once, then at random."""
+    dice = random.Random(seed)
+    every = list(range(len(jobs)))
+    dice.shuffle(every)
+    return (every + [dice.randrange(len(jobs)) for _ in range(count)])[:count]
+
+
+def soak(
+    server: str,
+    process: subprocess.Popen,
+    jobs: list[Job],
+    references: list[list[str] | None],
+    count: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Send the requests one after another and judge each answer."""
+    dice = random.Random(seed + 1)
+    kinds: Counter[str] = Counter()
+    faults: list[str] = []
+    memory = []
+    started = time.monotonic()
+    for number, index in enumerate(tqdm(order(jobs, count, seed), desc="Requests", unit="request")):
+        job = jobs[index]
+        kinds[job.kind] += 1
+        if job.kind == "cancelled":
+            fault = cancel(server, f"job{number}", job.inputs, dice.uniform(0.1, 1.5))
+        else:
+            fault = judge(send(server, job.inputs), job, references[index])
+        if fault:
+            faults.append(f"request {number} ({job.kind}): {fault}")
+        memory.append(resident_mb(process))
+    early = median(memory[WARM - 5 : WARM + 6]) if count > WARM + 10 else memory[0]
+    late = median(memory[-11:])
+    return {
+        "requests": count,
+        "faults": len(faults),
+        "what_went_wrong": faults[:20],
+        "kinds": dict(sorted(kinds.items())),
+        "memory_after_50_mb": round(early, 1),
+        "memory_at_end_mb": round(late, 1),
+        "memory_growth": round(late / early - 1, 4),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def send(server: str, inputs: dict[str, Any]) -> requests.Response:
+    """One request to its end; a slot is free a moment after the answer before, so 409 is tried again."""
+    deadline = time.monotonic() + 60
+    while True:
+        answer = requests.post(f"{server}/predictions", json={"input": inputs}, timeout=600)
+        if answer.status_code != 409 or time.monotonic() > deadline:
+            return answer
+        time.sleep(0.05)
+
+
+def judge(answer: requests.Response, job: Job, reference: list[str] | None) -> str | None:
+    """What is wrong with an answer; None for nothing."""
+    body = answer.json()
+    if job.error is not None:
+        told = json.dumps(body.get("detail", "")) + str(body.get("error") or "")
+        clear = job.error in told and "Traceback" not in told
+        return None if clear else f"the error should say {job.error!r}: {told[:200]}"
+    if body.get("status") != "succeeded":
+        return f"failed: {str(body)[:300]}"
+    drawn = [digest(base64.b64decode(uri.partition(",")[2])) for uri in body["output"]]
+    return None if drawn == reference else "the pictures are not those of the reference"
+
+
+def cancel(server: str, name: str, inputs: dict[str, Any], after_s: float) -> str | None:
+    """Start a long request and stop it; None when the server is ready again within 10 s."""
+    wait_for(server, "READY", seconds=60)
+    url = f"{server}/predictions/{name}"
+    started = requests.put(
+        url, json={"id": name, "input": inputs}, headers={"Prefer": "respond-async"}, timeout=60
+    )
+    if started.status_code != 202:
+        return f"not started: {started.status_code} {started.text[:200]}"
+    time.sleep(after_s)
+    stopped = requests.post(f"{url}/cancel", timeout=60)
+    if stopped.status_code != 200:
+        return f"not cancelled: {stopped.status_code}"
+    with contextlib.suppress(TimeoutError):
+        wait_for(server, "READY", seconds=10)
+        return None
+    return "still busy 10 s after the cancel"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Fine-tunes by where they come from, kept on disk and in memory within limits.
+
+An entry on disk is a folder that appears complete, by one rename, under a name made of its source. Builders and evictors
+of an entry exclude each other by file locks, which the system releases when a process dies; what a killed one left
+half-written lies under another name and is swept at the next start. Knows sources; does not know what a fine-tune does.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from sdxl import artifacts, hosted_models
+from sdxl.errors import UserInputError
+from sdxl.fetching import decode_data_uri, download, is_remote
+
+log = logging.getLogger(__name__)
+
+_MANIFEST = ".entry.json"
+_PARTIAL = ".partial-"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SWEEP_AGE_S = 60
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=_Sized)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLimits:
+    """Bytes that a cache may take."""
+
+    disk: int
+    memory: int
+
+    @classmethod
+    def from_environment(cls) -> "CacheLimits":
+        """`SDXL_CACHE_DISK_GB` (default 50) and `SDXL_CACHE_MEMORY_GB` (default a quarter of the machine's memory).
+
+        Raises:
+            UserInputError: not a number from 0.
+        """
+        quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4e9
+        return cls(
+            disk=_gigabytes("SDXL_CACHE_DISK_GB", 50), memory=_gigabytes("SDXL_CACHE_MEMORY_GB", quarter)
+        )
+
+
+def _gigabytes(name: str, default: float) -> int:
+    text = os.environ.get(name)
+    try:
+        value = float(text) if text else default
+        if not 0 <= value < 1e9:
+            raise ValueError
+    except ValueError:
+        raise UserInputError(f"{name} is {text!r}, but must be a number of gigabytes, such as 50.") from None
+    return int(value * 1e9)
+
+
+def cache_folder() -> Path:
+    """The folder that `SDXL_CACHE` names; by default one in the user's cache."""
+    named = os.environ.get("SDXL_CACHE")
+    return Path(named) if named else Path("~/.cache/sdxl-subject-tuning").expanduser()
+
+
+class FineTuneCache(Generic[T]):
+    """Least recently used fine-tunes go first, on disk and in memory alike; safe for threads and for processes that
+    share a folder."""
+
+    def __init__(self, folder: Path, limits: CacheLimits, load: Callable[[artifacts.FineTune], T]) -> None:
+        """`load` reads checked files into memory, all of it: the files may go afterwards."""
+        self._folder, self._limits, self._load = folder, limits, load
+        self._memory: OrderedDict[str, T] = OrderedDict()
+        self._mutex = threading.Lock()
+        (folder / "locks").mkdir(parents=True, exist_ok=True)
+        self._sweep()
+
+    def get(self, source: str) -> T:
+        """The fine-tune at `source`: a path, a `data:` URI, an http(s) URL, or the name of a hub repository.
+
+        A URL is asked each time whether it has changed; if it cannot be reached, what is here is used.
+
+        Raises:
+            UserInputError: it cannot be fetched or is no fine-tune (or a subclass of it).
+        """
+        if is_remote(source):
+            return self._from_remote(source)
+        path = Path(source)
+        if not path.exists():
+            if not _HUB_NAME.fullmatch(source):
+                raise UserInputError(
+                    f"{source} does not exist: give an existing file, a data: URI, an http(s) URL or the name of a "
+                    "repository on the hub."
+                )
+            path = hosted_models.fine_tune_folder(source)
+        if path.is_dir():
+            files = sorted(path.rglob("*"))
+            key = _key("folder", str(path.resolve()), *(_state(file) for file in files if file.is_file()))
+            return self._remember(key, lambda: self._load(artifacts.read(path, path)))
+        key = _key("file", str(path.resolve()), _state(path))
+        return self._remember(key, lambda: self._from_disk(key, lambda folder: path))
+
+    def _from_remote(self, source: str) -> T:
+        if source.startswith("data:"):
+            key = _key("data", hashlib.sha256(source.encode()).hexdigest())
+            return self._remember(key, lambda: self._from_disk(key, lambda to: decode_data_uri(source, to)))
+        key = _key("url", source)
+        with self._locked(key):
+            known = self._manifest(key)
+            with self._partial() as partial:
+                fetched = download(source, partial, known=known.get("validators", {}) if known else {})
+                if fetched is not None:
+                    with self._mutex:
+                        self._memory.pop(key, None)
+                    self._build(key, partial, fetched.path, fetched.validators)
+            return self._remember(key, lambda: self._read(key))
+
+    def _from_disk(self, key: str, bring: Callable[[Path], Path]) -> T:
+        """The entry of `key`, built first where it is missing from what `bring` brings into a folder."""
+        with self._locked(key):
+            if self._manifest(key) is None:
+                with self._partial() as partial:
+                    self._build(key, partial, bring(partial), {})
+            return self._read(key)
+
+    def _read(self, key: str) -> T:
+        entry = self._folder / key
+        os.utime(entry)
+        return self._load(artifacts.read(entry, entry))
+
+    def _build(self, key: str, partial: Path, archive: Path, validators: dict[str, str]) -> None:
+        """Unpack `archive`, check it, and let the entry appear; another's bytes make room for it."""
+        content = partial / "content"
+        content.mkdir()
+        artifacts.read(archive, content)
+        if not any(content.iterdir()):  # a bare safetensors file
+            shutil.copyfile(archive, content / _file_name(archive))
+        sizes = {str(file.relative_to(content)): file.stat().st_size for file in _files(content)}
+        manifest = {"files": sizes, "bytes": sum(sizes.values()), "validators": validators}
+        (content / _MANIFEST).write_text(json.dumps(manifest))
+        self._discard(key)
+        content.rename(self._folder / key)
+        self._make_room(keep=key)
+
+    def _manifest(self, key: str) -> dict | None:
+        """What an entry says of itself; None where it is missing, or is not what it says."""
+        entry = self._folder / key
+        try:
+            manifest = json.loads((entry / _MANIFEST).read_text())
+            if all((entry / name).stat().st_size == size for name, size in manifest["files"].items()):
+                return manifest
+        except (OSError, ValueError, KeyError):
+            pass
+        return None
+
+    def _make_room(self, keep: str) -> None:
+        entries = []
+        for entry in self._folder.iterdir():
+            if entry.is_dir() and not entry.name.startswith(".") and entry.name != "locks":
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    size = json.loads((entry / _MANIFEST).read_text())["bytes"]
+                    entries.append((entry.stat().st_mtime_ns, entry.name, size))
+        total = sum(size for *_, size in entries)
+        for _, name, size in sorted(entries):
+            if total <= self._limits.disk:
+                return
+            if name == keep:
+                continue
+            with contextlib.suppress(BlockingIOError), self._locked(name, wait=False):
+                self._discard(name)
+                total -= size
+
+    def _discard(self, key: str) -> None:
+        """Take an entry away at once, then delete it."""
+        entry = self._folder / key
+        if entry.exists():
+            with self._partial() as doomed:
+                entry.rename(doomed / "doomed")
+
+    @contextlib.contextmanager
+    def _partial(self) -> Iterator[Path]:
+        """A folder to build or delete in, locked as long as its maker lives."""
+        folder = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self._folder))
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+    def _sweep(self) -> None:
+        """Delete what killed processes left half-written: a living maker holds its lock, a very young one may not yet."""
+        for left in self._folder.glob(f"{_PARTIAL}*"):
+            with contextlib.suppress(OSError):
+                handle = os.open(left, os.O_RDONLY)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if time.time() - left.stat().st_mtime > _SWEEP_AGE_S:
+                        shutil.rmtree(left, ignore_errors=True)
+                finally:
+                    os.close(handle)
+
+    @contextlib.contextmanager
+    def _locked(self, key: str, *, wait: bool = True) -> Iterator[None]:
+        """Exclude all others from an entry; raises BlockingIOError where it may not `wait`."""
+        with (self._folder / "locks" / key[:2]).open("a") as handle:
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not wait:
+                        raise
+                    time.sleep(0.02)  # not a blocking call: a cancelled request must be able to leave
+            yield
+
+    def _remember(self, key: str, make: Callable[[], T]) -> T:
+        """What is in memory under `key`, made and put there where it is missing."""
+        with self._mutex:
+            if key in self._memory:
+                self._memory.move_to_end(key)
+                return self._memory[key]
+        made = make()
+        with self._mutex:
+            self._memory[key] = made
+            self._memory.move_to_end(key)
+            while self._memory and sum(one.nbytes for one in self._memory.values()) > self._limits.memory:
+                self._memory.popitem(last=False)
+        return made
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _state(file: Path) -> str:
+    """Changes whenever a file's content does."""
+    stat = file.stat()
+    return f"{file} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _file_name(path: Path) -> str:
+    """A bare file's name, which is the word of an embedding; a download has none worth keeping."""
+    return path.name if path.suffix == ".safetensors" else "weights.safetensors"

@@ -1,0 +1,217 @@
+"""What becomes of pictures before they are delivered: the judge of safety, the watermark; and where parts lie."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil
+
+from predict import Predictor
+from sdxl import watermark
+from sdxl.errors import DownloadError, UserInputError, WithheldError
+from sdxl.framing import read_image
+from sdxl.placement import choose_placement
+from sdxl.safety import OpenNsfwJudge, load_checker, load_judge
+from tests.conftest import REPOSITORY, TINY_BASE, call
+
+SMALL = {"prompt": "a red fish on a blue background", "num_inference_steps": 2, "seed": 0}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDXL_BASE", str(TINY_BASE))
+        patch.setenv("SDXL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        made = Predictor()
+        made.setup()
+    return made
+
+
+# Safety -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's folder with a random checker whose first concept is a red picture."""
+    folder = tmp_path_factory.mktemp("checker")
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**vision, "vocab_size": 100},
+        vision_config={**vision, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    checker = StableDiffusionSafetyChecker(config)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = CLIPImageProcessorPil(**sizes)
+    with torch.no_grad():
+        for parameter in (checker.concept_embeds, checker.special_care_embeds):
+            parameter.normal_()
+        for weights in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+            weights.fill_(0.999)
+        pixels = processor([Image.new("RGB", (64, 64), "red")], return_tensors="pt").pixel_values
+        pooled: Any = checker.vision_model(pixels)[1]
+        checker.concept_embeds[0] = checker.visual_projection(pooled)[0]
+    checker.save_pretrained(folder / "safety_checker", variant="fp16")
+    processor.save_pretrained(folder / "feature_extractor")
+    (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+def test_the_checker_of_stable_diffusion_judges(checker_folder: Path):
+    judge = load_checker(str(checker_folder), CPU)
+    pictures = [Image.new("RGB", (80, 64), colour) for colour in ("blue", "red")]
+    before = [np.array(picture) for picture in pictures]
+    assert judge.unsafe(pictures) == [False, True]
+    assert all(np.array_equal(a, np.array(b)) for a, b in zip(before, pictures, strict=True))
+    assert str(checker_folder) in judge.name
+
+
+def test_which_judge_judges(checker_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    assert "open_nsfw" in load_judge(CPU, real_base=False).name
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "open_nsfw" in load_judge(CPU, real_base=True).name
+    assert "open_nsfw judges instead" in caplog.text
+    monkeypatch.setenv("SDXL_SAFETY_CHECKER", str(checker_folder))
+    assert str(checker_folder) in load_judge(CPU, real_base=False).name
+    monkeypatch.setenv("SDXL_SAFETY_CHECKER", "no-one/nothing")
+    with pytest.raises(DownloadError, match="SDXL_SAFETY_CHECKER"):
+        load_judge(CPU, real_base=True)
+
+
+def test_open_nsfw_passes_ordinary_pictures():
+    pictures = [
+        read_image(REPOSITORY / "docs" / "demo.jpg"),
+        Image.effect_noise((256, 256), 80).convert("RGB"),
+    ]
+    assert OpenNsfwJudge().unsafe(pictures) == [False, False]
+
+
+class Strict:
+    """A judge for the door's own behaviour: the pictures at `bad` are unsafe."""
+
+    name = "a strict judge"
+
+    def __init__(self, *bad: int) -> None:
+        self.bad = bad
+
+    def unsafe(self, pictures: Sequence[Image.Image]) -> list[bool]:
+        return [index in self.bad for index in range(len(pictures))]
+
+
+def test_unsafe_pictures_are_withheld_and_others_delivered(predictor: Predictor, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    everything = call(predictor.run, **SMALL, num_outputs=3, width=64, height=64, disable_safety_checker=True)
+    monkeypatch.setattr(predictor, "judge", Strict(1))
+    files = call(predictor.run, **SMALL, num_outputs=3, width=64, height=64)
+    assert [file.name for file in files] == ["out-0.png", "out-2.png"]
+    assert files[1].read_bytes() == everything[2].read_bytes()
+    assert "a strict judge judged: 1 of 3 withheld" in caplog.text
+
+
+def test_all_withheld_is_an_error_and_the_watermark_stays_as_it_was(
+    predictor: Predictor, monkeypatch, tmp_path
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor, "judge", Strict(0))
+        with pytest.raises(WithheldError, match="try another prompt or seed"):
+            call(predictor.run, **SMALL, apply_watermark=False)
+    assert list((tmp_path / "workspace").iterdir()) == []
+    [file] = call(predictor.run, **SMALL)
+    assert watermark.is_marked(Image.open(file))
+
+
+# Watermark --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpg"])
+def test_files_are_marked_unless_told_otherwise(predictor: Predictor, output_format: str):
+    given = {**SMALL, "output_format": output_format, "output_quality": 95}
+    [file] = call(predictor.run, **given)
+    assert watermark.is_marked(Image.open(file))
+    [plain] = call(predictor.run, **given, apply_watermark=False)
+    assert not watermark.is_marked(Image.open(plain))
+    distance = np.asarray(Image.open(file).convert("L")).astype(int) - np.asarray(
+        Image.open(plain).convert("L")
+    )
+    assert np.abs(distance).mean() < 1, "no one sees it"
+
+
+@pytest.mark.parametrize("size", [(64, 64), (250, 330), (1024, 768)])
+def test_any_message_is_read_back(size: tuple[int, int]):
+    picture = Image.effect_noise(size, 60).convert("RGB")
+    for message in (0, watermark.MESSAGE, 2**48 - 1, 12345678901):
+        assert watermark.read(watermark.embed(picture, message)) == message
+    assert not watermark.is_marked(picture)
+    assert watermark.embed(picture.crop((0, 0, 7, 7))).size == (7, 7)
+
+
+def test_a_flat_colour_carries_the_mark():
+    assert watermark.is_marked(watermark.embed(Image.new("RGB", (256, 256), (200, 30, 60))))
+
+
+def test_inpainting_keeps_pixels_under_the_watermark_too(predictor: Predictor, tmp_path: Path):
+    original = Image.effect_noise((256, 256), 60).convert("RGB")
+    mask = Image.new("L", (256, 256), 0)
+    mask.paste(255, (0, 0, 256, 160))
+    original.save(tmp_path / "image.png")
+    mask.save(tmp_path / "mask.png")
+    [file] = call(predictor.run, **SMALL, image=str(tmp_path / "image.png"), mask=str(tmp_path / "mask.png"))
+    drawn = np.array(Image.open(file))
+    assert np.array_equal(drawn[164:], np.array(original)[164:])
+    assert watermark.is_marked(Image.open(file))
+
+
+# Files and places -------------------------------------------------------------------------------------------------------
+
+
+def test_metadata_can_be_left_out(predictor: Predictor):
+    [told] = call(predictor.run, **SMALL)
+    [silent] = call(predictor.run, **SMALL, embed_metadata=False)
+    with Image.open(told) as one, Image.open(silent) as other:
+        assert one.info["parameters"].startswith("a red fish")
+        assert "parameters" not in other.info
+        assert np.array_equal(np.array(one), np.array(other))
+
+
+def test_a_damaged_input_picture_is_refused(predictor: Predictor, tmp_path: Path):
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    with pytest.raises(UserInputError, match=r"x\.png cannot be read as a picture"):
+        call(predictor.run, **SMALL, image=str(tmp_path / "x.png"))
+    assert list((tmp_path / "workspace").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("gib", "setting", "name"),
+    [
+        (None, "auto", "cpu"),
+        (80, "auto", "whole"),
+        (11.8, "auto", "12gb"),
+        (8, "auto", "8gb"),
+        (80, "8gb", "8gb"),
+        (80, "cpu", "cpu"),
+    ],
+)
+def test_placements(gib: float | None, setting: str, name: str):
+    assert choose_placement(gib, setting).name == name
+
+
+@pytest.mark.parametrize(("gib", "setting"), [(None, "whole"), (80, "huge")])
+def test_placements_that_cannot_be(gib: float | None, setting: str):
+    with pytest.raises(UserInputError, match="SDXL_MEMORY"):
+        choose_placement(gib, setting)
+
+
+def test_the_log_says_how_it_serves(predictor: Predictor, caplog, tmp_path, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("SDXL_CACHE", str(tmp_path / "c"))
+    other = Predictor()
+    other.setup()
+    assert "everything on the CPU" in caplog.text
+    assert "judged by open_nsfw" in caplog.text

@@ -1,0 +1,238 @@
+"""The cache of fine-tunes: limits, threads, kills, and sources that change."""
+
+import base64
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdxl import artifacts
+from sdxl.archives import pack_tar
+from sdxl.errors import UserInputError
+from sdxl.fine_tune_cache import CacheLimits, FineTuneCache
+from tests.conftest import REPOSITORY
+
+LARGE = CacheLimits(disk=10**9, memory=10**9)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A LoRA's one number, and the bytes of its file."""
+
+    value: float
+    nbytes: int
+
+
+def load(fine_tune: artifacts.FineTune) -> Loaded:
+    assert fine_tune.lora is not None
+    tensors = load_file(fine_tune.lora)
+    return Loaded(
+        float(tensors["unet.x.lora_A.weight"][0]), sum(tensor.nbytes for tensor in tensors.values())
+    )
+
+
+def make_tar(path: Path, value: float, size: int = 10_000) -> Path:
+    file = path.with_suffix(".safetensors")
+    save_file({"unet.x.lora_A.weight": torch.full((size,), value)}, file)
+    pack_tar({"lora.safetensors": file}, path)
+    file.unlink()
+    return path
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "locks")
+
+
+def test_paths_and_data_uris_are_kept(tmp_path: Path):
+    cache = FineTuneCache(tmp_path / "cache", LARGE, load)
+    tar = make_tar(tmp_path / "a.tar", 1.5)
+    uri = "data:application/x-tar;base64," + base64.b64encode(tar.read_bytes()).decode()
+    assert [cache.get(source).value for source in (str(tar), uri)] == [1.5, 1.5]
+    assert cache.get(str(tar)) is cache.get(str(tar)), "the second time from memory"
+    assert len(entries(tmp_path / "cache")) == 2
+    again = FineTuneCache(tmp_path / "cache", LARGE, load)
+    assert again.get(uri).value == 1.5
+    make_tar(tar, 2.5)
+    assert cache.get(str(tar)).value == 2.5, "a changed file is another fine-tune"
+
+
+def test_a_folder_and_a_bare_file_are_read_where_they_are(tmp_path: Path):
+    cache = FineTuneCache(tmp_path / "cache", LARGE, load)
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "folder" / "style.safetensors"
+    save_file({"unet.x.lora_A.weight": torch.full((4,), 3.0)}, file)
+    assert cache.get(str(tmp_path / "folder")).value == 3.0
+    assert cache.get(str(file)).value == 3.0
+    save_file({"unet.x.lora_A.weight": torch.full((4,), 4.0)}, file)
+    assert cache.get(str(tmp_path / "folder")).value == 4.0
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path):
+    tars = [str(make_tar(tmp_path / f"{i}.tar", float(i))) for i in range(4)]
+    cache = FineTuneCache(tmp_path / "cache", CacheLimits(disk=130_000, memory=85_000), load)
+    for tar in tars[:3]:
+        cache.get(tar)
+    kept = cache.get(tars[1])
+    cache.get(tars[3])
+    assert len(cache._memory) == 2
+    assert cache.get(tars[1]) is kept
+    sizes = sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*.safetensors"))
+    assert sizes <= 130_000
+    assert len(entries(tmp_path / "cache")) == 3
+    assert cache.get(tars[0]).value == 0.0, "what went is built again"
+
+
+def test_what_is_larger_than_all_limits_is_served_and_not_kept(tmp_path: Path):
+    cache = FineTuneCache(tmp_path / "cache", CacheLimits(disk=0, memory=0), load)
+    tar = str(make_tar(tmp_path / "a.tar", 1.0))
+    assert cache.get(tar).value == 1.0
+    assert not cache._memory
+    cache.get(str(make_tar(tmp_path / "b.tar", 2.0)))
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_parallel_requests(tmp_path: Path):
+    tars = [str(make_tar(tmp_path / f"{i}.tar", float(i))) for i in range(5)]
+    caches = [
+        FineTuneCache(tmp_path / "cache", CacheLimits(disk=90_000, memory=50_000), load) for _ in range(2)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        asked = [(caches[i % 2], i % 5) for i in range(120)]
+        got = list(pool.map(lambda job: job[0].get(tars[job[1]]).value, asked))
+    assert got == [float(index) for _, index in asked]
+    assert not [name for name in entries(tmp_path / "cache") if name.startswith(".")]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.test_fine_tune_cache import LARGE, FineTuneCache, load
+print("ready", flush=True)
+while True:
+    cache = FineTuneCache(Path(sys.argv[1]), LARGE, load)
+    cache.get(sys.argv[2])
+    for entry in Path(sys.argv[1]).iterdir():
+        if len(entry.name) == 64:
+            cache._discard(entry.name)
+"""
+
+
+def test_kills_leave_nothing_half_written_in_use(tmp_path: Path):
+    tar = str(make_tar(tmp_path / "a.tar", 7.0, size=2_000_000))
+    folder = tmp_path / "cache"
+    for round_ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(folder), tar], cwd=REPOSITORY, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.05 + 0.07 * round_)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert FineTuneCache(folder, LARGE, load).get(tar).value == 7.0
+    left = folder / ".partial-left"
+    left.mkdir(exist_ok=True)
+    os.utime(left, (0, 0))
+    FineTuneCache(folder, LARGE, load)
+    assert not left.exists(), "what a killed process left is swept"
+
+
+def test_a_truncated_entry_is_built_again(tmp_path: Path):
+    tar = str(make_tar(tmp_path / "a.tar", 7.0))
+    FineTuneCache(tmp_path / "cache", LARGE, load).get(tar)
+    [file] = (tmp_path / "cache").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert FineTuneCache(tmp_path / "cache", LARGE, load).get(tar).value == 7.0
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str, list[int]]]:
+    """A folder, its URL, and the codes that were answered."""
+    (tmp_path / "www").mkdir()
+    codes: list[int] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *given, **named) -> None:
+            super().__init__(*given, directory=str(tmp_path / "www"), **named)
+
+        def log_request(self, code="-", size="-") -> None:
+            codes.append(int(code))
+
+        def log_message(self, *given) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever).start()
+    yield tmp_path / "www", f"http://127.0.0.1:{server.server_port}", codes
+    server.shutdown()
+    server.server_close()
+
+
+def test_urls_are_asked_whether_they_changed(tmp_path: Path, served):
+    folder, url, codes = served
+    tar = make_tar(folder / "a.tar", 1.0)
+    os.utime(tar, (1_000_000_000, 1_000_000_000))
+    cache = FineTuneCache(tmp_path / "cache", LARGE, load)
+    assert [cache.get(f"{url}/a.tar").value for _ in range(2)] == [1.0, 1.0]
+    assert codes == [200, 304]
+    make_tar(folder / "a.tar", 2.0)
+    assert cache.get(f"{url}/a.tar").value == 2.0
+    with pytest.raises(UserInputError, match="HTTP 404"):
+        cache.get(f"{url}/b.tar")
+
+
+def test_a_url_out_of_reach_is_served_from_the_cache(tmp_path: Path, served):
+    folder, url, _ = served
+    make_tar(folder / "a.tar", 1.0)
+    cache = FineTuneCache(tmp_path / "cache", LARGE, load)
+    cache.get(f"{url}/a.tar")
+    [entry] = [name for name in entries(tmp_path / "cache")]
+    manifest = tmp_path / "cache" / entry / ".entry.json"
+    port = url.rpartition(":")[2]
+    with pytest.MonkeyPatch.context() as patch:
+        import requests
+
+        def unreachable(*given, **named):
+            raise requests.ConnectionError(f"no route to {port}")
+
+        patch.setattr(requests, "get", unreachable)
+        assert cache.get(f"{url}/a.tar").value == 1.0
+        manifest.unlink()
+        with pytest.raises(UserInputError, match="could not be fetched"):
+            FineTuneCache(tmp_path / "cache", LARGE, load).get(f"{url}/a.tar")
+
+
+def test_a_repository_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As huggingface_hub lays out its cache; the download itself is its own matter."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--someone--style"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    save_file({"unet.x.lora_A.weight": torch.full((4,), 5.0)}, snapshot / "pytorch_lora_weights.safetensors")
+    cache = FineTuneCache(tmp_path / "cache", LARGE, load)
+    assert cache.get("someone/style").value == 5.0
+    with pytest.raises(UserInputError, match="fetched from the hub"):
+        cache.get("someone/else")
+
+
+@pytest.mark.parametrize(("name", "text"), [("SDXL_CACHE_DISK_GB", "much"), ("SDXL_CACHE_MEMORY_GB", "-1")])
+def test_limits_are_numbers(monkeypatch: pytest.MonkeyPatch, name: str, text: str):
+    monkeypatch.setenv(name, "2.5")
+    assert 2_500_000_000 in vars(CacheLimits.from_environment()).values()
+    monkeypatch.setenv(name, text)
+    with pytest.raises(UserInputError, match=name):
+        CacheLimits.from_environment()

@@ -1,0 +1,136 @@
+"""Fine-tunes come and go as transactions: whatever fails or is cancelled, the base stays what it was."""
+
+import ctypes
+import random
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dataset_and_utils import TokenMap
+from sdxl import artifacts
+from sdxl.errors import WeightsError
+from sdxl.generation import GenerationRequest, generate
+from sdxl.pipelines import load_pipeline
+from sdxl.tuned_weights import Layers, TunedPipeline, Weights
+from tests.conftest import TINY_BASE
+
+
+class Cancelled(BaseException):
+    """As Cog's cancelling: raised in the working thread at any bytecode."""
+
+
+@pytest.fixture(scope="module")
+def tuned() -> TunedPipeline:
+    pipeline = load_pipeline(TINY_BASE, torch.device("cpu"))
+    pipeline.set_progress_bar_config(disable=True)
+    return TunedPipeline(pipeline)
+
+
+@pytest.fixture(scope="module")
+def fine_tunes(tuned: TunedPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Layers]:
+    """The base, a whole UNet, a LoRA, both."""
+    folder = tmp_path_factory.mktemp("fine_tunes")
+    torch.manual_seed(0)
+    whole = {
+        name: value + 0.02 * torch.randn_like(value)
+        for name, value in tuned.pipeline.unet.state_dict().items()
+    }
+    save_file(whole, folder / "unet.safetensors")
+    lora = {}
+    for name, module in tuned.pipeline.unet.named_modules():
+        if name.endswith("to_q"):
+            lora[f"unet.{name}.lora_A.weight"] = torch.randn(2, module.in_features)  # type: ignore[arg-type]
+            lora[f"unet.{name}.lora_B.weight"] = 0.1 * torch.randn(module.out_features, 2)  # type: ignore[arg-type]
+    save_file(lora, folder / "lora.safetensors")
+
+    def load(name: str) -> Weights:
+        return tuned.load(artifacts.read(folder / name, folder))
+
+    full, small = load("unet.safetensors"), load("lora.safetensors")
+    rows = tuple(
+        torch.randn(2, encoder.get_input_embeddings().weight.shape[1]) for encoder in tuned._encoders
+    )
+    words = Weights(name="words", rows=rows, pooled_at_eos=False, token_map=TokenMap({"TOK": "<s0><s1>"}))
+    return {
+        "base": (),
+        "full": ((full, 1.0), (words, 1.0)),
+        "lora": ((small, 0.8),),
+        "both": ((full, 1.0), (small, 1.0)),
+    }
+
+
+def draw(tuned: TunedPipeline) -> np.ndarray:
+    request = GenerationRequest(
+        prompt="a TOK", width=64, height=64, num_inference_steps=2, guidance_scale=4.0, seed=0
+    )
+    return np.array(generate(tuned.pipeline, request, tuned.token_map)[0])
+
+
+def test_any_order_with_failures_and_cancels_in_between(tuned: TunedPipeline, fine_tunes: dict[str, Layers]):
+    first: dict[str, np.ndarray] = {}
+    parameters = {name: value.detach().clone() for name, value in tuned._parameters.items()}
+    addresses = {name: value.data_ptr() for name, value in tuned._parameters.items()}
+    dice = random.Random(0)
+    cancelled = 0
+    for _ in range(40):
+        name = dice.choice(list(fine_tunes))
+        match dice.choice(["whole", "refused", "cancelled"]):
+            case "refused":
+                with pytest.raises(WeightsError, match="only LoRAs beside it"):
+                    tuned.apply((*fine_tunes["lora"], fine_tunes["full"][0]))
+            case "cancelled":
+                cancelled += apply_and_cancel(tuned, fine_tunes[name], after_s=dice.uniform(0, 0.06))
+        tuned.apply(fine_tunes[name])
+        drawn = draw(tuned)
+        assert np.array_equal(first.setdefault(name, drawn), drawn), name
+        if name == "base":
+            assert all(torch.equal(parameters[key], value) for key, value in tuned._parameters.items())
+    assert cancelled > 2, "the cancels must hit"
+    assert len({drawn.tobytes() for drawn in first.values()}) == len(fine_tunes)
+    tuned.apply(())
+    assert all(torch.equal(parameters[key], value) for key, value in tuned._parameters.items())
+    assert addresses == {name: value.data_ptr() for name, value in tuned._parameters.items()}
+
+
+def apply_and_cancel(tuned: TunedPipeline, layers: Layers, *, after_s: float) -> bool:
+    """Apply in this thread while another raises `Cancelled` in it; returns whether it hit."""
+    working, lock = threading.get_ident(), threading.Lock()
+    running = True
+
+    def cancel() -> None:
+        time.sleep(after_s)
+        with lock:
+            if running:
+                raiser = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                raiser(ctypes.c_ulong(working), ctypes.py_object(Cancelled))
+
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    try:
+        while canceller.is_alive():
+            tuned.apply(())
+            tuned.apply(layers)
+        with lock:
+            running = False
+    except Cancelled:
+        canceller.join()
+        return True
+    canceller.join()
+    return False
+
+
+def test_an_unfit_file_is_refused_before_anything_changes(tuned: TunedPipeline, tmp_path: Path):
+    before = {name: value.detach().clone() for name, value in tuned._parameters.items()}
+    good = tuned.pipeline.unet.state_dict()
+    save_file(
+        {"conv_in.bias": good["conv_in.bias"] + 1, "conv_in.weight": torch.zeros(3, 3)},
+        tmp_path / "x.safetensors",
+    )
+    with pytest.raises(WeightsError, match="does not fit this base"):
+        tuned.activate(artifacts.read(tmp_path / "x.safetensors", tmp_path))
+    assert all(torch.equal(before[key], value) for key, value in tuned._parameters.items())
