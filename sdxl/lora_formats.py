@@ -12,12 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdxl.errors import WeightsError
 
 _ROLE = re.compile(
     r"(?:\.lora_(?P<peft>[AB])(?:\.default)?\.weight"
+    r"|\.lora_(?P<dora>magnitude)_vector(?:\.default)?(?:\.weight)?"
     r"|\.lora_(?P<kohya>down|up)\.weight"
     r"|[._]lora(?:_linear_layer)?\.(?P<old>down|up)\.weight"
     r"|(?P<alpha>\.alpha))$"
@@ -42,7 +44,8 @@ _SGM_RESNET = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoraLayer:
-    """The low-rank change of one layer: `scale` · `up` @ `down` is added to its weight (arXiv:2106.09685)."""
+    """The low-rank change of one layer: `scale` · `up` @ `down` is added to its weight (arXiv:2106.09685); with a
+    `magnitude`, each row of the sum is then brought to that length (DoRA, arXiv:2402.09353)."""
 
     down: Tensor
     """[rank, in], or of a convolution [rank, in, kernel, kernel]."""
@@ -50,11 +53,13 @@ class LoraLayer:
     """[out, rank], or of a convolution [out, rank, 1, 1]."""
     scale: float
     """alpha / rank."""
+    magnitude: Tensor | None = None
+    """As many numbers as there are outputs, in any shape; None for a plain LoRA."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both matrices."""
-        return self.down.nbytes + self.up.nbytes
+        """Bytes of all tensors."""
+        return self.down.nbytes + self.up.nbytes + (0 if self.magnitude is None else self.magnitude.nbytes)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether it changes a weight of `shape`."""
@@ -65,12 +70,18 @@ class LoraLayer:
             self.down[0].numel() == columns
             and self.up.shape[0] == rows
             and self.up[0].numel() == self.down.shape[0]
+            and (self.magnitude is None or self.magnitude.numel() == rows)
         )
 
     def delta(self, like: Tensor) -> Tensor:
         """What is added to the weight `like`, in its shape and on its device, in fp32."""
         up, down = (matrix.to(like.device).float().flatten(1) for matrix in (self.up, self.down))
-        return (self.scale * (up @ down)).reshape(like.shape)
+        added = self.scale * (up @ down)
+        if self.magnitude is not None:
+            weight = like.float().flatten(1)
+            length = self.magnitude.to(like.device).float().reshape(-1, 1)
+            added = length * F.normalize(weight + added, dim=1) - weight
+        return added.reshape(like.shape)
 
 
 def is_lora(keys: Iterable[str]) -> bool:
@@ -123,14 +134,15 @@ def read_lora(
         match = _ROLE.search(key)
         if match is None:
             raise WeightsError(
-                f"{file} holds {key}, which no plain LoRA has: give a LoRA without DoRA, LoHa, LoKr or biases."
+                f"{file} holds {key}, which no plain LoRA has: give a LoRA or a DoRA of peft without LoHa, LoKr or biases."
             )
         layer = names.find(key[: match.start()])
         if layer is None:
             raise WeightsError(
                 f"{file} does not fit this base, which has no layer for {key}: load it into the base it was trained on."
             )
-        role = {"A": "down", "B": "up"}.get(match["peft"]) or match["kohya"] or match["old"] or "alpha"
+        role = {"A": "down", "B": "up"}.get(match["peft"]) or match["dora"] or match["kohya"] or match["old"]
+        role = role or "alpha"
         found.setdefault(layer, {})[role] = tensor
     alphas = _alphas(metadata)
     layers = {}
@@ -139,7 +151,12 @@ def read_lora(
             raise WeightsError(f"{file} holds only half of the LoRA of {layer}: download it again.")
         rank = matrices["down"].shape[0]
         alpha = matrices["alpha"].item() if "alpha" in matrices else alphas.of(layer, rank)
-        layers[layer] = LoraLayer(down=matrices["down"], up=matrices["up"], scale=alpha / rank)
+        layers[layer] = LoraLayer(
+            down=matrices["down"],
+            up=matrices["up"],
+            scale=alpha / rank,
+            magnitude=matrices.get("magnitude"),
+        )
     return layers
 
 

@@ -134,7 +134,12 @@ class TunedPipeline:
         """`load`, into memory of its own (pinned where there is CUDA): the files may change or go afterwards."""
         read = self.load(fine_tune)
         lora = {
-            name: replace(layer, down=host_copy(layer.down), up=host_copy(layer.up))
+            name: replace(
+                layer,
+                down=host_copy(layer.down),
+                up=host_copy(layer.up),
+                magnitude=None if layer.magnitude is None else host_copy(layer.magnitude),
+            )
             for name, layer in read.lora.items()
         }
         unet = {name: host_copy(tensor) for name, tensor in read.unet.items()}

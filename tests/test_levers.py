@@ -9,17 +9,20 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
+from sdxl import artifacts
 from sdxl.batches import Batches
 from sdxl.components import load_components
 from sdxl.diffusion import drop_prompts, masked_mse, sample_noise
 from sdxl.errors import TrainingDivergedError, UserInputError
 from sdxl.examples import LARGEST_ZOOM, cache_examples
+from sdxl.pipelines import load_pipeline
 from sdxl.prior import PriorConfig, cache_folder, prior_dataset
 from sdxl.training import StepReport, TrainedModel, fine_tune, learning_rate_share
+from sdxl.tuned_weights import TunedPipeline
 from tests.conftest import TINY_BASE
 from tests.test_training import CONFIG, run  # noqa: F401 - a fixture
 
@@ -154,12 +157,18 @@ def test_alpha_is_in_the_stored_matrices(run):  # noqa: F811
     assert layer.scaling["default"] == 2.0
 
 
-def test_dora_loads_where_lora_does(run, tmp_path: Path):  # noqa: F811
-    components, dataset, trained = run(is_lora=True, use_dora=True)
+@pytest.mark.parametrize("reader", ["diffusers", "ours"])
+def test_dora_draws_as_it_trained(run, tmp_path: Path, reader: str):  # noqa: F811
+    components, dataset, trained = run(is_lora=True, use_dora=True, lora_targets="all", lora_alpha=8)
     assert any("lora_magnitude_vector" in name for name in trained.weights)
-    save_file(trained.weights, tmp_path / "lora.safetensors")
-    unet = load_components(TINY_BASE, is_lora=False, device=CPU).unet
-    unet.load_lora_adapter(dict(trained.weights), prefix="unet")
+    artifacts.write(trained, tmp_path / "tuned", {})
+    if reader == "ours":
+        tuned = TunedPipeline(load_pipeline(TINY_BASE, CPU))
+        tuned.activate(artifacts.read(tmp_path / "tuned", tmp_path / "unpacked"))
+        unet = tuned.pipeline.unet
+    else:
+        unet = load_components(TINY_BASE, is_lora=False, device=CPU).unet
+        unet.load_lora_adapter(load_file(tmp_path / "tuned" / "lora.safetensors"), prefix="unet")
     batch = dataset.collate([0])
     inputs = {
         "encoder_hidden_states": torch.randn(1, 77, unet.config["cross_attention_dim"]),

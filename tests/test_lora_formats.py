@@ -246,7 +246,7 @@ def test_several_loras_add_up_and_keep_their_words_apart(tuned, attention: Matri
         (lambda keys: {key: value[:, :1] for key, value in keys.items()}, "does not fit this base"),
         (
             lambda keys: {**keys, "unet.mid_block.attentions.0.proj_in.dora_scale": torch.ones(1)},
-            "without DoRA",
+            "no plain LoRA",
         ),
         (lambda keys: {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
         (lambda keys: {"something.weight": torch.ones(2, 2)}, "holds no UNet, LoRA or embeddings"),
