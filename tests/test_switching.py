@@ -118,9 +118,10 @@ def apply_and_cancel(tuned: TunedPipeline, layers: Layers, *, after_s: float) ->
         with lock:
             running = False
     except Cancelled:
-        canceller.join()
         return True
-    canceller.join()
+    finally:
+        canceller.join()
+        torch.set_grad_enabled(True)  # a cancel can hit the very line that would have done it
     return False
 
 
