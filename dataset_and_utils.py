@@ -336,13 +336,6 @@ class ExampleDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 
-    def by_shape(self) -> list[list[int]]:
-        """Indices of the examples of each shape of latents."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index, example in enumerate(self.examples):
-            groups.setdefault(tuple(example.latents.shape), []).append(index)
-        return list(groups.values())
-
     def collate(self, indices: Sequence[int]) -> Example:
         """Stack the examples at `indices` (B of them): latents [B, 4, h, w], mask [B, 1, h, w], ids 2×[B, 77], …."""
         chosen = [self.examples[index] for index in indices]

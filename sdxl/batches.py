@@ -41,7 +41,7 @@ class Batches:
         """Batches of `micro_batches` × `size` examples of one shape."""
         self.generator = torch.Generator().manual_seed(seed)
         self.buckets = []
-        for indices in dataset.by_shape():
+        for indices in _by_shape(dataset):
             examples = dataset.collate(indices)
             chosen = torch.zeros(micro_batches, size, dtype=torch.long, device=examples.latents.device)
             self.buckets.append(Bucket(examples=examples, chosen=chosen))
@@ -60,3 +60,11 @@ class Batches:
         bucket.chosen.copy_(queue[:wanted].view_as(bucket.chosen))
         self._queues[number] = queue[wanted:]
         return number
+
+
+def _by_shape(dataset: ExampleDataset) -> list[list[int]]:
+    """Indices of the examples of each shape of latents."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, example in enumerate(dataset.examples):
+        groups.setdefault(tuple(example.latents.shape), []).append(index)
+    return list(groups.values())
