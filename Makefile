@@ -13,7 +13,7 @@ K ?= 3
 env: .venv/.complete
 
 .venv/.complete: requirements-dev.txt
-	@echo "Making the environment in .venv (about 1.5 GB, a few minutes; once)"
+	@echo "Making the environment in .venv (about 2 GB, a few minutes; once)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
 	@touch $@
