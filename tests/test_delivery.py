@@ -87,7 +87,7 @@ def test_which_judge_judges(checker_folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_open_nsfw_passes_ordinary_pictures():
     pictures = [
-        read_image(REPOSITORY / "docs" / "demo.jpg"),
+        read_image(REPOSITORY / "docs" / "demo.jpg")[0],
         Image.effect_noise((256, 256), 80).convert("RGB"),
     ]
     assert OpenNsfwJudge().unsafe(pictures) == [False, False]
