@@ -55,7 +55,8 @@ def full_unet(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
         NotEnoughMemoryError: neither fp32 nor bf16 weights fit on the device.
     """
     precision = _precision(unet, config)
-    log.log(logging.WARNING if precision.tight else logging.INFO, precision.reason)
+    if unet.device.type == "cuda":
+        log.log(logging.WARNING if precision.tight else logging.INFO, precision.reason)
     unet.requires_grad_(True)
     precision.apply(unet)
     _prepare(unet, config)
