@@ -23,15 +23,14 @@ from sdxl.pipelines import load_pipeline
 from sdxl.tuned_weights import TunedPipeline
 
 EXAMPLES = Path("example_datasets/crowny.zip")
-# The rates are for a UNet of 7 million parameters; the defaults of train.py are for SDXL. So short a run sees few views.
+# The rates are for a UNet of 7 million parameters; the defaults of train.py are for SDXL. So short a run sees no views.
 TRAINING = {
     "input_images": f"@{EXAMPLES}",
     "token_map": "TOK:2",
-    "token_init": "TOK:toy",
     "max_train_steps": "550",
     "unet_learning_rate": "3e-4",
     "ti_lr": "5e-3",
-    "random_views": "3",
+    "random_views": "0",
     "lr_scheduler": "cosine",
     "seed": "0",
 }
