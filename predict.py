@@ -20,10 +20,10 @@ from sdxl import hosted_models, watermark
 from sdxl.canvas import keep_outside, lay_out
 from sdxl.command_line import run_command_line
 from sdxl.components import native_resolution
-from sdxl.config import new_workspace, resolve_seed
+from sdxl.config import cache_folder, new_workspace, resolve_seed
 from sdxl.errors import UserInputError, WithheldError
 from sdxl.fetching import fetch
-from sdxl.fine_tune_cache import CacheLimits, FineTuneCache, cache_folder
+from sdxl.fine_tune_cache import CacheLimits, FineTuneCache
 from sdxl.framing import read_image
 from sdxl.generation import GenerationRequest, generate
 from sdxl.logs import configure_logging

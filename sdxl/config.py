@@ -216,6 +216,12 @@ def check_caption_text(text: str) -> None:
         )
 
 
+def cache_folder() -> Path:
+    """The folder that `SDXL_CACHE` names, for what is kept between runs; by default one in the user's cache."""
+    named = os.environ.get("SDXL_CACHE")
+    return Path(named) if named else Path("~/.cache/sdxl-subject-tuning").expanduser()
+
+
 def new_workspace(name: str) -> Path:
     """Make the folder of one run, under `SDXL_WORKSPACE` (default: the system's folder for temporary files)."""
     parent = Path(os.environ.get("SDXL_WORKSPACE") or tempfile.gettempdir())

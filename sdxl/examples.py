@@ -17,11 +17,9 @@ from tqdm import tqdm
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap, read_captions_csv
 from sdxl.components import Components, add_placeholder_tokens
+from sdxl.dataset_folder import FRAMING_COLUMNS
 
 log = logging.getLogger(__name__)
-
-_FRAMING_COLUMNS = ["original_height", "original_width", "crop_top", "crop_left"]
-
 
 LARGEST_ZOOM = 1.3
 """Views are cut out of the picture enlarged by at most this factor."""
@@ -47,7 +45,7 @@ def cache_examples(
     """
     add_placeholder_tokens(components, token_map)
     table = folder / "captions.csv"
-    framings = pd.read_csv(table)[_FRAMING_COLUMNS].to_numpy()
+    framings = pd.read_csv(table)[FRAMING_COLUMNS].to_numpy()
     generator = torch.Generator(components.device).manual_seed(seed)
     rng = np.random.default_rng(seed)
     examples = []

@@ -73,12 +73,6 @@ def _gigabytes(name: str, default: float) -> int:
     return int(value * 1e9)
 
 
-def cache_folder() -> Path:
-    """The folder that `SDXL_CACHE` names; by default one in the user's cache."""
-    named = os.environ.get("SDXL_CACHE")
-    return Path(named) if named else Path("~/.cache/sdxl-subject-tuning").expanduser()
-
-
 class FineTuneCache(Generic[T]):
     """Least recently used fine-tunes go first, on disk and in memory alike; safe for threads and for processes that
     share a folder."""

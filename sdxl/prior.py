@@ -7,20 +7,21 @@ the loss.
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from diffusers import EulerDiscreteScheduler
 from tqdm import tqdm
 
 from sdxl.components import Components
+from sdxl.config import cache_folder
+from sdxl.dataset_folder import write_captions
 from sdxl.errors import UserInputError
+from sdxl.framing import Framing
 
 log = logging.getLogger(__name__)
 
@@ -56,19 +57,13 @@ class PriorConfig:
         return cls(prompts=prompts, **settings)
 
 
-def cache_folder() -> Path:
-    """Where pictures of the prior are kept between runs: `SDXL_CACHE`, by default under the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl-subject-tuning"
-    return Path(os.environ.get("SDXL_CACHE") or default) / "prior"
-
-
 def prior_dataset(config: PriorConfig, components: Components) -> Path:
     """The dataset folder of the prior's pictures: from the cache, else drawn by `components` as they are, the base.
 
     The folder appears in the cache when it is complete.
     """
     key = hashlib.sha256(json.dumps(asdict(config)).encode()).hexdigest()[:16]
-    folder = cache_folder() / key
+    folder = cache_folder() / "prior" / key
     if folder.is_dir():
         log.info("The prior's %d pictures come from %s", config.images, folder)
         return folder
@@ -104,7 +99,8 @@ def _draw(config: PriorConfig, components: Components, folder: Path) -> None:
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    side, rows = config.resolution, []
+    side = config.resolution
+    captions: dict[str, str] = {}
     on_gpu = components.device.type == "cuda"
     for index in tqdm(range(config.images), desc="Drawing the prior", unit="picture"):
         prompt = config.prompts[index % len(config.prompts)]
@@ -122,6 +118,6 @@ def _draw(config: PriorConfig, components: Components, folder: Path) -> None:
         decoded = components.vae.decode(latents).sample  # type: ignore[union-attr]
         pictures: Any = pipeline.image_processor.postprocess(decoded)
         pictures[0].save(folder / f"{index}.src.png")
-        rows.append((f"{index}.src.png", prompt, side, side, 0, 0))
-    columns = ["image_file", "caption", "original_height", "original_width", "crop_top", "crop_left"]
-    pd.DataFrame(rows, columns=columns).to_csv(folder / "captions.csv", index=False)
+        captions[f"{index}.src.png"] = prompt
+    whole = Framing(original_size=(side, side), crop_top_left=(0, 0), target_size=(side, side))
+    write_captions(folder / "captions.csv", captions, [whole] * len(captions))

@@ -16,11 +16,12 @@ from preprocess import PreprocessConfig, prepare_dataset
 from sdxl import artifacts
 from sdxl.batches import Batches
 from sdxl.components import load_components
+from sdxl.config import cache_folder
 from sdxl.diffusion import drop_prompts, masked_mse, sample_noise
 from sdxl.errors import TrainingDivergedError, UserInputError
 from sdxl.examples import LARGEST_ZOOM, cache_examples
 from sdxl.pipelines import load_pipeline
-from sdxl.prior import PriorConfig, cache_folder, prior_dataset
+from sdxl.prior import PriorConfig, prior_dataset
 from sdxl.training import StepReport, TrainedModel, fine_tune, learning_rate_share
 from sdxl.tuned_weights import TunedPipeline
 from tests.conftest import TINY_BASE
@@ -226,11 +227,12 @@ def test_the_prior_is_drawn_once_and_learnt(run, monkeypatch: pytest.MonkeyPatch
     )
     components = load_components(TINY_BASE, is_lora=False, device=CPU)
     folder = prior_dataset(config, components)
-    assert folder.parent == cache_folder()
+    kept = cache_folder() / "prior"
+    assert folder.parent == kept
     assert sorted(path.name for path in folder.glob("*.png")) == ["0.src.png", "1.src.png", "2.src.png"]
     stamp = folder.stat().st_mtime_ns
     assert prior_dataset(config, components) == folder and folder.stat().st_mtime_ns == stamp
-    assert [path.name for path in cache_folder().iterdir()] == [folder.name]
+    assert [path.name for path in kept.iterdir()] == [folder.name]
     prior = cache_examples(folder, components, TokenMap({}), seed=0)
     data = run()[1]
     cache_examples_tokens(components)
