@@ -3,13 +3,10 @@
 Knows streams and graphs; does not know training.
 """
 
-import logging
 from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 WARM_UP_CALLS = 3
 """Calls of a piece of work that run as they are before it is captured: libraries allocate and choose kernels in them."""

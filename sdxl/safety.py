@@ -50,10 +50,8 @@ class CheckerJudge:
         """One answer a picture."""
         parameter = next(self.checker.parameters())
         pixels = self.processor(list(pictures), return_tensors="pt").pixel_values
-        arrays = [np.asarray(picture) for picture in pictures]  # the checker blackens these copies
-        _, flags = self.checker(
-            clip_input=pixels.to(parameter.device, parameter.dtype), images=[np.array(one) for one in arrays]
-        )
+        copies = [np.array(picture) for picture in pictures]  # the checker blackens them
+        _, flags = self.checker(clip_input=pixels.to(parameter.device, parameter.dtype), images=copies)
         return [bool(flag) for flag in flags]
 
 

@@ -83,10 +83,11 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
 
     The matrices start from torch's global generator.
     """
+    alpha = config.lora_alpha or config.lora_rank
     unet.add_adapter(
         LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha or config.lora_rank,
+            lora_alpha=alpha,
             use_dora=config.use_dora,
             init_lora_weights="gaussian",
             target_modules=LORA_TARGETS[config.lora_targets],
@@ -94,7 +95,7 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
     )
     cast_training_params(unet, dtype=torch.float32)
     _prepare(unet, config)
-    scale = (config.lora_alpha or config.lora_rank) / config.lora_rank
+    scale = alpha / config.lora_rank
 
     def export() -> dict[str, Tensor]:
         # Under these names diffusers reads every kind of layer alike. It takes alpha for the rank where none is told:

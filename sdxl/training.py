@@ -253,17 +253,16 @@ def _freeze_rows(components: Components, subject: Batches, rows: list[TokenRows]
 
 @torch.no_grad()
 def _fix_prompts(components: Components, batches: Batches) -> None:
-    """Encode the captions of all examples once, picture by picture."""
+    """Encode every caption of the examples once, one by one: all views of a picture share theirs."""
     for bucket in batches.buckets:
+        distinct, which = torch.cat(bucket.examples.token_ids, 1).unique(dim=0, return_inverse=True)
         with _autocast(components.device):
             encoded = [
-                encode_prompt(components.text_encoders, bucket.examples.take(row).token_ids)
-                for row in torch.arange(len(bucket), device=components.device).split(1)
+                encode_prompt(components.text_encoders, (first, second))
+                for first, second in (row.chunk(2, 1) for row in distinct.split(1))
             ]
-        bucket.prompts = (
-            torch.cat([hidden for hidden, _ in encoded]),
-            torch.cat([pool for _, pool in encoded]),
-        )
+        hidden, pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+        bucket.prompts = hidden[which], pooled[which]
 
 
 def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
