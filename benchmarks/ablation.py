@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality import METHODS, about, add_job_arguments, run_all
+from benchmarks.scores import fidelity
 from benchmarks.subject_job import Method
 
 DEFAULT = "default"
@@ -84,13 +85,13 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             continue
         before = untuned[r["seed"]]
         base, change, seed = r["method"].split("/")
-        fidelity = (r["similarity"] - before["similarity"]) / (r["real_similarity"] - before["similarity"])
+        reached = fidelity(r["similarity"], untuned=before["similarity"], real=r["real_similarity"])
         rows.setdefault(f"{base}/{change}", {})[r["seed"], seed] = {
-            "fidelity": fidelity,
+            "fidelity": reached,
             "prompt": r["prompt_all"],
             "drift": 100 * (before["prior_all"] - r["prior_all"]),
             "diversity": r["diversity"],
-            "score": 100 * fidelity * r["prompt_all"],
+            "score": 100 * reached * r["prompt_all"],
         }
     table = {}
     for name, group in rows.items():

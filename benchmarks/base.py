@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import Tensor
 
+from benchmarks.scores import cosine_of_different
 from tiny_world.captions import held_out_prompts
 from tiny_world.following import following, shares
 from tiny_world.parts import pad
@@ -85,8 +86,7 @@ def autoencoder_identity(base: Path, device: str, subjects: int = 30, shots: int
         pictures = render(pad(parts)).images.to(device)
         latents = vae.encode(pictures * 2 - 1).latent_dist.mode()
         again = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-        cosines = scorer.identity(again) @ scorer.identity(pictures).T
-        similarities.append(float(cosines.fill_diagonal_(0).sum()) / (shots * (shots - 1)))
+        similarities.append(cosine_of_different(scorer.identity(again), scorer.identity(pictures)))
     return round(sum(similarities) / subjects, 4)
 
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from benchmarks import prompts as P
 from benchmarks.quality import METHODS, about, add_job_arguments
-from benchmarks.subject_job import BASE, Method, draw, grown, learn, real_pictures, write_raw
+from benchmarks.scores import cosine_of_different, fidelity
+from benchmarks.subject_job import BASE, Method, draw, learn, real_pictures, write_renders
 from sdxl.pipelines import load_pipeline
 from sdxl.tuned_weights import TunedPipeline
 from tiny_world.following import following, shares
@@ -30,7 +31,6 @@ from tiny_world.parts import pad
 from tiny_world.raster import render
 from tiny_world.scenes import Scene, scene_parts
 from tiny_world.scorer import Scorer
-from tiny_world.sheets import to_pil
 from tiny_world.subjects import shot_parts, subject
 
 OTHER = "OTHER"
@@ -73,8 +73,7 @@ def two_subjects(seed: int) -> Case:
         confused = []
         for name, stranger in ((P.NAME, OTHER), (OTHER, P.NAME)):
             mine = torch.tensor([asked_name == name for _, _, asked_name in asked])
-            vectors, n = real[name], len(real[name])
-            numbers[f"real_{name}"] = float(((vectors @ vectors.T).sum() - n) / (n * (n - 1)))
+            numbers[f"real_{name}"] = cosine_of_different(real[name], real[name])
             numbers[f"similarity_{name}"] = float(similar[name][mine].mean())
             confused += (similar[stranger][mine] > similar[name][mine]).tolist()
         met = following(scorer.attributes(drawn), [scene for _, scene, _ in asked])
@@ -123,10 +122,9 @@ def cluttered(seed: int) -> Case:
 
     def judge(drawn: Tensor, scorer: Scorer) -> Numbers:
         real = scorer.identity(real_pictures(seed))
-        n = len(real)
         met = following(scorer.attributes(drawn), [scene for _, scene in asked])
         return {
-            f"real_{P.NAME}": float(((real @ real.T).sum() - n) / (n * (n - 1))),
+            f"real_{P.NAME}": cosine_of_different(real, real),
             f"similarity_{P.NAME}": float((scorer.identity(drawn) @ real.T).mean()),
             "prompt": shares(met)["all"],
         }
@@ -192,8 +190,7 @@ def run_case(case: Case, method: Method, args: argparse.Namespace) -> Numbers:
     with tempfile.TemporaryDirectory() as work:
         folder, tuned = Path(work), None
         if method.trained:
-            masks = [to_pil(grown(mask).expand(3, -1, -1)) for mask in case.masks] if method.masks else None
-            write_raw(folder / "raw", [to_pil(p) for p in case.pictures], case.captions, masks)
+            write_renders(folder / "raw", case.pictures, case.captions, case.masks if method.masks else None)
             tuned = learn(
                 folder / "raw",
                 folder,
@@ -217,8 +214,10 @@ def fidelities(numbers: Numbers, untuned: Numbers) -> Numbers:
     out = {key: value for key, value in numbers.items() if not key.startswith(("real_", "similarity_"))}
     for key in numbers:
         if key.startswith("similarity_"):
-            name, before = key.removeprefix("similarity_"), untuned[key]
-            out[f"fidelity_{name}"] = (numbers[key] - before) / (numbers[f"real_{name}"] - before)
+            name = key.removeprefix("similarity_")
+            out[f"fidelity_{name}"] = fidelity(
+                numbers[key], untuned=untuned[key], real=numbers[f"real_{name}"]
+            )
     return out
 
 

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
+from benchmarks.scores import cosine_of_different
 from benchmarks.subject_job import Method, draw, learn, write_raw
 from sdxl.errors import UserInputError
 from sdxl.hosted_models import local_folder
@@ -180,8 +181,7 @@ def real_scores(encoders: Encoders, real: list[Tensor]) -> dict[str, float]:
     """What real pictures of a subject reach among themselves: the mean over different pairs."""
     result = {}
     for key, vectors in (("dino", encoders.dino_images(real)), ("clip_i", encoders.clip_images(real))):
-        n = len(vectors)
-        result[key] = float(((vectors @ vectors.T).sum() - n) / (n * (n - 1)))
+        result[key] = cosine_of_different(vectors, vectors)
     return result
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from benchmarks import base, prompts
 from benchmarks.base import autoencoder_identity
+from benchmarks.scores import fidelity
 from benchmarks.subject_job import BASE, Method, run_job, training_pictures
 from sdxl.contact_sheet import Row, contact_sheet
 from tiny_world.sheets import to_pil
@@ -133,9 +134,8 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     rows: dict[str, list[dict[str, float]]] = {}
     for r in results:
         before = untuned[r["seed"]]
-        span = r["real_similarity"] - before["similarity"]
         row = {
-            "fidelity": (r["similarity"] - before["similarity"]) / span,
+            "fidelity": fidelity(r["similarity"], untuned=before["similarity"], real=r["real_similarity"]),
             "prompt": r["prompt_all"],
             "prompt_share": r["prompt_all"] / before["known_all"],
             "prior_drift": 100 * (before["prior_all"] - r["prior_all"]),

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import prompts as P
+from benchmarks.scores import cosine_of_different
 from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl import artifacts
@@ -165,12 +166,18 @@ def write_raw(
         writer.writerows(zip(names, captions, strict=True))
 
 
+def write_renders(folder: Path, images: Tensor, captions: list[str], masks: Tensor | None) -> None:
+    """`write_raw` for renders [n, 3, h, w] in 0..1, and the masks [n, 1 or more, h, w] of their first things, with a
+    margin as hand-made ones have."""
+    drawn = None if masks is None else [to_pil(_grown(mask).expand(3, -1, -1)) for mask in masks[:, :1]]
+    write_raw(folder, [to_pil(image) for image in images], captions, drawn)
+
+
 def _learn(
     seed: int, method: Method, folder: Path, steps: int, batch_size: int, device: str
 ) -> artifacts.FineTune:
     shown = training_pictures(seed)
-    masks = [to_pil(grown(mask).expand(3, -1, -1)) for mask in shown.masks[:, :1]] if method.masks else None
-    write_raw(folder / "raw", [to_pil(picture) for picture in shown.images], P.training_captions(), masks)
+    write_renders(folder / "raw", shown.images, P.training_captions(), shown.masks if method.masks else None)
     return learn(
         folder / "raw",
         folder,
@@ -184,8 +191,8 @@ def _learn(
     )
 
 
-def grown(mask: Tensor, by: int = 4) -> Tensor:
-    """A mask [1, h, w] with a margin of `by` pixels, as hand-made ones have."""
+def _grown(mask: Tensor, by: int = 4) -> Tensor:
+    """A mask [1, h, w] with a margin of `by` pixels."""
     return torch.nn.functional.max_pool2d(mask[None], 2 * by + 1, 1, by)[0]
 
 
@@ -209,7 +216,7 @@ def _judge(
     embedded = scorer.identity(pictures)
     numbers = {
         "similarity": float((embedded @ real.T).mean()),
-        "real_similarity": float((real @ real.T).fill_diagonal_(0).sum() / (len(real) * (len(real) - 1))),
+        "real_similarity": cosine_of_different(real, real),
         "other_similarity": float((real @ others.T).mean()),
     }
     for i, value in enumerate((embedded @ real.T).mean(1).view(seeds, -1).mean(0).tolist()):
