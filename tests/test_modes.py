@@ -118,13 +118,12 @@ def latents_of(pipeline, picture: Image.Image) -> torch.Tensor:
         return pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
 
 
-@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "PNDM"])
-def test_image_to_image_is_that_of_diffusers(pipeline, picture, scheduler: str):
-    """But for PNDM, whose schedule diffusers cuts so that its two first calls are of different intervals."""
-    theirs = StableDiffusionXLImg2ImgPipeline(**pipeline.components, add_watermarker=False)
+def by_diffusers(kind, pipeline, picture, scheduler: str, **asked: Any) -> np.ndarray:
+    """What diffusers' pipeline of a `kind` draws over `picture`."""
+    theirs = kind(**pipeline.components, add_watermarker=False)
     theirs.scheduler = make_scheduler(scheduler, pipeline)
     theirs.set_progress_bar_config(disable=True)
-    drawn = theirs(
+    return theirs(
         prompt=request().prompt,
         image=latents_of(pipeline, picture),
         strength=0.7,
@@ -132,7 +131,14 @@ def test_image_to_image_is_that_of_diffusers(pipeline, picture, scheduler: str):
         guidance_scale=4.0,
         generator=[torch.Generator().manual_seed(7)],
         output_type="np",
+        **asked,
     ).images[0]
+
+
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "PNDM"])
+def test_image_to_image_is_that_of_diffusers(pipeline, picture, scheduler: str):
+    """But for PNDM, whose schedule diffusers cuts so that its two first calls are of different intervals."""
+    drawn = by_diffusers(StableDiffusionXLImg2ImgPipeline, pipeline, picture, scheduler)
     ours = draw(pipeline, request(scheduler=scheduler, image=picture, prompt_strength=0.7))[0]
     assert far(ours, levels(drawn)) <= 1
 
@@ -165,21 +171,9 @@ def test_inpainting_repaints_as_diffusers_does(pipeline, picture):
     """With a mask on the latents' grid, within the white, where no feather shows the original."""
     mask = Image.new("L", (64, 64), 0)
     ImageDraw.Draw(mask).rectangle((32, 16, 63, 39), fill=255)
-    theirs = StableDiffusionXLInpaintPipeline(**pipeline.components, add_watermarker=False)
-    theirs.scheduler = make_scheduler("K_EULER", pipeline)
-    theirs.set_progress_bar_config(disable=True)
-    drawn = theirs(
-        prompt=request().prompt,
-        image=latents_of(pipeline, picture),
-        mask_image=mask,
-        width=64,
-        height=64,
-        strength=0.7,
-        num_inference_steps=5,
-        guidance_scale=4.0,
-        generator=[torch.Generator().manual_seed(7)],
-        output_type="np",
-    ).images[0]
+    drawn = by_diffusers(
+        StableDiffusionXLInpaintPipeline, pipeline, picture, "K_EULER", mask_image=mask, width=64, height=64
+    )
     ours = draw(pipeline, request(image=picture, mask=mask, prompt_strength=0.7))[0]
     white = np.array(mask) > 0
     assert far(ours[white], levels(drawn)[white]) <= 1
