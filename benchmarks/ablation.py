@@ -10,24 +10,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from statistics import mean, stdev
 from typing import Any
 
-import torch
+from PIL import Image
 
-from benchmarks.quality import METHODS, about, add_job_arguments, run_all
+from benchmarks.quality import METHODS, about, add_job_arguments, run_all, sheet
 from benchmarks.scores import fidelity
 from benchmarks.subject_job import Method
 
 DEFAULT = "default"
 FULL, LORA = (next(m for m in METHODS if m.name == name) for name in ("full_pivotal", "lora_pivotal"))
+_PRIOR = "a photo of a toy|a photo of a house|a photo of a tree|a photo of a car"
 CHANGES: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "pivot at 0": {"pivot_fraction": 0.0},
     "pivot at 0.25": {"pivot_fraction": 0.25},
-    "pivot at 0.75": {"pivot_fraction": 0.75},
     "pivot at 1": {"pivot_fraction": 1.0},
+    "rows start at random": {"init": ""},
+    "rows start at random, pivot at 0": {"init": "", "pivot_fraction": 0.0},
+    "rows start at random, pivot at 1": {"init": "", "pivot_fraction": 1.0},
+    "rare word, no rows": {"called": "sks", "pivot_fraction": 0.0},
+    "rare word and class, no rows": {"called": "sks toy", "pivot_fraction": 0.0},
+    "1 row": {"rows": 1},
+    "4 rows": {"rows": 4},
+    "rows at a third of their rate": {"ti_lr": 1.7e-3},
     "loss not weighted by SNR": {"snr_gamma": 1e6},
     "min-SNR γ 1": {"snr_gamma": 1.0},
     "offset noise 0.05": {"noise_offset": 0.05},
@@ -35,18 +43,20 @@ CHANGES: dict[str, dict[str, Any]] = {
     "constant learning rate": {"lr_scheduler": "constant"},
     "half the learning rate": {"rate": 0.5},
     "twice the learning rate": {"rate": 2.0},
-    "rows at a third of their rate": {"ti_lr": 1.7e-3},
-    "twice the steps": {"max_train_steps": 2.0},
-    "four times the steps": {"max_train_steps": 4.0},
+    "twice the steps": {"steps": 2.0},
+    "four times the steps": {"steps": 4.0},
     "no views": {"views": 0},
     "7 views": {"views": 7},
-    "63 views": {"views": 63},
+    "31 views": {"views": 31},
     "masks": {"masks": True},
     "masks, floor 0": {"masks": True, "mask_floor": 0.0},
     "mirrored too": {"horizontal_flip": True},
-    "rows start at random": {"init": ""},
+    "prior preservation": {"prior": _PRIOR},
+    "8-bit AdamW": {"optimizer": "adamw_8bit"},
+    "Prodigy": {"optimizer": "prodigy", "rate": None},
 }
-"""Name → what differs. `rate` and `max_train_steps` are factors; fields of `Method` and of `TrainingConfig` alike."""
+"""Name → what differs. `rate` (None: 1 itself) and `steps` are factors; the others fields of `Method` or of
+`TrainingConfig`."""
 LORA_CHANGES: dict[str, dict[str, Any]] = {
     "attention only": {"lora_targets": "attention"},
     "transformer blocks only": {"lora_targets": "transformer"},
@@ -55,6 +65,7 @@ LORA_CHANGES: dict[str, dict[str, Any]] = {
     "alpha half the rank": {"lora_alpha": 8},
     "DoRA": {"use_dora": True},
 }
+_METHOD_FIELDS = {field.name for field in fields(Method)}
 
 
 def variants(base: Method, steps: int, seeds: int) -> list[Method]:
@@ -63,15 +74,14 @@ def variants(base: Method, steps: int, seeds: int) -> list[Method]:
     rate_name = "lora_lr" if base.settings.get("is_lora") else "unet_learning_rate"
     made = []
     for name, change in changes.items():
-        fields = {key: value for key, value in change.items() if key in ("views", "masks", "init")}
-        settings = {key: value for key, value in change.items() if key not in fields and key != "rate"}
+        of_method = {key: value for key, value in change.items() if key in _METHOD_FIELDS}
+        settings = {key: value for key, value in change.items() if key not in {"rate", "steps", *of_method}}
         if "rate" in change:
-            settings[rate_name] = base.settings[rate_name] * change["rate"]
-        if "max_train_steps" in change:
-            settings["max_train_steps"] = round(steps * change["max_train_steps"])
+            settings[rate_name] = base.settings[rate_name] * change["rate"] if change["rate"] else 1.0
+        settings["max_train_steps"] = round(steps * change.get("steps", 1.0))
         for seed in range(seeds):
             whole = {**base.settings, **settings, "seed": seed}
-            made.append(replace(base, name=f"{base.name}/{name}/{seed}", settings=whole, **fields))
+            made.append(replace(base, name=f"{base.name}/{name}/{seed}", settings=whole, **of_method))
     return made
 
 
@@ -129,12 +139,17 @@ def main() -> None:
     if args.only:
         kept = {DEFAULT, *args.only}
         methods = [m for m in methods if not m.trained or m.name.split("/")[1] in kept]
-    table = summarise(run_all(subjects, methods, args))
+    results = run_all(subjects, methods, args)
+    table = summarise(results)
     sys.stdout.write(markdown(table) + "\n")
     args.output.mkdir(parents=True, exist_ok=True)
     numbers = {"subjects": subjects, "steps": args.steps, "table": table} | about(args.device)
-    (args.output / "ablation.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    (args.output / "ablation.md").write_text(markdown(table) + "\n")
+    (args.output / f"{args.name}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (args.output / f"{args.name}.md").write_text(markdown(table) + "\n")
+    if args.sheet_subjects:
+        picture = sheet(results, subjects[: args.sheet_subjects])
+        picture.thumbnail((1800, picture.height), Image.Resampling.LANCZOS)
+        picture.save(args.output / f"{args.name}.jpg", quality=80)
 
 
 def _arguments() -> argparse.Namespace:
@@ -142,9 +157,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--subjects", type=int, default=4)
     parser.add_argument("--judging", action="store_true", help="odd seeds: once, at the end")
     parser.add_argument("--training-seeds", type=int, default=2, help="runs of each variant and subject")
+    parser.add_argument("--name", default="ablation", help="of the files that are written")
+    parser.add_argument(
+        "--sheet-subjects", type=int, default=0, help="subjects whose pictures are written too"
+    )
     parser.add_argument("--only", nargs="+", choices=[*CHANGES, *LORA_CHANGES], help="only these changes")
     add_job_arguments(parser)
-    parser.set_defaults(workers=12 if torch.cuda.is_available() else 2)
     return parser.parse_args()
 
 

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks import prompts as P
 from benchmarks.quality import METHODS, about, add_job_arguments
 from benchmarks.scores import cosine_of_different, fidelity
 from benchmarks.subject_job import BASE, Method, draw, learn, real_pictures, write_renders
+from benchmarks.workers import in_processes
 from sdxl.pipelines import load_pipeline
 from sdxl.tuned_weights import TunedPipeline
 from tiny_world.following import following, shares
@@ -184,7 +184,12 @@ def style(seed: int) -> Case:
 CASES = {"two_subjects": two_subjects, "cluttered": cluttered, "style": style}
 
 
-def run_case(case: Case, method: Method, args: argparse.Namespace) -> Numbers:
+def run_case(name: str, seed: int, method: Method, args: argparse.Namespace) -> Numbers:
+    """What a method reaches in a case of `CASES` with one subject."""
+    return judge_method(CASES[name](seed), method, args)
+
+
+def judge_method(case: Case, method: Method, args: argparse.Namespace) -> Numbers:
     """Learn the case by the method, draw its prompts, judge them."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as work:
@@ -225,27 +230,42 @@ def main() -> None:
     """Run the cases on all subjects, print means, write them as JSON."""
     args = _arguments()
     subjects = [(0 if args.development else 1) + 4 * i for i in range(args.subjects)]
-    plain = [Method(name="untuned", trained=False), FULL, LORA]
-    masked = [replace(m, name=f"{m.name}_masks", masks=True) for m in (FULL, LORA)]
+    calls = [
+        (name, seed, method, args) for name in args.cases for seed in subjects for method in methods_of(name)
+    ]
+    results: dict[tuple[str, int, str], Numbers] = {}
+    for i, numbers in in_processes(
+        run_case, calls, workers=args.workers, device=args.device, desc="Cases and methods"
+    ):
+        name, seed, method, _ = calls[i]
+        results[name, seed, method.name] = numbers
+    table = summarise(results)
+    sys.stdout.write(json.dumps(table, indent=2) + "\n")
+    numbers_out: dict[str, Any] = {"subjects": subjects, "steps": args.steps, "cases": table}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "cases.json").write_text(json.dumps(numbers_out | about(args.device), indent=2) + "\n")
+
+
+def methods_of(name: str) -> list[Method]:
+    """The methods that are compared in a case."""
+    methods = [Method(name="untuned", trained=False), FULL, LORA]
+    if name == "style":  # no toy: its rows start at random
+        return [replace(m, init="") for m in methods]
+    if name == "cluttered":
+        return methods + [replace(m, name=f"{m.name}_masks", masks=True) for m in (FULL, LORA)]
+    return methods
+
+
+def summarise(results: dict[tuple[str, int, str], Numbers]) -> dict[str, dict[str, Numbers]]:
+    """(case, subject, method) -> numbers, as case -> method -> means over the subjects."""
+    rows: dict[tuple[str, str], list[Numbers]] = {}
+    for (name, seed, method), numbers in sorted(results.items()):
+        rows.setdefault((name, method), []).append(fidelities(numbers, results[name, seed, "untuned"]))
     table: dict[str, dict[str, Numbers]] = {}
-    for name in args.cases:
-        # A style is no toy: its rows start at random.
-        methods = [replace(m, init="") for m in plain] if name == "style" else plain
-        methods = [*methods, *(masked if name == "cluttered" else ())]
-        rows: dict[str, list[Numbers]] = {}
-        for seed in tqdm(subjects, desc=name, unit="subject"):
-            case = CASES[name](seed)
-            results = {method.name: run_case(case, method, args) for method in methods}
-            for method, numbers in results.items():
-                rows.setdefault(method, []).append(fidelities(numbers, results["untuned"]))
-        table[name] = {
-            method: {key: round(mean(row[key] for row in group), 4) for key in group[0]}
-            for method, group in rows.items()
-        }
-        sys.stdout.write(json.dumps({name: table[name]}, indent=2) + "\n")
-        numbers_out: dict[str, Any] = {"subjects": subjects, "steps": args.steps, "cases": table}
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "cases.json").write_text(json.dumps(numbers_out | about(args.device), indent=2) + "\n")
+    for (name, method), group in rows.items():
+        means = {key: round(mean(row[key] for row in group), 4) for key in group[0]}
+        table.setdefault(name, {})[method] = means
+    return table
 
 
 def _arguments() -> argparse.Namespace:

@@ -72,14 +72,14 @@ _SUBJECT = [
 ]
 
 
-def training_captions() -> list[str]:
+def training_captions(called: str = NAME) -> list[str]:
     """One caption for each of `TRAINING`."""
-    return [text.format(NAME) for text, _ in _TRAINING]
+    return [text.format(called) for text, _ in _TRAINING]
 
 
-def subject_prompts() -> list[tuple[str, Scene]]:
+def subject_prompts(called: str = NAME) -> list[tuple[str, Scene]]:
     """Prompts with the subject's name, and what they ask for."""
-    return [(text.format(NAME), scene) for text, scene in _SUBJECT]
+    return [(text.format(called), scene) for text, scene in _SUBJECT]
 
 
 def known_prompts() -> list[tuple[str, Scene]]:

@@ -11,13 +11,12 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import platform
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,12 +24,12 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from benchmarks import base, prompts
 from benchmarks.base import autoencoder_identity
 from benchmarks.scores import fidelity
 from benchmarks.subject_job import BASE, Method, run_job, training_pictures
+from benchmarks.workers import in_processes
 from sdxl.contact_sheet import Row, contact_sheet
 from tiny_world.sheets import to_pil
 
@@ -38,20 +37,27 @@ _LORA = {"is_lora": True, "lora_targets": "all", "lora_lr": 2e-3}
 _FULL = {"unet_learning_rate": 4e-4}
 _SHARED = {"init": "toy", "views": 15}
 _NO_TI, _PIVOTAL = {"pivot_fraction": 0.0}, {"pivot_fraction": 0.5, "ti_lr": 5e-3}
+_WORD, _CLASS = {"called": "sks"}, {"called": "sks toy"}
 METHODS = (
     Method(name="untuned", trained=False),
     Method(name="ti", **_SHARED, settings=_LORA | {"lora_lr": 0.0, "pivot_fraction": 1.0, "ti_lr": 5e-3}),
-    Method(name="lora", **_SHARED, settings=_LORA | _NO_TI),
-    Method(name="full", **_SHARED, settings=_FULL | _NO_TI),
+    Method(name="lora", **_SHARED | _WORD, settings=_LORA | _NO_TI),
+    Method(name="lora_class", **_SHARED | _CLASS, settings=_LORA | _NO_TI),
+    Method(name="full", **_SHARED | _WORD, settings=_FULL | _NO_TI),
+    Method(name="full_class", **_SHARED | _CLASS, settings=_FULL | _NO_TI),
     Method(name="lora_pivotal", **_SHARED, settings=_LORA | _PIVOTAL),
     Method(name="full_pivotal", **_SHARED, settings=_FULL | _PIVOTAL),
 )
-"""All are told the subject's class, by the word that the token's rows start from, and see the same views of the pictures."""
+"""All see the same views of the same pictures under the same captions but for the subject's name: a token whose rows
+start from its class's word; or, without textual inversion, a rare word as DreamBooth has it, alone or before the class."""
+DEFAULT_METHODS = ("untuned", "ti", "lora", "full", "lora_pivotal", "full_pivotal")
 TITLES = {
     "untuned": "untuned base",
     "ti": "textual inversion only",
     "lora": "LoRA without TI",
+    "lora_class": "LoRA without TI, class named",
     "full": "full UNet without TI",
+    "full_class": "full UNet without TI, class named",
     "lora_pivotal": "LoRA + pivotal",
     "full_pivotal": "full UNet + pivotal",
 }
@@ -62,7 +68,7 @@ def main() -> None:
     args = _arguments()
     first = 0 if args.development else 1
     subjects = [first + 2 * i for i in range(args.subjects)]
-    methods = [method for method in METHODS if args.methods is None or method.name in args.methods]
+    methods = [method for method in METHODS if method.name in args.methods]
     results = run_all(subjects, methods, args)
     table = summarise(results)
     sys.stdout.write(markdown(table) + "\n")
@@ -98,30 +104,20 @@ def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace
     args.workdir.mkdir(parents=True, exist_ok=True)
     jobs = [(seed, method) for seed in subjects for method in methods]
     missing = [job for job in jobs if not _files(args, *job)[0].exists()]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        args.workers, mp_context=context, initializer=_start, initargs=(args.workers,)
-    ) as pool:
-        futures = {
-            pool.submit(
-                run_job,
-                seed,
-                method,
-                steps=args.steps,
-                batch_size=args.batch_size,
-                seeds=args.seeds,
-                sampling_steps=args.sampling_steps,
-                device=args.device,
-            ): (seed, method)
-            for seed, method in missing
-        }
-        for future in tqdm(as_completed(futures), total=len(futures), desc="Jobs", unit="job"):
-            result = future.result()
-            numbers, pictures = _files(args, *futures[future])
-            save_file({"pictures": result.pop("pictures")}, pictures)
-            partial = numbers.with_suffix(".partial")
-            partial.write_text(json.dumps(result))
-            partial.replace(numbers)  # a job counts once its numbers are there in full
+    work = partial(
+        run_job,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        seeds=args.seeds,
+        sampling_steps=args.sampling_steps,
+        device=args.device,
+    )
+    for i, result in in_processes(work, missing, workers=args.workers, device=args.device, desc="Jobs"):
+        numbers, pictures = _files(args, *missing[i])
+        save_file({"pictures": result.pop("pictures")}, pictures)
+        unfinished = numbers.with_suffix(".partial")
+        unfinished.write_text(json.dumps(result))
+        unfinished.replace(numbers)  # a job counts once its numbers are there in full
     return [
         json.loads(numbers.read_text()) | {"pictures": load_file(pictures)["pictures"]}
         for numbers, pictures in (_files(args, *job) for job in jobs)
@@ -192,12 +188,10 @@ def sheet(results: list[dict[str, Any]], subjects: list[int]) -> Image.Image:
         for r in results:
             if r["seed"] == seed:
                 pictures = [to_pil(picture / 255) for picture in r["pictures"]]
-                rows.append(Row(title=TITLES[r["method"]], pictures=pictures, captions=captions))
+                rows.append(
+                    Row(title=TITLES.get(r["method"], r["method"]), pictures=pictures, captions=captions)
+                )
     return contact_sheet(rows)
-
-
-def _start(workers: int) -> None:
-    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
 
 
 def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, Path]:
@@ -227,14 +221,14 @@ def about(device: str) -> dict[str, Any]:
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """What every bench of jobs can be told."""
-    on_gpu = torch.cuda.is_available()
-    cores = os.cpu_count() or 1
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps a method")
-    parser.add_argument("--batch-size", type=int, default=32 if on_gpu else 4, help="pictures a step")
+    parser.add_argument("--batch-size", type=int, default=32 if gpus else 4, help="pictures a step")
     parser.add_argument("--sampling-steps", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
-    parser.add_argument("--workers", type=int, default=max(cores - 1, 1) if on_gpu else cores)
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    # A process that serves the GPU keeps a core busy, and one more brings little.
+    parser.add_argument("--workers", type=int, default=min(cores, 20 * max(gpus, 1)) if gpus else cores)
+    parser.add_argument("--device", default="cuda" if gpus else "cpu")
     parser.add_argument("--workdir", type=Path, default=Path("runs/quality"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
 
@@ -243,7 +237,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--subjects", type=int, default=3, help="K judging subjects, the odd seeds from 1")
     parser.add_argument("--development", action="store_true", help="even seeds instead, to tune on")
-    parser.add_argument("--methods", nargs="+", help="only these; 'untuned' must be among them")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=DEFAULT_METHODS,
+        choices=list(TITLES),
+        help="'untuned' must be among them",
+    )
     parser.add_argument("--base-prompts", type=int, default=0, help="held-out prompts to judge the base by")
     parser.add_argument("--sheet-subjects", type=int, default=3)
     add_job_arguments(parser)

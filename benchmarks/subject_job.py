@@ -24,6 +24,7 @@ from sdxl.components import load_components
 from sdxl.config import TrainingConfig
 from sdxl.examples import cache_examples
 from sdxl.pipelines import load_pipeline
+from sdxl.prior import PriorConfig, prior_dataset
 from sdxl.training import fine_tune
 from sdxl.tuned_weights import TunedPipeline
 from tiny_world.following import following, shares
@@ -36,6 +37,7 @@ from tiny_world.subjects import random_shot, shot_parts, subject
 BASE = Path("base_models/tiny-sdxl")
 GUIDANCE = 3.0
 REAL_SHOTS = 16
+PRIOR_IMAGES = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +47,18 @@ class Method:
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What of the `TrainingConfig` differs from `SETTINGS`."""
+    called: str = P.NAME
+    """What captions and prompts call the subject: the token, or plain words for a method without one."""
     init: str = ""
     """Known word that the token's rows start from; none for an empty one."""
+    rows: int = 2
+    """How many rows the token has."""
     views: int = 0
     """Random views of every picture that are learnt beside the whole."""
     masks: bool = False
     """Whether the pictures come with masks of the subject."""
+    prior: str = ""
+    """Prompts, separated by |, whose pictures by the base are learnt beside the subject's."""
     trained: bool = True
     """False for the untuned base."""
 
@@ -84,7 +92,7 @@ def run_job(
         pipeline = TunedPipeline(load_pipeline(BASE, torch.device(device)))
         pipeline.activate(tuned)
         pipeline.pipeline.set_progress_bar_config(disable=True)
-        numbers, pictures = _judge(seed, pipeline, seeds, sampling_steps, device, untuned=tuned is None)
+        numbers, pictures = _judge(seed, method, pipeline, seeds, sampling_steps, device)
     numbers["train_seconds"] = round(learnt - started, 1) if method.trained else 0.0
     numbers["seconds"] = round(time.monotonic() - started, 1)
     if device == "cuda":
@@ -135,9 +143,18 @@ def learn(
     dataset = prepare_dataset(raw, folder / "dataset", config=PreprocessConfig(target_size=resolution))
     components = load_components(base, is_lora=config.is_lora, device=torch.device(device))
     examples = cache_examples(
-        dataset, components, TokenMap.parse(config.token_map), seed=0, views=method.views
+        dataset,
+        components,
+        TokenMap.parse(config.token_map),
+        seed=0,
+        views=method.views,
+        flip=config.horizontal_flip,
     )
-    model = fine_tune(components, examples, config)
+    prior = None
+    if method.prior:
+        wanted = PriorConfig.parse(method.prior, base=str(base), images=PRIOR_IMAGES, resolution=resolution)
+        prior = cache_examples(prior_dataset(wanted, components), components, TokenMap({}), seed=0)
+    model = fine_tune(components, examples, config, prior=prior)
     artifacts.write(model, folder / "tuned", {})
     return artifacts.read(folder / "tuned", folder / "unpacked")
 
@@ -177,13 +194,18 @@ def _learn(
     seed: int, method: Method, folder: Path, steps: int, batch_size: int, device: str
 ) -> artifacts.FineTune:
     shown = training_pictures(seed)
-    write_renders(folder / "raw", shown.images, P.training_captions(), shown.masks if method.masks else None)
+    write_renders(
+        folder / "raw",
+        shown.images,
+        P.training_captions(method.called),
+        shown.masks if method.masks else None,
+    )
     return learn(
         folder / "raw",
         folder,
         method,
         base=BASE,
-        token_map=f"{P.NAME}:2",
+        token_map=f"{P.NAME}:{method.rows}",
         resolution=256,
         steps=steps,
         batch_size=batch_size,
@@ -197,11 +219,11 @@ def _grown(mask: Tensor, by: int = 4) -> Tensor:
 
 
 def _judge(
-    seed: int, tuned: TunedPipeline, seeds: int, sampling_steps: int, device: str, *, untuned: bool
+    seed: int, method: Method, tuned: TunedPipeline, seeds: int, sampling_steps: int, device: str
 ) -> tuple[dict[str, float], Tensor]:
     scorer = Scorer(device=device)
-    asked = P.subject_prompts() * seeds
-    controls = {"prior": P.prior_prompts()} | ({"known": P.known_prompts()} if untuned else {})
+    asked = P.subject_prompts(method.called) * seeds
+    controls = {"prior": P.prior_prompts()} | ({} if method.trained else {"known": P.known_prompts()})
     prompts = [prompt for prompt, _ in asked]
     prompts += [prompt for pairs in controls.values() for prompt, _ in pairs]
     prompts += [P.DIVERSITY_PROMPT] * 6

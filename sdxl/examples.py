@@ -4,9 +4,13 @@ Knows the dataset folder and the frozen parts that encode it; does not know what
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,6 +25,10 @@ from sdxl.dataset_folder import FRAMING_COLUMNS
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+PIXELS_AT_ONCE = 2 * 1024 * 1024
+"""Pixels that the autoencoder encodes in one batch: what its activations take must fit beside the model."""
 LARGEST_ZOOM = 1.3
 """Views are cut out of the picture enlarged by at most this factor."""
 
@@ -47,46 +55,72 @@ def cache_examples(
     table = folder / "captions.csv"
     framings = pd.read_csv(table)[FRAMING_COLUMNS].to_numpy()
     generator = torch.Generator(components.device).manual_seed(seed)
-    rng = np.random.default_rng(seed)
     examples = []
     captions = read_captions_csv(table)
-    for (name, caption), framing in zip(
-        tqdm(captions.items(), desc="Encoding pictures", unit="picture"), framings, strict=True
-    ):
-        whole = _open(folder / name, folder / name.replace(".src.png", ".mask.png"), framing)
-        shown = [whole, *(_view(whole, rng) for _ in range(views))]
-        shown += [_mirrored(view) for view in shown] if flip else []
-        ids = _token_ids(token_map.substitute(caption), name, components)
-        for view in shown:
-            latents = _encode(view.picture, components, generator)
-            time_ids = [*view.framing, view.picture.height, view.picture.width]
-            examples.append(
-                Example(
-                    latents=latents,
-                    mask=_latent_mask(view.mask, latents),
-                    token_ids=ids,
-                    time_ids=torch.tensor(time_ids, dtype=torch.float32, device=components.device),
+    with ThreadPoolExecutor() as threads:
+        works = (
+            partial(_shown, folder, name, framing, np.random.default_rng((seed, number)), views, flip)
+            for number, (name, framing) in enumerate(zip(captions, framings, strict=True))
+        )
+        progress = tqdm(captions.items(), desc="Encoding pictures", unit="picture")
+        for (name, caption), shown in zip(progress, _ahead(threads, works), strict=True):
+            ids = _token_ids(token_map.substitute(caption), name, components)
+            for view, latents in zip(shown, _encode(shown, components, generator), strict=True):
+                time_ids = [*view.framing, view.picture.height, view.picture.width]
+                examples.append(
+                    Example(
+                        latents=latents,
+                        mask=_latent_mask(view.mask, latents),
+                        token_ids=ids,
+                        time_ids=torch.tensor(time_ids, dtype=torch.float32, device=components.device),
+                    )
                 )
-            )
     return ExampleDataset(examples)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _View:
-    """A picture as it is learnt: with its mask, and its original height and width, crop top and left in pixels."""
+    """A picture as it is learnt."""
 
     picture: Image.Image
     mask: Image.Image | None
     framing: Sequence[float]
+    """Its original height and width, crop top and left in pixels."""
+    covered_width: float
+    """Of the whole original, in pixels of `picture`."""
+
+
+def _ahead(threads: ThreadPoolExecutor, works: Iterable[Callable[[], T]], depth: int = 4) -> Iterator[T]:
+    """The results of `works` in their order, made by `threads` up to `depth` ahead of who takes them."""
+    waiting: deque[Future[T]] = deque()
+    for work in works:
+        waiting.append(threads.submit(work))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _shown(
+    folder: Path, name: str, framing: Sequence[float], rng: np.random.Generator, views: int, flip: bool
+) -> list[_View]:
+    """The whole picture first, then its views, then all of them mirrored."""
+    whole = _open(folder / name, folder / name.replace(".src.png", ".mask.png"), framing)
+    shown = [whole, *(_view(whole, rng) for _ in range(views))]
+    return shown + [_mirrored(view) for view in shown] if flip else shown
 
 
 def _open(picture: Path, mask: Path, framing: Sequence[float]) -> _View:
     with Image.open(picture) as opened:
         image = opened.convert("RGB")
-    if not mask.is_file():
-        return _View(picture=image, mask=None, framing=framing)
-    with Image.open(mask) as opened:
-        return _View(picture=image, mask=opened.convert("L"), framing=framing)
+    shape = None
+    if mask.is_file():
+        with Image.open(mask) as opened:
+            shape = opened.convert("L")
+    original_height, original_width, *_ = framing
+    # A crop spans the original across or down: the rest of it lies beside the picture at the same scale.
+    scale = max(image.height / original_height, image.width / original_width)
+    return _View(picture=image, mask=shape, framing=framing, covered_width=original_width * scale)
 
 
 def _view(whole: _View, rng: np.random.Generator) -> _View:
@@ -104,21 +138,30 @@ def _view(whole: _View, rng: np.random.Generator) -> _View:
         picture=cut(whole.picture),
         mask=cut(whole.mask) if whole.mask else None,
         framing=(original_height, original_width, crop_top * zoom + top, crop_left * zoom + left),
+        covered_width=whole.covered_width * zoom,
     )
 
 
 def _mirrored(view: _View) -> _View:
-    return _View(
+    original_height, original_width, crop_top, crop_left = view.framing
+    from_right = max(view.covered_width - crop_left - view.picture.width, 0)
+    return replace(
+        view,
         picture=ImageOps.mirror(view.picture),
         mask=ImageOps.mirror(view.mask) if view.mask else None,
-        framing=view.framing,
+        framing=(original_height, original_width, crop_top, from_right),
     )
 
 
-def _encode(picture: Image.Image, components: Components, generator: torch.Generator) -> Tensor:
-    pixels = torch.from_numpy(np.array(picture)).to(components.device).permute(2, 0, 1)[None] / 127.5 - 1
-    posterior = components.vae.encode(pixels.to(components.vae.dtype)).latent_dist  # type: ignore[union-attr]
-    return (posterior.sample(generator) * components.vae.config["scaling_factor"])[0].float()
+def _encode(views: list[_View], components: Components, generator: torch.Generator) -> Iterator[Tensor]:
+    """The latents [4, h, w] of each view, all of one size, as many at once as `PIXELS_AT_ONCE` allows."""
+    width, height = views[0].picture.size
+    at_once = max(PIXELS_AT_ONCE // (width * height), 1)
+    for start in range(0, len(views), at_once):
+        stacked = np.stack([np.array(view.picture) for view in views[start : start + at_once]])
+        pixels = torch.from_numpy(stacked).to(components.device).permute(0, 3, 1, 2) / 127.5 - 1
+        posterior = components.vae.encode(pixels.to(components.vae.dtype)).latent_dist  # type: ignore[union-attr]
+        yield from (posterior.sample(generator) * components.vae.config["scaling_factor"]).float()
 
 
 def _latent_mask(mask: Image.Image | None, latents: Tensor) -> Tensor:

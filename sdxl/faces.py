@@ -94,5 +94,5 @@ def _overlap(one: tuple[float, float, float], two: _Find) -> float:
 
 
 @functools.cache
-def _cascade(name: str) -> cv2.CascadeClassifier:
+def _cascade(name: str) -> "cv2.CascadeClassifier":
     return cv2.CascadeClassifier(f"{cv2.data.haarcascades}haarcascade_{name}.xml")

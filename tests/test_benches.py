@@ -105,7 +105,7 @@ def test_a_case_runs_through(monkeypatch: pytest.MonkeyPatch):
     case = dataclasses.replace(cases.cluttered(0), prompts=["a photo of TOK"])
     case = dataclasses.replace(case, judge=lambda drawn, scorer: {"count": float(len(drawn))})
     method = dataclasses.replace(cases.LORA, views=0, masks=True)
-    assert cases.run_case(case, method, args) == {"count": 1.0}
+    assert cases.judge_method(case, method, args) == {"count": 1.0}
 
 
 def test_fidelity_is_between_the_untuned_base_and_real_pictures():

@@ -115,6 +115,16 @@ def test_flipped_pictures_are_learnt_beside_the_others(striped: Path):
     assert not torch.allclose(plain.latents, mirrored.latents, atol=0.1)
 
 
+def test_a_mirrored_cut_is_told_from_the_other_side(striped: Path):
+    components = load_components(TINY_BASE, is_lora=False, device=CPU)
+    data = cache_examples(striped, components, TokenMap.parse("TOK:2"), seed=0, views=6, flip=True)
+    ids = [example.time_ids.tolist() for example in data.examples]
+    for (_, _, top, left, *_), (_, _, mirrored_top, from_right, *_) in zip(ids[:7], ids[7:], strict=True):
+        room = left + from_right  # that the enlarging gave, across as down
+        assert mirrored_top == top and top - 1e-3 <= room <= (LARGEST_ZOOM - 1) * 64 + 1e-3
+    assert len({round(i[3], 3) for i in ids[7:]}) == 7
+
+
 def test_offset_noise_shifts_whole_channels():
     shape = torch.Size((64, 4, 16, 16))
     plain = sample_noise(shape, 0.0, torch.Generator().manual_seed(0))
