@@ -146,7 +146,7 @@ def learn(
         dataset,
         components,
         TokenMap.parse(config.token_map),
-        seed=0,
+        seed=config.seed,
         views=method.views,
         flip=config.horizontal_flip,
     )

@@ -106,7 +106,7 @@ def _shown(
 ) -> list[_View]:
     """The whole picture first, then its views, then all of them mirrored."""
     whole = _open(folder / name, folder / name.replace(".src.png", ".mask.png"), framing)
-    shown = [whole, *(_view(whole, rng) for _ in range(views))]
+    shown = [whole, *(_view(whole, *shares) for shares in _spread_out(views, rng))]
     return shown + [_mirrored(view) for view in shown] if flip else shown
 
 
@@ -123,11 +123,18 @@ def _open(picture: Path, mask: Path, framing: Sequence[float]) -> _View:
     return _View(picture=image, mask=shape, framing=framing, covered_width=original_width * scale)
 
 
-def _view(whole: _View, rng: np.random.Generator) -> _View:
-    """A random part of `whole`, at its size."""
+def _spread_out(views: int, rng: np.random.Generator) -> np.ndarray:
+    """Random points [views, 3] in 0..1, each coordinate once in every `views`-th of the range: few views still show
+    all zooms and places. Source: McKay, Beckman, Conover, Latin hypercube sampling (Technometrics, 1979)."""
+    order = rng.permuted(np.tile(np.arange(views), (3, 1)), axis=1).T
+    return (order + rng.random((views, 3))) / max(views, 1)
+
+
+def _view(whole: _View, zoom_share: float, left_share: float, top_share: float) -> _View:
+    """A part of `whole`, enlarged to its size; shares from 0 to 1 of the zoom and of the room that it gives."""
     width, height = whole.picture.size
-    zoom = rng.uniform(1.0, LARGEST_ZOOM)
-    left, top = (float(rng.uniform(0, (zoom - 1) * side)) for side in (width, height))
+    zoom = 1 + (LARGEST_ZOOM - 1) * zoom_share
+    left, top = left_share * (zoom - 1) * width, top_share * (zoom - 1) * height
     box = (left / zoom, top / zoom, (left + width) / zoom, (top + height) / zoom)
 
     def cut(image: Image.Image) -> Image.Image:

@@ -67,6 +67,7 @@ _CHOICES = {
 """Optimizer asked for → what may be chosen, best first. Adafactor and Prodigy have no stochastic rounding in any
 library that is kept, and fp32 with Adafactor is about as small as bf16 with 8-bit AdamW."""
 
+_SDXL_WEIGHTS = 2.567e9
 _ACTIVATION_BYTES = 12 * 2**30
 """Of one 1024×1024 picture in SDXL's UNet: counted 6.8 GiB saved for the backward pass in pure bf16; autocast's fp32
 normalisations, and what lives for a moment, may double it. An estimate."""
@@ -111,7 +112,9 @@ def choose_precision(
             f"optimizer {optimizer} would lose small updates of bf16 weights: use adamw_8bit, or precision fp32."
         )
     per_picture = _CHECKPOINTED_BYTES if checkpointing else _ACTIVATION_BYTES
-    activations = _RESERVE_BYTES + int(per_picture * batch * (resolution / 1024) ** 2)
+    # Activations grow with a UNet's width, its weights with the square of it.
+    narrower = min(parameters / _SDXL_WEIGHTS, 1.0) ** 0.5
+    activations = _RESERVE_BYTES + int(per_picture * narrower * batch * (resolution / 1024) ** 2)
     for choice in choices:
         need = int(choice.bytes_per_weight * parameters) + activations
         if need <= free_bytes:

@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from predict import Predictor
 from sdxl import watermark
@@ -18,6 +15,7 @@ from sdxl.framing import read_image
 from sdxl.placement import choose_placement
 from sdxl.safety import OpenNsfwJudge, load_checker, load_judge
 from tests.conftest import REPOSITORY, TINY_BASE, call
+from tests.tiny_helpers import write_checker
 
 SMALL = {"prompt": "a red fish on a blue background", "num_inference_steps": 2, "seed": 0}
 CPU = torch.device("cpu")
@@ -38,30 +36,7 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
 
 @pytest.fixture(scope="module")
 def checker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline's folder with a random checker whose first concept is a red picture."""
-    folder = tmp_path_factory.mktemp("checker")
-    torch.manual_seed(0)
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**vision, "vocab_size": 100},
-        vision_config={**vision, "image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    checker = StableDiffusionSafetyChecker(config)
-    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    processor = CLIPImageProcessorPil(**sizes)
-    with torch.no_grad():
-        for parameter in (checker.concept_embeds, checker.special_care_embeds):
-            parameter.normal_()
-        for weights in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
-            weights.fill_(0.999)
-        pixels = processor([Image.new("RGB", (64, 64), "red")], return_tensors="pt").pixel_values
-        pooled: Any = checker.vision_model(pixels)[1]
-        checker.concept_embeds[0] = checker.visual_projection(pooled)[0]
-    checker.save_pretrained(folder / "safety_checker", variant="fp16")
-    processor.save_pretrained(folder / "feature_extractor")
-    (folder / "model_index.json").write_text("{}")
-    return folder
+    return write_checker(tmp_path_factory.mktemp("checker"))
 
 
 def test_the_checker_of_stable_diffusion_judges(checker_folder: Path):

@@ -20,6 +20,7 @@ from sdxl.examples import cache_examples
 from sdxl.training import StepReport, fine_tune
 from tests.conftest import QUICK, TINY_BASE, call
 from tests.test_training import CONFIG
+from tests.tiny_helpers import write_checker
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -121,7 +122,10 @@ def test_full_size_trains_at_1024(is_lora: bool):
 
 
 @pytest.mark.parametrize("is_lora", [True, False])
-def test_the_embedded_base_trains_and_draws_on_cuda(captioned_zip: Path, is_lora: bool):
+def test_the_embedded_base_trains_and_draws_on_cuda(
+    captioned_zip: Path, is_lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SDXL_SAFETY_CHECKER", str(write_checker(tmp_path)))
     tar = call(train.train, input_images=captioned_zip, is_lora=is_lora, **QUICK)
     predictor = Predictor()
     predictor.setup()

@@ -337,6 +337,18 @@ def test_batch_resolution_and_checkpointing_count():
     assert chosen(batch=8) == chosen(checkpointing=False) == "adamw_8bit"
 
 
+def test_a_narrow_unet_needs_less_for_its_activations():
+    chosen = choose_precision(
+        free_bytes=10 * 2**30,
+        parameters=7_400_000,
+        optimizer="adamw",
+        batch=32,
+        resolution=256,
+        checkpointing=False,
+    )
+    assert chosen.weights is torch.float32 and not chosen.tight
+
+
 def test_what_cannot_fit_is_said_before_it_starts():
     common = {"parameters": SDXL_WEIGHTS, "batch": 1, "resolution": 1024}
     with pytest.raises(NotEnoughMemoryError, match=r"14\.3 GiB .* 12\.0 GiB are free: use is_lora"):

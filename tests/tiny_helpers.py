@@ -1,8 +1,10 @@
 """The models that help to prepare pictures, in their real classes with small random weights, saved as folders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn import functional
 
 _WORDS = [
@@ -109,4 +111,33 @@ def write_upscaler(folder: Path) -> Path:
         optimizer.zero_grad()
     torch.set_num_threads(threads)
     model.save_pretrained(folder)
+    return folder
+
+
+def write_checker(folder: Path) -> Path:
+    """A pipeline's folder with Stable Diffusion's safety checker, whose first concept is a red picture."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessorPil
+
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**vision, "vocab_size": 100},
+        vision_config={**vision, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    checker = StableDiffusionSafetyChecker(config)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = CLIPImageProcessorPil(**sizes)
+    with torch.no_grad():
+        for parameter in (checker.concept_embeds, checker.special_care_embeds):
+            parameter.normal_()
+        for weights in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+            weights.fill_(0.999)
+        pixels = processor([Image.new("RGB", (64, 64), "red")], return_tensors="pt").pixel_values
+        pooled: Any = checker.vision_model(pixels)[1]
+        checker.concept_embeds[0] = checker.visual_projection(pooled)[0]
+    checker.save_pretrained(folder / "safety_checker", variant="fp16")
+    processor.save_pretrained(folder / "feature_extractor")
+    (folder / "model_index.json").write_text("{}")
     return folder
