@@ -7,7 +7,7 @@ TINY := base_models/tiny-sdxl
 # Subjects of `make quality`; 10 for the full table.
 K ?= 3
 
-.PHONY: env demo test test-gpu check format schema quality serve serve-train clean
+.PHONY: env demo test test-gpu check format schema quality serve serve-train serve-preprocess clean
 .DEFAULT_GOAL := env
 
 env: .venv/.complete
@@ -41,13 +41,18 @@ schema: env
 	$(BIN)/python -m tools.cog_schema
 
 quality: env
-	$(BIN)/python -m benchmarks.quality --subjects $(K) --base-prompts $(if $(filter 10,$(K)),500,50)
+	$(BIN)/python -m benchmarks.quality --subjects $(K) $(if $(filter 10,$(K)),--base-prompts 500,--base-prompts 50 --output runs/quality-of-$(K))
 
 serve: env
 	PORT=5000 COG_PREDICT_TYPE_STUB=predict.py:Predictor python -m cog.server.http
 
 serve-train: env
 	PORT=5001 COG_TRAIN_TYPE_STUB=train.py:train python -m cog.server.http --x-mode train
+
+# Cog's server reads the schema from the folder it is started in, and there is one for each model.
+serve-preprocess: env
+	$(BIN)/python -m tools.cog_schema --config cog.preprocess.yaml --folder runs/preprocessor
+	cd runs/preprocessor && PORT=5002 PYTHONPATH=$(CURDIR) COG_PREDICT_TYPE_STUB=$(CURDIR)/preprocess.py:Preprocessor python -m cog.server.http
 
 clean:
 	rm -rf .venv demo_out .pytest_cache .ruff_cache

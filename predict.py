@@ -70,7 +70,7 @@ class Predictor(BaseRunner):
         negative_prompt: str = Input(default="", description="What to keep out of the picture."),
         image: Optional[Path] = Input(
             default=None,
-            description="A picture to start from: image to image, or inpainting with mask. jpg, png, webp or bmp.",
+            description="A picture to start from: image to image, or inpainting with mask. jpg, png, webp, bmp or heic.",
         ),
         mask: Optional[Path] = Input(
             default=None,

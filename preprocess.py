@@ -86,7 +86,7 @@ class Preprocessor(BaseRunner):
     def run(
         self,
         files: Path = Input(
-            description="A .zip, .tar, .tar.gz or .tgz of pictures (jpg, png, webp, bmp), with captions or without."
+            description="A .zip, .tar, .tar.gz or .tgz of pictures (jpg, png, webp, bmp, heic), with captions or without."
         ),
         caption_text: str = Input(
             default="a photo of TOK",

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 def train(
     input_images: Optional[Path] = Input(
         default=None,
-        description="Your pictures: a .zip, .tar, .tar.gz or .tgz of jpg, png, webp or bmp files, with captions in a csv (columns image_file and caption) or in one .txt beside each picture. Required.",
+        description="Your pictures: a .zip, .tar, .tar.gz or .tgz of jpg, png, webp, bmp or heic files, with captions in a csv (columns image_file and caption) or in one .txt beside each picture. Required.",
     ),
     token_map: str = Input(
         default="TOK:2",
@@ -98,8 +98,8 @@ def train(
         description="Train a DoRA in the place of a LoRA: a little closer to full training, slower.",
     ),
     lora_targets: str = Input(
-        default="attention",
-        description="Which layers of the UNet the LoRA changes: its attention, its whole transformer blocks, or all of them with the convolutions. More layers hold more of an unusual subject.",
+        default="transformer",
+        description="Which layers of the UNet the LoRA changes: its attention, its whole transformer blocks, or all of them with the convolutions. More layers hold more of an unusual subject, in a larger file.",
         choices=["attention", "transformer", "all"],
     ),
     lora_lr: float = Input(default=1e-4, description="Learning rate of the LoRA. Only used with is_lora."),
@@ -136,7 +136,7 @@ def train(
         default=True, description="Save GPU memory by computing a part of each step twice; a third slower."
     ),
     random_views: int = Input(
-        default=7,
+        default=15,
         description="Parts of each picture, enlarged by up to 1.3 and cut at random, that are learnt beside the whole: they teach sizes and places that your pictures do not show. 0: none.",
         ge=0,
         le=63,
@@ -166,6 +166,10 @@ def train(
         description="Weight in the loss of what masks leave out, where what they show has 1. Only used where there are masks.",
         ge=0,
         le=1,
+    ),
+    mask_base_target: bool = Input(
+        default=False,
+        description="Outside the masks, learn to go on drawing as the base would instead of what your pictures show there. A third slower, and full training keeps a second UNet in memory.",
     ),
     prior_prompts: str = Input(
         default="",

@@ -50,6 +50,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "31 views": {"views": 31},
     "masks": {"masks": True},
     "masks, floor 0": {"masks": True, "mask_floor": 0.0},
+    "masks, the base outside": {"masks": True, "mask_base_target": True},
+    "masks, the base outside at full weight": {"masks": True, "mask_base_target": True, "mask_floor": 1.0},
     "mirrored too": {"horizontal_flip": True},
     "prior preservation": {"prior": _PRIOR},
     "8-bit AdamW": {"optimizer": "adamw_8bit"},
@@ -148,7 +150,7 @@ def main() -> None:
     (args.output / f"{args.name}.md").write_text(markdown(table) + "\n")
     if args.sheet_subjects:
         picture = sheet(results, subjects[: args.sheet_subjects])
-        picture.thumbnail((1800, picture.height), Image.Resampling.LANCZOS)
+        picture.thumbnail((1400, picture.height), Image.Resampling.LANCZOS)
         picture.save(args.output / f"{args.name}.jpg", quality=80)
 
 

@@ -100,7 +100,7 @@ CLUTTER = (
 """Second thing, its colour, relation, background and texture of each cluttered picture."""
 
 
-def cluttered(seed: int) -> Case:
+def cluttered(seed: int, clutter: tuple = CLUTTER) -> Case:
     """One subject, in every picture beside another thing on a busy background that the caption does not name."""
     scenes = [
         Scene(
@@ -114,7 +114,7 @@ def cluttered(seed: int) -> Case:
             second_colour=colour,
             relation=relation,
         )
-        for kind, colour, relation, background, texture in CLUTTER
+        for kind, colour, relation, background, texture in clutter
     ]
     cast = {P.NAME: subject(seed)}
     rendered = render(pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(scenes)]))
@@ -137,6 +137,11 @@ def cluttered(seed: int) -> Case:
         prompts=[prompt for prompt, _ in asked],
         judge=judge,
     )
+
+
+def one_place(seed: int) -> Case:
+    """One subject that was always photographed in the same place: the same thing beside it, the same background."""
+    return cluttered(seed, (CLUTTER[0],) * len(CLUTTER))
 
 
 def style(seed: int) -> Case:
@@ -181,7 +186,7 @@ def style(seed: int) -> Case:
     )
 
 
-CASES = {"two_subjects": two_subjects, "cluttered": cluttered, "style": style}
+CASES = {"two_subjects": two_subjects, "cluttered": cluttered, "one_place": one_place, "style": style}
 
 
 def run_case(name: str, seed: int, method: Method, args: argparse.Namespace) -> Numbers:
@@ -251,7 +256,7 @@ def methods_of(name: str) -> list[Method]:
     methods = [Method(name="untuned", trained=False), FULL, LORA]
     if name == "style":  # no toy: its rows start at random
         return [replace(m, init="") for m in methods]
-    if name == "cluttered":
+    if name in ("cluttered", "one_place"):
         return methods + [replace(m, name=f"{m.name}_masks", masks=True) for m in (FULL, LORA)]
     return methods
 

@@ -95,7 +95,7 @@ def main() -> None:
     (args.output / "quality.json").write_text(json.dumps(numbers, indent=2) + "\n")
     (args.output / "quality.md").write_text(markdown(table) + "\n")
     picture = sheet(results, subjects[: args.sheet_subjects])
-    picture.thumbnail((1800, picture.height), Image.Resampling.LANCZOS)
+    picture.thumbnail((1400, picture.height), Image.Resampling.LANCZOS)
     picture.save(args.output / "quality.jpg", quality=80)
 
 

@@ -31,7 +31,7 @@ _ABOVE_ZERO = {
     "ti_lr": 3e-4,
     "snr_gamma": 5,
 }
-_ZERO_OR_MORE = {"random_views": 7, "lora_lr": 1e-4, "checkpointing_steps": 200, "prior_weight": 1}
+_ZERO_OR_MORE = {"random_views": 15, "lora_lr": 1e-4, "checkpointing_steps": 200, "prior_weight": 1}
 _CHOICES = {
     "lr_scheduler": Schedule,
     "lora_targets": LoraTargets,
@@ -70,7 +70,7 @@ class TrainingConfig:
     use_dora: bool = False
     """Train DoRA (arXiv:2402.09353) in the place of LoRA: the size of each output's weights learns apart from its
     direction; slower."""
-    lora_targets: LoraTargets = "attention"
+    lora_targets: LoraTargets = "transformer"
     """Which layers of the UNet get LoRA matrices: the projections of attention; those and all other linear layers of
     the transformer blocks; or the convolutions too."""
     lora_lr: float
@@ -92,7 +92,9 @@ class TrainingConfig:
     """Share of pictures, 0 to 1, that are learnt without their caption, as guidance's unconditional branch sees them."""
     mask_floor: float = 0.2
     """Weight, 0 to 1, of what a mask leaves out, where what it shows has 1."""
-    random_views: int = 7
+    mask_base_target: bool = False
+    """Outside masks, learn to go on drawing as the base would there, in the place of what the pictures show."""
+    random_views: int = 15
     """Parts of each picture, enlarged and cut at random, that are learnt beside the whole, at least 0."""
     horizontal_flip: bool = False
     """Learn every picture mirrored too."""

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pi_heif import register_heif_opener
 from PIL import Image, ImageOps
 
 from sdxl.errors import DatasetError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+register_heif_opener()  # what phones take; Pillow asks it as it asks its own decoders
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".heic", ".heif"}
 MAX_PIXELS = 200_000_000
 """Largest picture that is decoded, in pixels: more is a decompression bomb or a scan nobody needs here."""
 WIDEST = 2.0

@@ -5,8 +5,10 @@ Knows parameters; does not know losses, text or files.
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -114,6 +116,23 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
         optimizer=config.optimizer,
         export=export,
     )
+
+
+def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[..., Any]:
+    """The UNet as it is before it trains, to be called like it: the same one without its adapter for LoRA, else a copy,
+    in half precision on CUDA."""
+    if not config.is_lora:
+        copy = deepcopy(unet).requires_grad_(False)
+        return copy.to(torch.bfloat16) if unet.device.type == "cuda" else copy  # type: ignore[arg-type]
+
+    def without_adapter(*args: Any, **kwargs: Any) -> Any:
+        unet.disable_adapters()
+        try:
+            return unet(*args, **kwargs)
+        finally:
+            unet.enable_adapters()
+
+    return without_adapter
 
 
 def _precision(unet: UNet2DConditionModel, config: TrainingConfig) -> WeightPrecision:

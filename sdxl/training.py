@@ -36,7 +36,7 @@ from sdxl.diffusion import (
 from sdxl.errors import TrainingDivergedError
 from sdxl.optimizers import CAPTURABLE, Group, make_optimizers
 from sdxl.token_rows import TokenRows
-from sdxl.trainable import full_unet, lora
+from sdxl.trainable import as_base, full_unet, lora
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def fine_tune(  # noqa: PLR0915 - the recipe is one text
     torch.manual_seed(config.seed)  # peft initialises LoRA matrices from the global generator
 
     # What trains: the UNet's weights or LoRA matrices all along, the new token rows up to the pivot.
+    base_unet = as_base(components.unet, config) if _teaches_outside_masks(dataset, config) else None
     token_map = TokenMap.parse(config.token_map)
     rows = _install_rows(components, token_map, token_map.parse_init(config.token_init), generator)
     trainable = (lora if config.is_lora else full_unet)(components.unet, config)
@@ -124,7 +125,8 @@ def fine_tune(  # noqa: PLR0915 - the recipe is one text
         for (batches, weight), number in zip(sources, drawn, strict=True):
             for batch, prompts in batches.buckets[number].micro_batches():
                 with _autocast(device):
-                    loss = _loss(components, batch, prompts, generator, config) * (weight / micro_batches)
+                    loss = _loss(components, batch, prompts, generator, config, base_unet)
+                    loss = loss * (weight / micro_batches)
                 loss.backward()
                 total += loss.detach()
         # Each group by itself: token rows must not scale the UNet's step, or it theirs.
@@ -199,6 +201,7 @@ def _loss(
     prompts: tuple[Tensor, Tensor] | None,
     generator: torch.Generator,
     config: TrainingConfig,
+    base_unet: Callable[..., Any] | None,
 ) -> Tensor:
     """The denoising loss of `batch` at random noise and times; its captions are encoded unless `prompts` are given."""
     scheduler = components.noise_scheduler
@@ -207,15 +210,23 @@ def _loss(
     noise = sample_noise(batch.latents.shape, config.noise_offset, generator)
     timesteps = sample_timesteps(scheduler, len(batch.latents), generator)
     noisy = scheduler.add_noise(batch.latents, noise, timesteps)  # type: ignore[arg-type]
-    prediction = components.unet(
-        noisy,
-        timesteps,
-        encoder_hidden_states=hidden,
-        added_cond_kwargs={"text_embeds": pooled, "time_ids": batch.time_ids},
-    ).sample
+    condition = {
+        "encoder_hidden_states": hidden,
+        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch.time_ids},
+    }
     target = training_target(scheduler, batch.latents, noise, timesteps)
+    if base_unet is not None:
+        with torch.no_grad():
+            as_the_base_draws = base_unet(noisy, timesteps, **condition).sample.to(target.dtype)
+        target = torch.lerp(as_the_base_draws, target, batch.mask)
+    prediction = components.unet(noisy, timesteps, **condition).sample
     weights = min_snr_weights(scheduler, timesteps, config.snr_gamma)
     return masked_mse(prediction, target, batch.mask, weights, config.mask_floor)
+
+
+def _teaches_outside_masks(dataset: ExampleDataset, config: TrainingConfig) -> bool:
+    """Whether any picture leaves something to the base."""
+    return config.mask_base_target and any(bool((e.mask < 1).any()) for e in dataset.examples)
 
 
 def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: int) -> float:

@@ -25,21 +25,21 @@ def project(folder: Path, parameters: str, *, module: str = "", train: str = TRA
 
 
 def inputs(root: Path, name: str = "Input") -> dict:
-    return build(root)["components"]["schemas"][name]
+    return build(root / "cog.yaml")["components"]["schemas"][name]
 
 
 def test_the_committed_schema_is_fresh():
-    assert main(REPOSITORY, ["--check"]) == 0
+    assert main(["--check", "--config", str(REPOSITORY / "cog.yaml")]) == 0
 
 
 def test_a_stale_schema_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     root = project(tmp_path, '        a: int = Input(default=1, description="A."),')
-    assert main(root, ["--check"]) == 1
-    assert main(root, []) == 0
-    assert main(root, ["--check"]) == 0
+    assert main(["--check", "--config", str(root / "cog.yaml")]) == 1
+    assert main(["--config", str(root / "cog.yaml")]) == 0
+    assert main(["--check", "--config", str(root / "cog.yaml")]) == 0
     project(tmp_path, '        a: int = Input(default=2, description="A."),')
     capsys.readouterr()
-    assert main(root, ["--check"]) == 1
+    assert main(["--check", "--config", str(root / "cog.yaml")]) == 1
     assert f"{TARGET} is stale" in capsys.readouterr().err
 
 
@@ -69,7 +69,7 @@ def test_declarations_become_properties_in_order(tmp_path: Path):
     }
     optional = shape["properties"]["c"]
     assert (optional["nullable"], optional["deprecated"], optional["type"]) == (True, True, "number")
-    schemas = build(root)["components"]["schemas"]
+    schemas = build(root / "cog.yaml")["components"]["schemas"]
     assert (schemas["d"]["enum"], schemas["e"]["enum"]) == (["x"], ["y"])
     assert schemas["Output"]["items"] == {"type": "string", "format": "uri"}
     assert inputs(root, "TrainingInput")["properties"]["data"]["format"] == "uri"
@@ -93,7 +93,7 @@ def test_declarations_become_properties_in_order(tmp_path: Path):
 )
 def test_what_cog_would_misread_is_refused(tmp_path: Path, declaration: str, message: str):
     with pytest.raises(SchemaError, match=message) as caught:
-        build(project(tmp_path, f"        {declaration}"))
+        build(project(tmp_path, f"        {declaration}") / "cog.yaml")
     assert "predict.py" in str(caught.value)
 
 
@@ -105,4 +105,4 @@ def test_one_choices_name_has_one_meaning(tmp_path: Path):
         tmp_path, '        kind: str = Input(default="a", description="K.", choices=["a"]),', train=train
     )
     with pytest.raises(SchemaError, match="kind has other choices"):
-        build(root)
+        build(root / "cog.yaml")

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ import pytest
 import requests
 from PIL import Image
 
-from tests.conftest import REPOSITORY, TINY_BASE
+from tests.conftest import REPOSITORY, TINY_BASE, png, write_zip
+from tools import cog_schema
 
 READY_S, ANSWER_S = 90, 120
 
@@ -45,19 +47,19 @@ class Server:
 
 
 @contextmanager
-def serve(workspace: Path, *, train: bool, weights: str = "") -> Iterator[Server]:
-    """Start the server as `make serve` and `make serve-train` do, on a free port."""
+def serve(workspace: Path, door: str, *, weights: str = "") -> Iterator[Server]:
+    """Start the server as `make serve`, `make serve-train` and `make serve-preprocess` do, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    stub = (
-        {"COG_TRAIN_TYPE_STUB": "train.py:train"}
-        if train
-        else {"COG_PREDICT_TYPE_STUB": "predict.py:Predictor"}
-    )
+    train, folder = door == "train.py:train", REPOSITORY
+    if door == "preprocess.py:Preprocessor":
+        folder = workspace.parent / "preprocessor"
+        cog_schema.main(["--config", str(REPOSITORY / "cog.preprocess.yaml"), "--folder", str(folder)])
     environment = {
         **os.environ,
-        **stub,
+        "COG_TRAIN_TYPE_STUB" if train else "COG_PREDICT_TYPE_STUB": f"{REPOSITORY}/{door}",
+        "PYTHONPATH": str(REPOSITORY),
         "PORT": str(port),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "SDXL_BASE": str(TINY_BASE),
@@ -68,7 +70,7 @@ def serve(workspace: Path, *, train: bool, weights: str = "") -> Iterator[Server
     command = [sys.executable, "-m", "cog.server.http", *(["--x-mode", "train"] if train else [])]
     with (workspace.parent / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
+            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
         )
     server = Server(port, "trainings" if train else "predictions")
     try:
@@ -95,13 +97,13 @@ def _wait_until_ready(server: Server, process: subprocess.Popen, log: Path) -> N
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(tmp_path_factory.mktemp("trainer") / "workspace", train=True) as server:
+    with serve(tmp_path_factory.mktemp("trainer") / "workspace", "train.py:train") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(tmp_path_factory.mktemp("predictor") / "workspace", train=False) as server:
+    with serve(tmp_path_factory.mktemp("predictor") / "workspace", "predict.py:Predictor") as server:
         yield server
 
 
@@ -138,6 +140,34 @@ def test_a_training_its_tar_and_a_prediction_with_it(trainer: Server, predictor:
     assert again["output"] == base["output"]
 
 
+def test_pictures_of_several_shapes_go_from_the_preprocessor_through_a_training(
+    trainer: Server, tmp_path: Path
+):
+    sizes = {"wide": (320, 160), "tall": (160, 320), "square": (256, 256)}
+    files = {f"{name}.png": png(i, size) for i, (name, size) in enumerate(sizes.items())}
+    raw = write_zip(tmp_path / "raw.zip", files | {"wide.txt": "a wide TOK"})
+    with serve(tmp_path / "workspace", "preprocess.py:Preprocessor") as preprocessor:
+        served = preprocessor.get("openapi.json")["components"]["schemas"]["Input"]
+        assert served["required"] == ["files"] and "prompt" not in served["properties"]
+        assert preprocessor.post({"files": data_uri(b"no zip")}).json()["status"] == "failed"
+        inputs = {"files": data_uri(raw.read_bytes()), "target_size": 128, "bucketing": True}
+        answer = preprocessor.post(inputs).json()
+    assert answer["status"] == "succeeded" and "Advice:" in answer["logs"], answer
+    tar = base64.b64decode(answer["output"].split(",", 1)[1])
+    with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+        names = set(members.getnames())
+        assert {"0.src.png", "captions.csv", "contact_sheet.jpg", "advice.txt"} <= names
+        shapes = set()
+        for name in ("0.src.png", "1.src.png", "2.src.png"):
+            member = members.extractfile(name)
+            assert member is not None
+            shapes.add(Image.open(io.BytesIO(member.read())).size)
+    assert len(shapes) == 3
+    quick = QUICK | {"resolution": 128, "bucketing": True, "max_train_steps": 6}
+    training = trainer.post({"input_images": data_uri(tar, "application/x-tar"), **quick}).json()
+    assert training["status"] == "succeeded" and training["metrics"]["step"] == 6, training
+
+
 def test_weights_given_at_start_serve_requests_that_name_none(
     trainer: Server, predictor: Server, captioned_zip: Path, tmp_path: Path
 ):
@@ -145,7 +175,7 @@ def test_weights_given_at_start_serve_requests_that_name_none(
     tar = tmp_path / "trained_model.tar"
     tar.write_bytes(base64.b64decode(training["output"].split(",", 1)[1]))
     expected = predictor.post({**SMALL, "replicate_weights": str(tar)}).json()["output"]
-    with serve(tmp_path / "workspace", train=False, weights=str(tar)) as tuned:
+    with serve(tmp_path / "workspace", "predict.py:Predictor", weights=str(tar)) as tuned:
         assert tuned.post(SMALL).json()["output"] == expected
 
 

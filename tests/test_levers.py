@@ -147,6 +147,25 @@ def test_mask_floor_lets_the_background_count_a_little():
     assert error.item() == pytest.approx((1 + 0.25 * 9) / 1.25)
 
 
+@pytest.mark.parametrize("is_lora", [True, False])
+def test_outside_masks_the_base_is_the_teacher(run, is_lora: bool):  # noqa: F811
+    """Pictures that are masked out altogether teach nothing: the base already draws them as the base does."""
+    _, dataset, _ = run(is_lora=is_lora, max_train_steps=1)
+    hidden = ExampleDataset([dataclasses.replace(e, mask=torch.zeros_like(e.mask)) for e in dataset.examples])
+    fresh = load_components(TINY_BASE, is_lora=is_lora, device=CPU)
+    cache_examples_tokens(fresh)
+    before = fresh.unet.conv_in.weight.detach().clone()
+    losses: list[float] = []
+    config = dataclasses.replace(CONFIG, is_lora=is_lora, mask_floor=1.0, mask_base_target=True)
+    fine_tune(fresh, hidden, config, on_step=lambda report: losses.append(report.loss))
+    assert max(losses) < 1e-10 and torch.equal(before, fresh.unet.conv_in.weight)
+    shown = dataclasses.replace(config, mask_base_target=False)
+    fresh = load_components(TINY_BASE, is_lora=is_lora, device=CPU)
+    cache_examples_tokens(fresh)
+    fine_tune(fresh, hidden, shown, on_step=lambda report: losses.append(report.loss))
+    assert losses[-1] > 1e-3
+
+
 def test_accumulated_batches_count_as_one(run):  # noqa: F811
     """At a rate of next to nothing, the loss of one step is the mean over the batches that single steps would see."""
     whole: list[StepReport] = []

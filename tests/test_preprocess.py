@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import skimage.data
 from PIL import Image
 
 from dataset_and_utils import TokenMap
@@ -14,7 +15,7 @@ from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.archives import Limits, pack_tar, unpack
 from sdxl.errors import ArchiveError, DatasetError, UserInputError
 from sdxl.framing import cut, place_crop, read_image
-from tests.conftest import png, write_zip
+from tests.conftest import REPOSITORY, png, write_zip
 
 TOK = TokenMap.parse("TOK:2")
 
@@ -104,6 +105,14 @@ def test_pictures_are_turned_upright_and_transparency_becomes_white(tmp_path: Pa
     assert read_image(tmp_path / "clear.png")[0].getpixel((0, 0)) == (255, 255, 255)
     Image.new("I;16", (4, 4), 65535).save(tmp_path / "deep.png")
     assert read_image(tmp_path / "deep.png")[0].mode == "RGB"
+
+
+def test_pictures_of_phones_are_read_upright():
+    picture, size = read_image(REPOSITORY / "tests" / "data" / "turned.heic")
+    assert size == (96, 64) and picture.size == (64, 96) and picture.mode == "RGB"
+    lying = Image.fromarray(skimage.data.astronaut()).resize((96, 64))
+    turned = np.array(lying.transpose(Image.Transpose.ROTATE_270), dtype=float)
+    assert np.corrcoef(turned.ravel(), np.array(picture, dtype=float).ravel())[0, 1] > 0.98
 
 
 def test_framing_tells_the_truth():

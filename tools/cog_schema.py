@@ -5,6 +5,8 @@ the same rules, and refuses what the static analysis would read differently from
 
     python -m tools.cog_schema            write the file
     python -m tools.cog_schema --check    exit 1 when the file is stale
+    python -m tools.cog_schema --config cog.preprocess.yaml --folder F
+                                          write the preprocessor's, for a server that is started in F
 
 Knows syntax trees and the layout of Cog's schema; imports neither cog nor the doors.
 """
@@ -159,35 +161,42 @@ def _choices(node: ast.expr, lists: dict[str, ast.expr], where: str) -> list[Any
     raise SchemaError(f"{where}: choices must be a list, or list(D.keys()) of a dict, of the same module.")
 
 
-def build(root: Path) -> dict[str, Any]:
-    """The schema of both doors that `root`/cog.yaml names.
+def build(config_file: Path) -> dict[str, Any]:
+    """The schema of the doors, one or both, that a cog.yaml names.
 
     Raises:
         SchemaError: a declaration that Cog would misread, or one `choices` name with two meanings.
     """
-    config = yaml.safe_load((root / "cog.yaml").read_text())
+    config = yaml.safe_load(config_file.read_text())
     doors = {}
-    for key in ("run", "train"):
+    for key in [key for key in _DOORS if key in config]:
         file, _, name = config[key].partition(":")
-        doors[key] = read_door(root / file, name)
-    predict, train = doors["run"], doors["train"]
-    for name in predict.choices.keys() & train.choices.keys():
-        if predict.choices[name] != train.choices[name]:
-            raise SchemaError(
-                f"{name} has other choices in predict than in train: Cog keeps one list for both."
-            )
-    schemas = {
-        **_schemas(predict, "Input", "Output", "Prediction"),
-        **_schemas(train, "TrainingInput", "TrainingOutput", "Training"),
-        **_ERRORS,
-    }
-    paths = {**_paths("predictions", "prediction"), **_paths("trainings", "training")}
+        doors[key] = read_door(config_file.parent / file, name)
+    choices: dict[str, Any] = {}
+    for door in doors.values():
+        for name, values in door.choices.items():
+            if choices.setdefault(name, values) != values:
+                raise SchemaError(
+                    f"{name} has other choices in predict than in train: Cog keeps one list for both."
+                )
+    schemas, paths = {}, {}
+    for key, door in doors.items():
+        inputs, output, job = _DOORS[key]
+        schemas |= _schemas(door, inputs, output, job.capitalize())
+        paths |= _paths(f"{job}s", job)
     return {
         "openapi": "3.0.2",
         "info": {"title": "Cog", "version": "0.1.0"},
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": {"schemas": schemas | _ERRORS},
     }
+
+
+_DOORS = {
+    "run": ("Input", "Output", "prediction"),
+    "train": ("TrainingInput", "TrainingOutput", "training"),
+}
+"""Key of cog.yaml → names of the door's inputs and output, and of its jobs."""
 
 
 def _schemas(door: Door, inputs: str, output: str, job: str) -> dict[str, Any]:
@@ -258,24 +267,26 @@ def _title(name: str) -> str:
     return name.replace("_", " ").title()
 
 
-def main(root: Path = Path(), argv: list[str] | None = None) -> int:
-    """Write or check the schema under `root`; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Write .cog/openapi_schema.json from predict.py and train.py."
-    )
+def main(argv: list[str] | None = None) -> int:
+    """Write or check the schema; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 when the file is stale")
-    check = parser.parse_args(argv).check
+    parser.add_argument("--config", type=Path, default=Path("cog.yaml"), help="which names the doors")
+    parser.add_argument(
+        "--folder", type=Path, help="where the server is started; default: where the config is"
+    )
+    args = parser.parse_args(argv)
     try:
-        text = json.dumps(build(root), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(build(args.config), indent=1, ensure_ascii=False) + "\n"
     except SchemaError as error:
         print(error, file=sys.stderr)
         return 1
-    target = root / TARGET
-    if check and (not target.is_file() or target.read_text() != text):
+    target = (args.folder or args.config.parent) / TARGET
+    if args.check and (not target.is_file() or target.read_text() != text):
         print(f"{TARGET} is stale: run `make schema` and commit it.", file=sys.stderr)
         return 1
-    if not check:
-        target.parent.mkdir(exist_ok=True)
+    if not args.check:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
     return 0
 

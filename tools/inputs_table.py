@@ -13,7 +13,7 @@ from tools.cog_schema import build
 
 def table(root: Path, name: str) -> str:
     """A Markdown table of the inputs of the schema component `name` ("Input" or "TrainingInput")."""
-    schemas = build(root)["components"]["schemas"]
+    schemas = build(root / "cog.yaml")["components"]["schemas"]
     lines = ["| input | type | default | what it does |", "|---|---|---|---|"]
     for key, shape in schemas[name]["properties"].items():
         title = f"`{key}`" + (" (deprecated)" if shape.get("deprecated") else "")
