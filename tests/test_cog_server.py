@@ -145,7 +145,8 @@ def test_pictures_of_several_shapes_go_from_the_preprocessor_through_a_training(
 ):
     sizes = {"wide": (320, 160), "tall": (160, 320), "square": (256, 256)}
     files = {f"{name}.png": png(i, size) for i, (name, size) in enumerate(sizes.items())}
-    raw = write_zip(tmp_path / "raw.zip", files | {"wide.txt": "a wide TOK"})
+    texts = {f"{name}.txt": f"a {name} TOK" for name in sizes}
+    raw = write_zip(tmp_path / "raw.zip", files | texts)
     with serve(tmp_path / "workspace", "preprocess.py:Preprocessor") as preprocessor:
         served = preprocessor.get("openapi.json")["components"]["schemas"]["Input"]
         assert served["required"] == ["files"] and "prompt" not in served["properties"]
