@@ -9,6 +9,8 @@ import logging
 import pathlib
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
 
 import torch
@@ -32,11 +34,14 @@ from sdxl.pipelines import load_pipeline, load_refiner
 from sdxl.placement import placement_here
 from sdxl.safety import load_judge
 from sdxl.tuned_weights import Layers, TunedPipeline
+from sdxl.unet_runner import Runners, speed_here
 
 log = logging.getLogger(__name__)
 
 MAX_PICTURE_BYTES = 100 << 20
 """Largest file of image or mask."""
+WARMING_STEPS = 5
+"""Calls of the UNet for each warmed shape: more than it takes to capture it."""
 SMALLEST_REAL_BASE = 512
 """Pixels from which a base is no miniature: its pictures are judged by Stable Diffusion's checker."""
 
@@ -58,8 +63,29 @@ class Predictor(BaseRunner):
         checker_device = self.placement.device if not self.placement.offloaded else torch.device("cpu")
         self.judge = load_judge(checker_device, real_base=real)
         self.setup_weights = self.fine_tunes.get(str(weights)) if weights else None
+        self.runners = Runners(speed_here(self.placement))
         log.info("Serving %s: %s", hosted_models.base_name(), self.placement.describe())
         log.info("Pictures are judged by %s", self.judge.name)
+        self._warm()
+
+    def _warm(self) -> None:
+        """Have the commonest shapes ready before the first request: one picture, and four at once, of the base's size."""
+        if self.runners.speed == "eager":
+            return
+        started = time.monotonic()
+        side = self.native_resolution
+        for count in (1, self.placement.at_once):
+            request = GenerationRequest(
+                prompt="",
+                width=side,
+                height=side,
+                num_outputs=count,
+                num_inference_steps=WARMING_STEPS,
+                seed=0,
+            )
+            with self.runners.warming(self.tuned.pipeline.unet):
+                generate(self.tuned.pipeline, request, self.tuned.token_map, runner=self.runners)
+        log.info("Warmed up (%s) in %.1f s", self.runners.speed, time.monotonic() - started)
 
     def run(
         self,
@@ -219,18 +245,23 @@ class Predictor(BaseRunner):
                 self.tuned.token_map,
                 refiner,
                 at_once=self.placement.at_once,
+                runner=self.runners,
             )
             safe = range(len(pictures)) if disable_safety_checker else self._safe(pictures)
-            files = []
-            for index in safe:
+
+            def deliver(index: int) -> Path:
                 picture = pictures[index]
                 if apply_watermark:
                     picture = watermark.embed(picture)
                     if request.image is not None and request.mask is not None:
                         picture = keep_outside(picture, request.image, request.mask)
-                files.append(Path(workspace / f"out-{index}.{output_format}"))
                 told = describe(request, index, model=self.model_name) if embed_metadata else None
-                save(picture, files[-1], quality=output_quality, parameters=told)
+                file = workspace / f"out-{index}.{output_format}"
+                save(picture, file, quality=output_quality, parameters=told)
+                return Path(file)
+
+            with ThreadPoolExecutor() as threads:
+                files = list(threads.map(deliver, safe))
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, UserInputError):
                 log.exception("The prediction stopped.")

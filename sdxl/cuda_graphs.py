@@ -20,8 +20,11 @@ class GraphedWork:
     of `generator` go on from call to call as they would without graphs.
     """
 
-    def __init__(self, device: torch.device, generator: torch.Generator, *, enabled: bool) -> None:
-        """Without `enabled`, or without CUDA, every call runs as it is."""
+    def __init__(
+        self, device: torch.device, generator: torch.Generator | None = None, *, enabled: bool = True
+    ) -> None:
+        """Without `enabled`, or without CUDA, every call runs as it is; work that draws no random numbers needs no
+        `generator`."""
         self.enabled = enabled and device.type == "cuda"
         self.generator = generator
         self.forget()
@@ -57,9 +60,11 @@ class GraphedWork:
 
     def _capture(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads, such as a server's, may use CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         self._graphs[key] = graph, result
         graph.replay()

@@ -4,6 +4,7 @@ Knows what a request may ask for and the order of the steps; does not know where
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -105,10 +106,12 @@ def generate(
     refiner: UNet2DConditionModel | None = None,
     *,
     at_once: int = 4,
+    runner: Callable[[UNet2DConditionModel], Callable[..., Any]] = lambda unet: unet,
 ) -> list[Image.Image]:
     """Draw the request's pictures with the weights that are in `pipeline`; the map's words become its tokens.
 
-    `refiner` is needed where the request refines. At most `at_once` pictures share a call of the UNet.
+    `refiner` is needed where the request refines. At most `at_once` pictures share a call of the UNet, or of what
+    `runner` gives for it.
 
     Raises:
         WeightsError: the weights give no picture, only overflowing numbers; or the refiner does not fit the base.
@@ -123,7 +126,7 @@ def generate(
     try:
         for first in range(0, request.num_outputs, at_once):
             seeds = [request.seed + i for i in range(first, min(first + at_once, request.num_outputs))]
-            pictures += _draw(pipeline, refiner, request, texts, seeds)
+            pictures += _draw(pipeline, refiner, request, texts, seeds, runner)
     finally:
         pipeline.maybe_free_model_hooks()
     return pictures
@@ -135,6 +138,7 @@ def _draw(
     request: GenerationRequest,
     texts: tuple[str, str],
     seeds: list[int],
+    runner: Callable[[UNet2DConditionModel], Callable[..., Any]],
 ) -> list[Image.Image]:
     """One batch, picture i from `seeds[i]`."""
     device = pipeline._execution_device
@@ -175,7 +179,14 @@ def _draw(
         where = lent(unet, pipeline) if unet is refiner else nullcontext()
         with where, pipeline.progress_bar(total=len(planned.timesteps)) as bar:
             latents = denoise(
-                unet, scheduler, planned, latents, told, generators=generators, kept=kept, on_call=bar.update
+                runner(unet),
+                scheduler,
+                planned,
+                latents,
+                told,
+                generators=generators,
+                kept=kept,
+                on_call=bar.update,
             )
     return [_finish(picture, request) for picture in _decode(pipeline, latents)]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import HeunDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import HeunDiscreteScheduler, PNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -105,7 +105,7 @@ def begin(scheduler: Any, planned: Course, image_latents: Tensor | None, noise: 
 
 
 def denoise(
-    unet: UNet2DConditionModel,
+    unet: Callable[..., Any],
     scheduler: Any,
     planned: Course,
     latents: Tensor,
@@ -115,7 +115,7 @@ def denoise(
     kept: Kept | None = None,
     on_call: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Take `latents` through a course; `on_call` is called after each call of the UNet."""
+    """Take `latents` through a course; `unet` is one or is called like one, and `on_call` after each call of it."""
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(planned.begin_index)
     takes = inspect.signature(scheduler.step).parameters
@@ -133,7 +133,7 @@ def denoise(
 
 
 def predict_noise(
-    unet: UNet2DConditionModel, scheduler: Any, timestep: Tensor, latents: Tensor, conditioning: Conditioning
+    unet: Callable[..., Any], scheduler: Any, timestep: Tensor, latents: Tensor, conditioning: Conditioning
 ) -> Tensor:
     """The guided prediction [b, 4, h, w] at `timestep`; the only call of a UNet, at 2b rows with guidance."""
     guided = conditioning.guidance_scale > 1

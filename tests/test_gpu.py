@@ -141,6 +141,32 @@ def test_the_embedded_base_trains_and_draws_on_cuda(
     assert tuned.std() > 1
 
 
+@pytest.mark.parametrize("speed", ["graphs", "compiled"])
+def test_pictures_are_the_eager_ones_whatever_was_drawn_before(
+    captioned_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speed: str
+):
+    """Graphs outlive fine-tunes: weights change under them."""
+    monkeypatch.setenv("SDXL_SAFETY_CHECKER", str(write_checker(tmp_path)))
+    tar = call(train.train, input_images=captioned_zip, **QUICK)
+    drawn = {}
+    for name in ("eager", speed):
+        monkeypatch.setenv("SDXL_SPEED", name)
+        predictor = Predictor()
+        predictor.setup()
+
+        def draw(predictor: Predictor = predictor, **inputs) -> list[np.ndarray]:
+            small = {"prompt": "a photo of TOK", "width": 128, "height": 128, "num_inference_steps": 6, "seed": 0}
+            files = call(predictor.run, **small, disable_safety_checker=True, **inputs)
+            return [np.array(Image.open(file)) for file in files]
+
+        base, tuned = draw(), draw(replicate_weights=str(tar))
+        more = draw(num_outputs=3)
+        assert np.array_equal(base, draw()) and np.array_equal(tuned, draw(replicate_weights=str(tar)))
+        drawn[name] = [*base, *tuned, *more]
+    for one, other in zip(drawn["eager"], drawn[speed], strict=True):
+        assert np.abs(one.astype(int) - other.astype(int)).mean() < (0.5 if speed == "graphs" else 2)
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"is_lora": True, "lora_targets": "all"}, {"gradient_accumulation_steps": 2}]
 )

@@ -1,0 +1,138 @@
+"""Calls of a UNet for drawing, without the CPU in the way.
+
+On a GPU every shape of call is captured once as a CUDA graph and replayed; common shapes are compiled before. Weights
+that change in place, as fine-tunes do, need nothing made again. Knows UNets and shapes; does not know requests.
+
+| `SDXL_SPEED` | what a call is                                                                     |
+|--------------|------------------------------------------------------------------------------------|
+| compiled     | a graph of compiled blocks for warmed shapes, of plain kernels for all others      |
+| graphs       | a graph of plain kernels: no compiling at the start                                |
+| eager        | kernels launched one by one, as diffusers does: for debugging                      |
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal, get_args
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+
+from sdxl.cuda_graphs import GraphedWork
+from sdxl.errors import UserInputError
+from sdxl.placement import Placement
+
+Speed = Literal["compiled", "graphs", "eager"]
+MOST_SHAPES = 12
+"""Shapes of call that are kept as graphs; beyond, all are dropped and made again as they come."""
+
+
+def speed_here(placement: Placement) -> Speed:
+    """What `SDXL_SPEED` says, by default "compiled" where all of the pipeline stays on a GPU; else always "eager".
+
+    Raises:
+        UserInputError: no such setting.
+    """
+    setting = os.environ.get("SDXL_SPEED") or "compiled"
+    if setting not in get_args(Speed):
+        raise UserInputError(f"SDXL_SPEED is {setting!r}, but must be one of {', '.join(get_args(Speed))}.")
+    still = placement.device.type == "cuda" and not placement.offloaded
+    return setting if still else "eager"  # type: ignore[return-value]
+
+
+class UNetRunner:
+    """Called as the UNet is, with tensors of which only the values differ from call to call of one shape."""
+
+    def __init__(self, unet: UNet2DConditionModel, speed: Speed) -> None:
+        """`unet` must stay where it is, and its weights at their addresses."""
+        self.unet, self.speed = unet, speed
+        self.compiling = False
+        """Whether shapes that come for the first time are compiled: never in a request, which it would stall."""
+        self._compiled: set[tuple] = set()
+        self._inputs: dict[tuple, dict[str, Tensor]] = {}
+        self._graphs = GraphedWork(unet.device, enabled=speed != "eager")
+        if speed == "compiled":
+            compile_blocks(unet)
+
+    def __call__(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        *,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor],
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """The prediction for `sample` [b, 4, h, w] at `timestep` (one number on the sample's device), as a tensor of its
+        own."""
+        given = {
+            "sample": sample,
+            "timestep": timestep.float(),  # samplers have whole numbers or broken ones: one graph for both
+            "embeds": encoder_hidden_states,
+            **added_cond_kwargs,
+        }
+        if self.speed == "eager":
+            return (self._call(given),)
+        key = tuple((name, tuple(value.shape), value.dtype) for name, value in given.items())
+        if key not in self._inputs:
+            self._add(key, given)
+        for name, value in given.items():
+            self._inputs[key][name].copy_(value)
+        plainly = nullcontext() if key in self._compiled else torch.compiler.set_stance("force_eager")
+        with plainly:
+            return (self._graphs(key, lambda: self._call(self._inputs[key])).clone(),)
+
+    def _add(self, key: tuple, given: dict[str, Tensor]) -> None:
+        if len(self._inputs) >= MOST_SHAPES:
+            self._inputs.clear()
+            self._graphs.forget()
+        self._inputs[key] = {name: value.clone() for name, value in given.items()}
+        if self.compiling and self.speed == "compiled":
+            self._compiled.add(key)
+
+    def _call(self, given: dict[str, Tensor]) -> Tensor:
+        extra = {name: value for name, value in given.items() if name in ("text_embeds", "time_ids")}
+        return self.unet(
+            given["sample"],
+            given["timestep"],
+            encoder_hidden_states=given["embeds"],
+            added_cond_kwargs=extra,
+            return_dict=False,
+        )[0]
+
+
+def compile_blocks(unet: UNet2DConditionModel) -> None:
+    """Have the UNet's repeated blocks compiled when they are first called with a shape: the transformer blocks and the
+    residual ones. Blocks that are alike share their kernels, so that it takes seconds where the whole takes minutes."""
+    torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
+    torch._dynamo.config.accumulated_recompile_limit = 1024  # type: ignore[attr-defined]
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.compile(fullgraph=True, dynamic=False)
+
+
+class Runners:
+    """The runner of each UNet that draws: the base's and the refiner's."""
+
+    def __init__(self, speed: Speed) -> None:
+        self.speed: Speed = speed
+        self._runners: dict[int, UNetRunner] = {}
+
+    def __call__(self, unet: UNet2DConditionModel) -> UNetRunner:
+        """What to call in the place of `unet`."""
+        if id(unet) not in self._runners:
+            self._runners[id(unet)] = UNetRunner(unet, self.speed)
+        return self._runners[id(unet)]
+
+    @contextmanager
+    def warming(self, unet: UNet2DConditionModel) -> Iterator[None]:
+        """Shapes that come for the first time inside are compiled."""
+        runner = self(unet)
+        runner.compiling = True
+        try:
+            yield
+        finally:
+            runner.compiling = False

@@ -1,0 +1,85 @@
+"""Calls of the UNet by shape: as they are on a CPU, and as they would be captured on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from dataset_and_utils import TokenMap
+from sdxl.errors import UserInputError
+from sdxl.generation import GenerationRequest, generate
+from sdxl.pipelines import load_pipeline
+from sdxl.placement import choose_placement
+from sdxl.unet_runner import MOST_SHAPES, Runners, UNetRunner, speed_here
+from tests.conftest import TINY_BASE
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline(TINY_BASE, CPU)
+
+
+def inputs(unet: UNet2DConditionModel, rows: int, side: int) -> dict:
+    generator = torch.Generator().manual_seed(rows * side)
+    width = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
+    return {
+        "sample": torch.randn(rows, 4, side, side, generator=generator),
+        "encoder_hidden_states": torch.randn(
+            rows, 77, unet.config["cross_attention_dim"], generator=generator
+        ),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(rows, width, generator=generator),
+            "time_ids": torch.full((rows, 6), 64.0),
+        },
+    }
+
+
+@torch.no_grad()
+def test_a_runner_answers_as_the_unet_does_in_tensors_of_its_own(pipeline):
+    unet, runner = pipeline.unet, UNetRunner(pipeline.unet, "graphs")
+    for rows, side in ((1, 8), (2, 8), (1, 16), (1, 8)):
+        given = inputs(unet, rows, side)
+        answers = [runner(timestep=torch.tensor(time), **given)[0] for time in (500, 20.0)]
+        for time, answer in zip((500, 20.0), answers, strict=True):
+            assert torch.equal(answer, unet(timestep=torch.tensor(time), **given, return_dict=False)[0])
+    assert len(runner._inputs) == 3, "whole and broken timesteps share a shape"
+
+
+@torch.no_grad()
+def test_shapes_do_not_pile_up(pipeline):
+    runner = UNetRunner(pipeline.unet, "graphs")
+    for rows in range(1, MOST_SHAPES + 4):
+        runner(timestep=torch.tensor(1), **inputs(pipeline.unet, rows, 8))
+    assert len(runner._inputs) <= MOST_SHAPES
+
+
+@pytest.mark.parametrize("scheduler", ["K_EULER", "PNDM", "HeunDiscrete"])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_pictures_are_those_of_the_unet_itself(pipeline, scheduler: str, guidance: float):
+    request = GenerationRequest(
+        prompt="a red house",
+        width=64,
+        height=64,
+        num_inference_steps=4,
+        seed=3,
+        scheduler=scheduler,
+        guidance_scale=guidance,
+    )
+    runners = Runners("graphs")
+    plain, run = (
+        generate(pipeline, request, TokenMap({}), **extra)[0] for extra in ({}, {"runner": runners})
+    )
+    assert np.array_equal(np.array(plain), np.array(run))
+    assert runners(pipeline.unet) is runners(pipeline.unet)
+
+
+def test_what_does_not_stay_on_a_gpu_runs_eagerly(monkeypatch: pytest.MonkeyPatch):
+    assert speed_here(choose_placement(80)) == "compiled"
+    assert speed_here(choose_placement(10)) == speed_here(choose_placement(None)) == "eager"
+    monkeypatch.setenv("SDXL_SPEED", "graphs")
+    assert speed_here(choose_placement(80)) == "graphs"
+    monkeypatch.setenv("SDXL_SPEED", "fast")
+    with pytest.raises(UserInputError, match="SDXL_SPEED is 'fast'"):
+        speed_here(choose_placement(80))
