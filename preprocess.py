@@ -66,9 +66,10 @@ def prepare_dataset(
     captions = {picture.file_name: text for picture, text in zip(pictures, texts, strict=True)}
     write_captions(folder / "captions.csv", captions, [picture.framing for picture in pictures])
 
-    tokens = (
-        tokens_in(config.caption_prefix) if config.token_map is None else list(config.token_map.placeholders)
-    )
+    if config.token_map is not None:
+        tokens = list(config.token_map.placeholders)
+    else:  # the words in capitals, of the captions where they are given
+        tokens = tokens_in(" ".join(given.values()) if given else "") or tokens_in(config.caption_prefix)
     advice = advise([picture.facts for picture in pictures], texts, tokens)
     for sentence in advice:
         log.info("Advice: %s", sentence)

@@ -168,7 +168,7 @@ def train(
         le=1,
     ),
     mask_base_target: bool = Input(
-        default=False,
+        default=True,
         description="Outside the masks, learn to go on drawing as the base would instead of what your pictures show there. A third slower, and full training keeps a second UNet in memory.",
     ),
     prior_prompts: str = Input(
@@ -188,7 +188,7 @@ def train(
         description='Words for what matters in the pictures, such as "a dog" or "a dog, a red ball"; the rest is masked and not learned. Masks that come with the pictures stay.',
     ),
     crop_based_on_salience: bool = Input(
-        default=False,
+        default=True,
         description="Cut around what the masks show instead of around the centre; without masks the centre it is.",
     ),
     use_face_detection_instead: bool = Input(

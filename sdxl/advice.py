@@ -18,6 +18,11 @@ _BLURRED = 0.004
 more, and 0.001 to 0.004 after a Gaussian blur of two pixels; flat drawings have 0.006 to 0.02."""
 _DARK = 0.12
 """Mean brightness, 0 to 1, below which a picture is called dark."""
+_SAME_PLACE = 48
+"""Grey values, of 255, by which no place of two nearly equal pictures differs once their brightness is the same: what
+stands on an even ground flips few bits of the hash."""
+_OTHER_SHAPE = 1.3
+"""How many times wider or taller than the middle one a picture is of another shape than the rest."""
 _SMALL_FACE = 0.08
 """Share of the picture's height below which faces are on average too small to learn."""
 
@@ -41,6 +46,8 @@ class Facts:
     """See `sharpness`; of the prepared picture at 512 pixels."""
     fingerprint: int
     """See `fingerprint`."""
+    thumbnail: np.ndarray
+    """See `thumbnail`."""
     face_heights: Sequence[float] = field(default=())
     """Heights of the faces found, as shares of the picture's height."""
 
@@ -65,6 +72,18 @@ def fingerprint(image: Image.Image) -> int:
     return int("".join("1" if bit else "0" for bit in (small[:, 1:] > small[:, :-1]).flat), 2)
 
 
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """A picture in 16×16 grey values, int16, the mean taken off."""
+    small = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX), dtype=np.int16)
+    return small - np.int16(small.mean())
+
+
+def _twins(one: Facts, other: Facts) -> bool:
+    if (one.fingerprint ^ other.fingerprint).bit_count() > _TWINS:
+        return False
+    return int(np.abs(one.thumbnail - other.thumbnail).max()) <= _SAME_PLACE
+
+
 def advise(facts: Sequence[Facts], captions: Sequence[str], tokens: Sequence[str]) -> list[str]:
     """Sentences on the whole data set, then on single pictures; none where nothing is to be said.
 
@@ -81,25 +100,35 @@ def advise(facts: Sequence[Facts], captions: Sequence[str], tokens: Sequence[str
             "have to grow with more."
         )
     faces = [height for fact in facts for height in fact.face_heights]
-    if faces and (mean := float(np.mean(faces))) < _SMALL_FACE:
-        advice.append(
-            f"Faces are on average {mean:.0%} of the pictures' height: add close-ups, or crop nearer by hand."
-        )
+    if faces:
+        small = float(np.mean(faces)) < _SMALL_FACE
+        remedy = "add close-ups, or crop nearer by hand" if small else "good"
+        advice.append(f"Faces are on average {np.mean(faces):.0%} of the pictures' height: {remedy}.")
+    advice += _shapes(facts)
     for index, (fact, caption) in enumerate(zip(facts, captions, strict=True)):
         advice += [f"{fact.name} {finding}" for finding in _on_one(fact, caption, tokens)]
-        twin = next(
-            (
-                other
-                for other in facts[:index]
-                if (other.fingerprint ^ fact.fingerprint).bit_count() <= _TWINS
-            ),
-            None,
-        )
+        twin = next((other for other in facts[:index] if _twins(fact, other)), None)
         if twin is not None:
             advice.append(
                 f"{fact.name} is nearly the same as {twin.name}: keep one, or the subject is learned in that pose."
             )
     return advice
+
+
+def _shapes(facts: Sequence[Facts]) -> list[str]:
+    """A sentence on pictures of another shape than the middle one, which lose other parts than the rest."""
+    middle = float(np.median([np.log(fact.width / fact.height) for fact in facts])) if facts else 0.0
+    others = [
+        f"{fact.name} ({fact.width}×{fact.height})"
+        for fact in facts
+        if abs(np.log(fact.width / fact.height) - middle) > np.log(_OTHER_SHAPE)
+    ]
+    if not others:
+        return []
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    return [
+        f"{', '.join(others[:5])}{more} differ in shape from the rest: crop them by hand, or set bucketing."
+    ]
 
 
 def _on_one(fact: Facts, caption: str, tokens: Sequence[str]) -> list[str]:

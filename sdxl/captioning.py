@@ -5,6 +5,7 @@ Knows file names, texts and whole pictures; does not know crops.
 
 import logging
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from PIL import Image
 
 from dataset_and_utils import TokenMap, read_captions_csv
-from sdxl.errors import DatasetError
-from sdxl.helper_models import loaded
-from sdxl.hosted_models import CAPTIONER, helper_folder
+from sdxl.errors import DatasetError, WeightsError
+from sdxl.helper_models import loaded, part_of
+from sdxl.hosted_models import CAPTIONER
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,18 @@ def find_captions(
         names = ", ".join(sorted(str(path.relative_to(root)) for path in tables))
         raise DatasetError(f"There are several captions files ({names}): keep one.")
     if tables:
-        captions, origin = _from_table(images, tables[0], root), tables[0].name
+        captions: dict[Path, str] | None = _from_table(images, tables[0], root)
+        origin = tables[0].name
     elif any(image.with_suffix("") in texts for image in images):
         captions, origin = _from_texts(images, texts, root), "the .txt files"
     elif global_caption:
         captions, origin = dict.fromkeys(images, global_caption), "global_caption"
     else:
+        captions, origin = None, ""
+    unread = [path.name for path in others if path.suffix.lower() == ".csv" and path not in tables]
+    if unread and not tables:
+        log.warning("%s is not read: captions are looked for in a csv named captions.csv.", ", ".join(unread))
+    if captions is None:
         return None
     log.info("Captions come from %s", origin)
     return captions
@@ -86,23 +93,28 @@ def captioner() -> Iterator[Captioner]:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = helper_folder(CAPTIONER)
+    processor = part_of(CAPTIONER, AutoProcessor.from_pretrained, backend="pil")
+    if getattr(processor, "chat_template", None):
+        raise WeightsError(
+            f"{CAPTIONER.purpose} wants instructions instead of the beginning of a caption: name a model such as BLIP in "
+            f"{CAPTIONER.setting}."
+        )
     with loaded(CAPTIONER, AutoModelForImageTextToText) as model:
-        yield Captioner(model, AutoProcessor.from_pretrained(folder, backend="pil"))
+        yield Captioner(model, processor)
 
 
 def join_caption(prefix: str, written: str) -> str:
     """`prefix` and what a model wrote after it; `written` may repeat the prefix, in whatever case and spacing."""
     prefix, at = prefix.strip(), 0
-    for letter in filter(str.isalnum, prefix.lower()):
+    for letter in filter(str.isalnum, prefix):
         while at < len(written) and not written[at].isalnum():
             at += 1
-        if at == len(written) or written[at].lower() != letter:
+        if at == len(written) or _plain(written[at]) != _plain(letter):
             at = 0
             break
         at += 1
     rest = written[at:]
-    for token in tokens_in(prefix):
+    for token in (*tokens_in(prefix), *_names_in(prefix)):
         rest = re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", " ", rest, flags=re.IGNORECASE)
     rest = " ".join(rest.split()).strip(" ,.")
     if not rest:
@@ -110,9 +122,24 @@ def join_caption(prefix: str, written: str) -> str:
     return f"{prefix} {rest}"
 
 
+def _plain(letter: str) -> str:
+    """A letter without its case and accent, which models drop."""
+    return unicodedata.normalize("NFKD", letter.lower())[0]
+
+
+def _names_in(text: str) -> list[str]:
+    """The words of `text` that begin with a capital, after its first word."""
+    return re.findall(r"(?<=\s)[A-Z]\w*", text)
+
+
 def tokens_in(text: str) -> list[str]:
     """The words of `text` that look like new tokens: two or more letters and underscores, all in capitals."""
     return list(dict.fromkeys(re.findall(r"(?<!\w)[A-Z_]*[A-Z][A-Z_]+(?!\w)", text)))
+
+
+def names_in(text: str, token: str) -> int:
+    """How often `text` names `token`, as a word of its own."""
+    return len(re.findall(rf"(?<!\w){re.escape(token)}(?!\w)", text))
 
 
 def require_token(captions: dict[Path, str], token_map: TokenMap, root: Path) -> None:

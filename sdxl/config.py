@@ -92,7 +92,7 @@ class TrainingConfig:
     """Share of pictures, 0 to 1, that are learnt without their caption, as guidance's unconditional branch sees them."""
     mask_floor: float = 0.2
     """Weight, 0 to 1, of what a mask leaves out, where what it shows has 1."""
-    mask_base_target: bool = False
+    mask_base_target: bool = True
     """Outside masks, learn to go on drawing as the base would there, in the place of what the pictures show."""
     random_views: int = 15
     """Parts of each picture, enlarged and cut at random, that are learnt beside the whole, at least 0."""

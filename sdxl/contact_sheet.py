@@ -74,6 +74,8 @@ def dataset_sheet(
     title = (
         f"{len(captions)} pictures; red: outside the mask, not learned" if len(captions) > 1 else "1 picture"
     )
+    if len(captions) > limit:
+        title = f"The first {limit} of {title}"
     return contact_sheet(
         [
             Row(

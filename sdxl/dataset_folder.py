@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 FRAMING_COLUMNS = ["original_height", "original_width", "crop_top", "crop_left"]
 """Columns of captions.csv that carry the size conditioning of each picture through the seam, in pixels."""
+_MASK = ".mask"
 SHEET, ADVICE = "contact_sheet.jpg", "advice.txt"
 """What lies in a finished data set for people; not part of what is trained on."""
 
@@ -46,9 +47,9 @@ def open_source(source: Path, folder: Path) -> Source:
     found = (
         (path for path in source.rglob("*") if path.is_file()) if source.is_dir() else unpack(source, root)
     )
-    files = sorted(path for path in found if not _is_litter(path.relative_to(root)))
+    files = sorted({path for path in found if not _is_litter(path.relative_to(root))})
     pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    masks = {path for path in pictures if path.name.endswith(".mask.png")}
+    masks = {path for path in pictures if path.stem.lower().endswith(_MASK)}
     images = sorted(
         (path for path in pictures if path not in masks), key=lambda path: _natural(path.relative_to(root))
     )
@@ -59,8 +60,7 @@ def open_source(source: Path, folder: Path) -> Source:
     ignored = [path.name for path in others if path.suffix.lower() not in (".csv", ".txt")]
     if ignored:
         log.info("Ignored, being neither pictures nor captions: %s", ", ".join(sorted(ignored)[:10]))
-    of_image = {image: mask for image in images if (mask := _mask_of(image)) in masks}
-    return Source(root=root, images=images, masks=of_image, others=others)
+    return Source(root=root, images=images, masks=_pair(images, masks, root), others=others)
 
 
 def _is_litter(path: Path) -> bool:
@@ -71,8 +71,26 @@ def _is_litter(path: Path) -> bool:
     )
 
 
-def _mask_of(image: Path) -> Path:
-    return image.with_name(image.name.removesuffix(".src.png") + ".mask.png")
+def _pair(images: Sequence[Path], masks: set[Path], root: Path) -> dict[Path, Path]:
+    """Image → its mask: of a.jpg it is a.mask.png or a.jpg.mask.png, of 0.src.png 0.mask.png; any kind of picture."""
+    paired: dict[Path, Path] = {}
+    for mask in sorted(masks):
+        name = mask.stem[: -len(_MASK)].lower()
+        found = [
+            image
+            for image in images
+            if image.parent == mask.parent
+            and name in (image.name.lower(), image.stem.lower(), image.stem.lower().removesuffix(".src"))
+        ]
+        if not found:
+            raise DatasetError(
+                f"{mask.relative_to(root)} is the mask of no picture: name it after its picture, such as a.mask.png for a.jpg."
+            )
+        for image in found:
+            if image in paired:
+                raise DatasetError(f"{image.relative_to(root)} has several masks: keep one.")
+            paired[image] = mask
+    return paired
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -91,7 +109,10 @@ def read_framings(table: Path) -> dict[str, tuple[int, ...]]:
         return {}
     framings = {}
     for name, *cells in rows[["image_file", *FRAMING_COLUMNS]].itertuples(index=False):
-        values = tuple(int(cell) if cell.strip().isdecimal() else -1 for cell in map(str, cells))
+        values = tuple(
+            int(cell.strip().removesuffix(".0")) if cell.strip().removesuffix(".0").isdecimal() else -1
+            for cell in map(str, cells)
+        )
         if min(values) < 0 or min(values[:2]) < 1 or max(values) > 1_000_000:
             raise DatasetError(
                 f"The row of {name} in {table.name} has a wrong number in {', '.join(FRAMING_COLUMNS)}: "

@@ -3,6 +3,7 @@
 Knows pixels and where in a picture something lies; does not know captions or models.
 """
 
+import io
 import math
 import warnings
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from pi_heif import register_heif_opener
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from sdxl.errors import DatasetError
 
@@ -63,8 +64,10 @@ class Salience:
     """Boxes that the crop may not cut where they fit, such as faces."""
 
 
-def read_image(path: Path, *, at_least: Size | None = None) -> tuple[Image.Image, Size]:
-    """Decode a picture to RGB, upright by its EXIF orientation, transparency laid on white.
+def read_image(
+    path: Path, *, at_least: Size | None = None, ground: str = "white"
+) -> tuple[Image.Image, Size]:
+    """Decode a picture to RGB in sRGB, upright by its EXIF orientation, transparency laid on `ground`.
 
     A JPEG may be decoded at a half, a quarter or an eighth of its size, as long as it still covers `at_least`: the
     decoder averages as it goes, in a fraction of the time and memory.
@@ -90,6 +93,9 @@ def read_image(path: Path, *, at_least: Size | None = None) -> tuple[Image.Image
                     opened.draft("RGB", (width, height))
                 upright = ImageOps.exif_transpose(opened)
                 original = (size[1], size[0]) if lying else size
+                if upright.mode.startswith("I"):
+                    upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8))
+                upright = _in_srgb(upright)
                 if not upright.has_transparency_data:
                     return upright.convert("RGB"), original
                 layered = upright.convert("RGBA")
@@ -99,8 +105,24 @@ def read_image(path: Path, *, at_least: Size | None = None) -> tuple[Image.Image
         raise DatasetError(
             f"{path.name} cannot be read as a picture: save it again as jpg or png."
         ) from error
-    canvas = Image.new("RGBA", layered.size, "white")
+    canvas = Image.new("RGBA", layered.size, ground)
     return Image.alpha_composite(canvas, layered).convert("RGB"), original
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """`image` in sRGB, where it brings the profile of another colour space, such as Display P3 of phones."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(own):
+            return image
+        mode = "RGB" if image.mode == "CMYK" else image.mode
+        turned = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image  # a broken profile is none
+    return turned or image
 
 
 def buckets(side: int) -> list[Size]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,15 +20,8 @@ def loaded(helper: Helper, model_class: Any) -> Iterator[Any]:
         DownloadError: the model cannot be fetched.
         WeightsError: its files are damaged or of another kind.
     """
-    folder = helper_folder(helper)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = model_class.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(
-            f"{helper.purpose} in {folder} cannot be loaded ({type(error).__name__}): fetch it again, or name another "
-            f"in {helper.setting}."
-        ) from error
+    model = part_of(helper, model_class.from_pretrained, use_safetensors=True, dtype=torch.float32)
     try:
         yield model.eval().requires_grad_(False).to(device)
     finally:
@@ -36,3 +29,20 @@ def loaded(helper: Helper, model_class: Any) -> Iterator[Any]:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def part_of(helper: Helper, load: Callable[..., Any], **options: Any) -> Any:
+    """What `load` reads from the folder of `helper`: its model, tokenizer or processor.
+
+    Raises:
+        DownloadError: the model cannot be fetched.
+        WeightsError: its files are missing, damaged or of another kind.
+    """
+    folder = helper_folder(helper)
+    try:
+        return load(folder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(
+            f"{helper.purpose} in {folder} cannot be loaded ({type(error).__name__}): fetch it again, or name another "
+            f"in {helper.setting}."
+        ) from error

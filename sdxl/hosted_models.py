@@ -1,5 +1,6 @@
 """Model name → local folder. The only place that downloads models."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ class Helper:
     """The environment variable that names another hub model, or a folder in transformers' layout."""
     hub_name: str
     """The model that is used without that setting."""
+    revision: str | None = None
+    """The state of it that is fetched; None, the newest, where none is known to work."""
 
 
 CAPTIONER = Helper(
@@ -63,7 +66,7 @@ def local_folder(name: str, *, setting: str = "SDXL_BASE", parts: Sequence[str] 
     """Return the folder of the pipeline `name`, in diffusers' layout, fetching it from the hub when need be.
 
     Of a hub repository only the half-precision safetensors weights and the configuration files are fetched, and only
-    those of `parts` (subfolders such as "unet") where any are given. Files already in the hub's cache are used without
+    those of `parts` (subfolders such as "unet", that of the weights first) where any are given. Files already in the hub's cache are used without
     network; `HF_HOME` moves that cache. `setting` is the environment variable that errors name.
 
     Raises:
@@ -82,7 +85,9 @@ def local_folder(name: str, *, setting: str = "SDXL_BASE", parts: Sequence[str] 
     )
     revision = SDXL_REVISION if name == SDXL else None
     remedy = f"set {setting} to a local folder in diffusers' layout, such as those in base_models"
-    return _fetched(name, revision, patterns, setting=setting, remedy=remedy)
+    weighty = parts[:1] or ("unet", "vae", "text_encoder", "text_encoder_2")
+    needed = [f"{part}/*.safetensors" for part in weighty]
+    return _fetched(name, revision, patterns, needed, setting=setting, remedy=remedy)
 
 
 def helper_folder(helper: Helper) -> Path:
@@ -100,7 +105,9 @@ def helper_folder(helper: Helper) -> Path:
         name, _, revision = name.partition("@")
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
         remedy = f"set {helper.setting} to a local folder in transformers' layout"
-        folder = _fetched(name, revision or None, patterns, setting=helper.setting, remedy=remedy)
+        known = helper.revision if name == helper.hub_name else None
+        needed = ["config.json", "*.safetensors"]
+        folder = _fetched(name, revision or known, patterns, needed, setting=helper.setting, remedy=remedy)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise DownloadError(
             f"{helper.setting}={name} holds no config.json with safetensors weights: name a model in transformers' layout."
@@ -108,16 +115,24 @@ def helper_folder(helper: Helper) -> Path:
     return folder
 
 
-def _fetched(name: str, revision: str | None, patterns: list[str], *, setting: str, remedy: str) -> Path:
-    """The folder of the hub's model `name` with the files of `patterns`, from the cache or the network."""
-    try:
-        return Path(
+def _fetched(
+    name: str, revision: str | None, patterns: list[str], needed: list[str], *, setting: str, remedy: str
+) -> Path:
+    """The folder of the hub's model `name` with the files of `patterns`: from the cache if it has files of all that is
+    `needed`, which an interrupted download does not, else from the network."""
+
+    def is_whole(folder: Path) -> bool:
+        return all(any(folder.glob(pattern)) for pattern in needed)
+
+    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
+        cached = Path(
             snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
         )
-    except (LocalEntryNotFoundError, HFValidationError):
-        log.info("Fetching %s from the hub (once)", name)
+        if is_whole(cached):
+            return cached
+    log.info("Fetching %s from the hub (once)", name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DownloadError(
             f"{setting}={name} is neither an existing folder nor a model on the hub: check the spelling."
@@ -127,6 +142,12 @@ def _fetched(name: str, revision: str | None, patterns: list[str], *, setting: s
             f"The model {name} could not be fetched from the hub ({type(error).__name__}): connect this machine, "
             f"or {remedy}."
         ) from error
+    if not is_whole(folder):  # without network the hub's library gives what there is
+        raise DownloadError(
+            f"The model {name} is not whole in the hub's cache, or has no safetensors weights: connect this machine, "
+            f"or {remedy}."
+        )
+    return folder
 
 
 def fine_tune_folder(name: str) -> Path:

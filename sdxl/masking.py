@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdxl.errors import UserInputError
+from sdxl.errors import UserInputError, WeightsError
 from sdxl.faces import find_faces
 from sdxl.framing import Salience
-from sdxl.helper_models import loaded
-from sdxl.hosted_models import SEGMENTER, helper_folder
+from sdxl.helper_models import loaded, part_of
+from sdxl.hosted_models import SEGMENTER
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,10 @@ class Segmenter:
             pixel_values=pixels.expand(len(prompts), -1, -1, -1),
         ).logits
         best = logits.reshape(len(prompts), *logits.shape[-2:]).amax(0).double()
+        if not best.isfinite().all():
+            raise WeightsError(
+                f"{SEGMENTER.purpose} answers with numbers that are none: name another in {SEGMENTER.setting}."
+            )
         if float(best.max().sigmoid()) < _SEEN:
             return None
         likely = (best / temperature).sigmoid()
@@ -81,11 +85,10 @@ def segmenter() -> Iterator[Segmenter]:
     from transformers import AutoTokenizer, CLIPSegForImageSegmentation
     from transformers.models.vit import ViTImageProcessorPil
 
-    folder = helper_folder(SEGMENTER)
+    processor = part_of(SEGMENTER, ViTImageProcessorPil.from_pretrained)
+    tokenizer = part_of(SEGMENTER, AutoTokenizer.from_pretrained)
     with loaded(SEGMENTER, CLIPSegForImageSegmentation) as model:
-        yield Segmenter(
-            model, ViTImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        )
+        yield Segmenter(model, processor, tokenizer)
 
 
 def face_salience(image: Image.Image, temperature: float) -> tuple[Salience | None, list[float]]:

@@ -17,8 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset_and_utils import TokenMap
-from sdxl.advice import Facts, fingerprint, sharpness
-from sdxl.captioning import caption_tables, captioner
+from sdxl.advice import Facts, fingerprint, sharpness, thumbnail
+from sdxl.captioning import caption_tables, captioner, names_in, tokens_in
 from sdxl.config import check_caption_text
 from sdxl.dataset_folder import Source, read_framings
 from sdxl.errors import DatasetError, DownloadError, UserInputError, WeightsError
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _LOOK = (800, 800)
 """Size that pictures are decoded to at least, where a model only looks at them."""
+_BLACK = 2
+"""Brightest value, of 255, of a mask that shows nothing."""
 _PNG_LEVEL = 3
 """Compression of what is written: twice as fast as the default 6 for a few percent more bytes."""
 
@@ -54,8 +56,8 @@ class PreprocessConfig:
     """Mask all but faces, whatever `mask_target_prompts` says."""
     mask_temperature: float = 1.0
     """How soft masks' edges are, above 0."""
-    crop_based_on_salience: bool = False
-    """Cut around what the masks show instead of around the centre."""
+    crop_based_on_salience: bool = True
+    """Cut around what the masks show instead of around the centre; faces that were looked for are kept whole anyway."""
 
     def __post_init__(self) -> None:
         if self.target_size < 64 or self.target_size > 2048 or self.target_size % 8:
@@ -68,6 +70,12 @@ class PreprocessConfig:
             )
         split_prompts(self.mask_target_prompts)
         check_caption_text(self.caption_prefix)
+        check_caption_text(self.global_caption or "")
+        twice = [
+            token for token in tokens_in(self.caption_prefix) if names_in(self.caption_prefix, token) > 1
+        ]
+        if twice:
+            raise UserInputError(f'"{self.caption_prefix}" names {twice[0]} twice: captions name it once.')
 
     def as_json(self) -> dict[str, Any]:
         """All settings but the size and tokens, which are the training's too, ready for json."""
@@ -145,7 +153,9 @@ def frame_all(
         earlier = framings.get(image.name) if image.name.endswith(".src.png") else None
         found, heights = salience.get(image, (None, []))
         stem = folder / str(index)
-        return _frame(image, files.masks.get(image), earlier, image in salience, found, heights, stem, config)
+        name = str(image.relative_to(files.root))
+        mask = files.masks.get(image)
+        return _frame(image, name, mask, earlier, image in salience, found, heights, stem, config)
 
     pool = ThreadPoolExecutor(
         max_workers=min(8, os.cpu_count() or 1)
@@ -159,6 +169,7 @@ def frame_all(
 
 def _frame(
     image: Path,
+    name: str,
     mask: Path | None,
     earlier: tuple[int, ...] | None,
     masked: bool,
@@ -173,36 +184,53 @@ def _frame(
     src, mask_file = stem.with_name(f"{stem.name}.src.png"), stem.with_name(f"{stem.name}.mask.png")
     grey = None
     if mask is not None:
-        drawn, mask_size = read_image(mask)
+        drawn, mask_size = read_image(mask, ground="black")
         if mask_size != size:
             raise DatasetError(
                 f"{mask.name} is {mask_size[1]}×{mask_size[0]}, but {image.name} is {size[1]}×{size[0]}: "
                 "give both one size."
             )
         grey = drawn.convert("L")
+        if (brightest := grey.getextrema()[1]) <= _BLACK:  # type: ignore[operator]
+            raise DatasetError(
+                f"{mask.name} is black (its brightest value is {brightest} of 255): paint white what counts in {name}."
+            )
         salience = Salience(
             mask=np.asarray(grey.reduce(max(1, min(grey.size) // 256)), dtype=np.float32) / 255
         )
 
     if earlier is not None and size in [(side, side), *buckets(side)]:
         framing = Framing(original_size=earlier[:2], crop_top_left=earlier[2:], target_size=size)  # type: ignore[arg-type]
+        done = Framing(original_size=size, crop_top_left=(0, 0), target_size=size)
         shutil.copyfile(image, src)
-        if mask is not None:
+        if mask is not None and mask.suffix == ".png":
             shutil.copyfile(mask, mask_file)
-        return _prepared(src, image, picture, framing, framing, face_heights)
+        elif grey is not None or masked:
+            _cut_mask(grey or _drawn(salience), done).save(mask_file, compress_level=_PNG_LEVEL)
+        return _prepared(src, image, name, picture, done, framing, face_heights)
 
     target = nearest_bucket(size, side) if config.bucketing else (side, side)
-    here = place_crop(size, target, salience if config.crop_based_on_salience else None)
+    centred = salience is None or not (config.crop_based_on_salience or salience.keep)
+    here = place_crop(size, target, None if centred else salience)
+    if grey is None and masked:
+        grey = _drawn(salience)
+    if grey is not None:
+        shown = _cut_mask(grey, here)
+        if shown.getextrema()[1] <= _BLACK:  # type: ignore[operator]
+            log.warning("Of what matters in %s nothing is in its middle: it is cut around that.", name)
+            here = place_crop(size, target, salience)
+            shown = _cut_mask(grey, here)
+        shown.save(mask_file, compress_level=_PNG_LEVEL)
     framed = cut(picture, here)
     framed.save(src, compress_level=_PNG_LEVEL)
-    if grey is None and masked:
-        values = np.ones((8, 8), np.float32) if salience is None else salience.mask
-        grey = Image.fromarray((values * 255).round().astype(np.uint8))
-    if grey is not None:
-        _cut_mask(grey, here).save(mask_file, compress_level=_PNG_LEVEL)
-    return _prepared(
-        src, image, framed, here, here if earlier is None else _after(earlier, here), face_heights
-    )
+    whole = here if earlier is None else _after(earlier, here)
+    return _prepared(src, image, name, framed, here, whole, face_heights)
+
+
+def _drawn(salience: Salience | None) -> Image.Image:
+    """The mask that salience is, in grey; all of the picture for none."""
+    values = np.ones((8, 8), np.float32) if salience is None else salience.mask
+    return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
 def _cut_mask(grey: Image.Image, framing: Framing) -> Image.Image:
@@ -225,17 +253,23 @@ def _after(earlier: tuple[int, ...], here: Framing) -> Framing:
 
 
 def _prepared(
-    src: Path, image: Path, framed: Image.Image, here: Framing, whole: Framing, face_heights: list[float]
+    src: Path,
+    image: Path,
+    name: str,
+    framed: Image.Image,
+    here: Framing,
+    whole: Framing,
+    face_heights: list[float],
 ) -> Prepared:
-    """Measure the framed picture."""
-    height, width = here.original_size
-    scale = _enlarged(here)
-    goal_height, goal_width = here.target_size
+    """Measure the framed picture, called `name` in what is said of it."""
+    height, width = whole.original_size
+    scale = _enlarged(whole)
+    goal_height, goal_width = whole.target_size
     grey = framed.convert("L")
     grey.thumbnail((512, 512), Image.Resampling.BOX)
     values = np.asarray(grey, dtype=np.float32) / 255
     facts = Facts(
-        name=image.name,
+        name=name,
         height=height,
         width=width,
         enlarged=scale,
@@ -243,6 +277,7 @@ def _prepared(
         brightness=float(values.mean()),
         sharpness=sharpness(values),
         fingerprint=fingerprint(framed),
+        thumbnail=thumbnail(framed),
         face_heights=face_heights,
     )
     return Prepared(file_name=src.name, source=image, cut=here, framing=whole, facts=facts)
@@ -261,7 +296,7 @@ def upscale_small(pictures: Sequence[Prepared], folder: Path) -> None:
 
     Without the upscaler they stay as Lanczos made them, and the log says so.
     """
-    small = [picture for picture in pictures if picture.facts.enlarged > 1]
+    small = [picture for picture in pictures if _enlarged(picture.cut) > 1]
     if not small:
         return
     try:

@@ -155,7 +155,13 @@ def test_pictures_are_the_eager_ones_whatever_was_drawn_before(
         predictor.setup()
 
         def draw(predictor: Predictor = predictor, **inputs) -> list[np.ndarray]:
-            small = {"prompt": "a photo of TOK", "width": 128, "height": 128, "num_inference_steps": 6, "seed": 0}
+            small = {
+                "prompt": "a photo of TOK",
+                "width": 128,
+                "height": 128,
+                "num_inference_steps": 6,
+                "seed": 0,
+            }
             files = call(predictor.run, **small, disable_safety_checker=True, **inputs)
             return [np.array(Image.open(file)) for file in files]
 

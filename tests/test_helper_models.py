@@ -10,7 +10,7 @@ from skimage import data
 from sdxl.captioning import captioner, join_caption, tokens_in
 from sdxl.errors import DownloadError, UserInputError, WeightsError
 from sdxl.faces import find_faces
-from sdxl.hosted_models import UPSCALER, helper_folder
+from sdxl.hosted_models import CAPTIONER, UPSCALER, helper_folder
 from sdxl.masking import face_salience, segmenter, split_prompts
 from sdxl.upscaling import TILE, upscaler
 from tests.tiny_helpers import write_captioner, write_segmenter
@@ -73,6 +73,12 @@ def test_joining_captions(written: str, expected: str):
     assert join_caption("a photo of TOK", written) == expected
 
 
+def test_names_and_accents_in_what_captions_begin_with():
+    assert join_caption("a photo of Zeke", "a photo of zeke zeke on a sofa") == "a photo of Zeke on a sofa"
+    begun = "a photo of TOK in a café"
+    assert join_caption(begun, "a photo of tok in a cafe with people") == f"{begun} with people"
+
+
 def test_tokens_are_words_in_capitals():
     assert tokens_in("a photo of TOK next to MT_TOK, a Dog") == ["TOK", "MT_TOK"]
     assert tokens_in("A dog") == []
@@ -86,6 +92,9 @@ def test_masks_of_things(astronaut: Image.Image, tmp_path: Path, monkeypatch: py
             model.mask(astronaut, prompts, 1.0) for prompts in (["a dog"], ["a dog", "the moon over water"])
         )
         hard, soft = (model.mask(astronaut, ["a dog"], temperature) for temperature in (0.5, 5.0))
+        model.model.decoder.transposed_convolution.bias.data.fill_(float("nan"))
+        with pytest.raises(WeightsError, match="numbers that are none"):
+            model.mask(astronaut, ["a dog"], 1.0)
         model.model.decoder.transposed_convolution.bias.data.fill_(-100.0)
         assert model.mask(astronaut, ["a dog"], 1.0) is None
     for mask in (one, both, hard, soft):
@@ -156,3 +165,24 @@ def test_missing_and_wrong_models_are_told(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(WeightsError, match="the upscaler in"), upscaler():
         pass
+    whole = write_captioner(tmp_path / "blip")
+    monkeypatch.setenv("SDXL_CAPTIONER", str(whole))
+    for file in whole.glob("*processor*"):
+        file.unlink()
+    with pytest.raises(WeightsError, match="the captioner in"), captioner():
+        pass
+
+
+def test_an_interrupted_download_is_not_taken_for_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The hub's cache gives whatever it has of a snapshot when it may not ask the network."""
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("SDXL_CAPTIONER", "some/model")
+    with pytest.raises(DownloadError, match="is not whole in the hub's cache"):
+        helper_folder(CAPTIONER)
+    (snapshot / "model.safetensors").write_bytes(b"x")
+    assert helper_folder(CAPTIONER) == snapshot

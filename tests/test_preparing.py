@@ -18,7 +18,7 @@ from sdxl.components import load_components
 from sdxl.errors import DatasetError, DownloadError, UserInputError
 from sdxl.examples import cache_examples
 from tests.conftest import TINY_BASE, call, png, write_zip
-from tests.tiny_helpers import write_captioner, write_segmenter
+from tests.tiny_helpers import write_captioner, write_segmenter, write_upscaler
 
 
 def photograph(name: str, size: tuple[int, int] | None = None) -> bytes:
@@ -122,7 +122,8 @@ def test_placeholders_are_refused_as_captions(tmp_path: Path):
         run(tmp_path, write_zip(tmp_path / "x.zip", {"1.png": png(1)}), caption_text="a photo of <s0>")
 
 
-def test_the_tar_is_taken_as_it_is(tmp_path: Path):
+def test_the_tar_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SDXL_UPSCALER", str(write_upscaler(tmp_path / "swin2sr")))
     files = {"a.src.png": png(0, (300, 200)), "b.jpg": photograph("coffee")}
     files["a.mask.png"] = mask_png((300, 200), (200, 0, 300, 200))
     files["captions.csv"] = "image_file,caption\na.src.png,left TOK\nb.jpg,coffee TOK\n"
@@ -142,12 +143,86 @@ def test_the_tar_is_taken_as_it_is(tmp_path: Path):
     assert examples[0].mask[0, :, -1].min() == 1
     assert examples[0].mask[0, :, 0].max() == 0
 
-    smaller = PreprocessConfig(target_size=128)
+    smaller = PreprocessConfig(target_size=128, crop_based_on_salience=False)
     third = prepare_dataset(tmp_path / "y.zip", tmp_path / "third", config=smaller)
     row = pd.read_csv(third / "captions.csv").iloc[0]
     assert (row["original_height"], row["original_width"]) == (200, 300)
     assert picture(third / row["image_file"]).shape == (128, 128, 3)
     assert (row["crop_top"], row["crop_left"]) == (round(10 * 128 / 192), (round(320 * 128 / 192) - 128) // 2)
+
+
+def test_a_finished_set_gets_the_masks_that_are_asked_for(tmp_path: Path):
+    first = run(tmp_path, write_zip(tmp_path / "x.zip", {"0.jpg": photograph("astronaut")}), target_size=256)
+    assert not (first / "0.mask.png").exists()
+    members = {path.name: path.read_bytes() for path in first.iterdir()}
+    archive = write_zip(tmp_path / "y.zip", members)
+    again = run(tmp_path, archive, "again", target_size=256, use_face_detection_instead=True)
+    assert (again / "0.src.png").read_bytes() == members["0.src.png"]
+    mask = picture(again / "0.mask.png")
+    assert mask.max() == 255 and 0.01 < (mask > 127).mean() < 0.5
+
+
+def off_centre() -> dict[str, bytes]:
+    """A wide picture whose subject, by its mask, is at the very right."""
+    return {"0.png": png(0, (400, 100)), "0.mask.png": mask_png((400, 100), (350, 20, 390, 80))}
+
+
+def test_masks_are_never_empty_and_faces_never_cut_whatever_is_cut_around(tmp_path: Path, caplog):
+    astronaut = Image.fromarray(data.astronaut())
+    wide = Image.new("RGB", (1400, 512), "grey")
+    wide.paste(astronaut, (888, 0))
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    archive = write_zip(tmp_path / "x.zip", {"0.png": buffer.getvalue()})
+    centred = {"target_size": 128, "crop_based_on_salience": False}
+    assert (
+        picture(run(tmp_path, archive, **centred, use_face_detection_instead=True) / "0.mask.png").max()
+        == 255
+    )
+    archive = write_zip(tmp_path / "y.zip", off_centre())
+    assert picture(run(tmp_path, archive, "own", **centred) / "0.mask.png").max() == 255
+    assert "0.png nothing is in its middle" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["0.mask.png", "0.png.MASK.PNG", "0.mask.bmp"])
+def test_masks_are_found_by_the_name_of_their_picture(tmp_path: Path, name: str):
+    files = off_centre()
+    content = io.BytesIO()
+    Image.open(io.BytesIO(files.pop("0.mask.png"))).save(content, "BMP" if name.endswith("bmp") else "PNG")
+    out = run(tmp_path, write_zip(tmp_path / "x.zip", files | {name: content.getvalue()}))
+    assert sorted(path.name for path in out.glob("*.png")) == ["0.mask.png", "0.src.png"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"0.png": png(0), "1.mask.png": png(1)}, r"1\.mask\.png is the mask of no picture"),
+        ({"0.png": png(0), "0.mask.png": png(1), "0.png.mask.png": png(1)}, "has several masks"),
+        ({"0.png": png(0), "0.mask.png": mask_png((96, 80), (0, 0, 0, 0))}, "is black"),
+    ],
+)
+def test_masks_of_nothing_are_refused(tmp_path: Path, files: dict, message: str):
+    with pytest.raises(DatasetError, match=message):
+        run(tmp_path, write_zip(tmp_path / "x.zip", files))
+
+
+def test_captions_name_a_token_once(tmp_path: Path):
+    archive = write_zip(tmp_path / "x.zip", {"0.png": png(0)})
+    with pytest.raises(UserInputError, match="names TOK twice"):
+        run(tmp_path, archive, caption_text="TOK, a photo of TOK")
+
+
+def test_small_things_on_even_ground_are_no_twins(tmp_path: Path):
+    files = {}
+    for index, place in enumerate([(20, 20, 60, 60), (70, 70, 110, 110)]):
+        drawn = Image.new("RGB", (128, 128), "white")
+        drawn.paste("navy", place)
+        buffer = io.BytesIO()
+        drawn.save(buffer, "PNG")
+        files |= {f"{index}/thing.png": buffer.getvalue(), f"{index}/same.png": buffer.getvalue()}
+    advice = (run(tmp_path, write_zip(tmp_path / "x.zip", files)) / "advice.txt").read_text()
+    assert advice.count("nearly the same") == 2
+    assert "0/thing.png is nearly the same as 0/same.png" in advice
 
 
 def test_wrong_numbers_in_a_table_are_refused(tmp_path: Path):
@@ -200,4 +275,5 @@ def test_advice_names_the_file_and_the_remedy(tmp_path: Path):
     assert "tiny.png is tiny (60×60) and was enlarged 8.5 times" in advice
     assert "wide.png (1024×512) lost 50% in the crop" in advice
     assert 'sharp.png has the caption "a cup" without TOK' in advice
-    assert len(advice.splitlines()) == 6
+    assert "tiny.png (60×60), wide.png (1024×512) differ in shape from the rest" in advice
+    assert len(advice.splitlines()) == 7, advice

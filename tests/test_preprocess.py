@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import skimage.data
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
@@ -113,6 +113,30 @@ def test_pictures_of_phones_are_read_upright():
     lying = Image.fromarray(skimage.data.astronaut()).resize((96, 64))
     turned = np.array(lying.transpose(Image.Transpose.ROTATE_270), dtype=float)
     assert np.corrcoef(turned.ravel(), np.array(picture, dtype=float).ravel())[0, 1] > 0.98
+
+
+def test_deep_and_wide_colours_become_those_of_a_screen(tmp_path: Path):
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "deep.png")
+    assert np.array(read_image(tmp_path / "deep.png")[0])[0, 0].tolist() == [127] * 3
+    # A screen of which red and green are exchanged.
+    other = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in (
+        (b"rXYZ", b"-XYZ"),
+        (b"gXYZ", b"rXYZ"),
+        (b"-XYZ", b"gXYZ"),
+        (b"s\0R\0G\0B", b"x\0R\0G\0B"),
+    ):
+        other = other.replace(old, new)
+    red = Image.new("RGB", (8, 8), (200, 100, 50))
+    red.save(tmp_path / "plain.png")
+    red.save(tmp_path / "broken.png", icc_profile=b"no profile")
+    red.save(tmp_path / "wide.png", icc_profile=other)
+    plain, broken, wide = (
+        np.array(read_image(tmp_path / f"{name}.png")[0])[0, 0].tolist()
+        for name in ("plain", "broken", "wide")
+    )
+    assert plain == broken == [200, 100, 50]
+    assert np.allclose(wide, [100, 200, 50], atol=2)
 
 
 def test_framing_tells_the_truth():

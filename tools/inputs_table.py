@@ -19,7 +19,7 @@ def table(root: Path, name: str) -> str:
         title = f"`{key}`" + (" (deprecated)" if shape.get("deprecated") else "")
         default = f"`{json.dumps(shape['default'])}`" if "default" in shape else "–"
         lines.append(
-            f"| {title} | {_type(shape, schemas)} | {default} | {shape['description'].replace('|', '/')} |"
+            f"| {title} | {_type(shape, schemas)} | {default} | {shape['description'].replace('|', '&#124;')} |"
         )
     return "\n".join(lines)
 
