@@ -71,9 +71,9 @@ def dataset_sheet(
             with Image.open(mask_path) as opened:
                 mask = opened.convert("L").resize(picture.size, Image.Resampling.BOX)
         thumbnails.append((f"{name}: {captions[name]}", masked(picture, mask)))
-    title = (
-        f"{len(captions)} pictures; red: outside the mask, not learned" if len(captions) > 1 else "1 picture"
-    )
+    title = f"{len(captions)} pictures" if len(captions) > 1 else "1 picture"
+    if any(folder.glob("*.mask.png")):
+        title += "; red: outside the mask, not learned"
     if len(captions) > limit:
         title = f"The first {limit} of {title}"
     return contact_sheet(
