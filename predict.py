@@ -22,7 +22,7 @@ from sdxl import hosted_models, watermark
 from sdxl.canvas import keep_outside, lay_out
 from sdxl.command_line import run_command_line
 from sdxl.components import native_resolution
-from sdxl.config import cache_folder, new_workspace, resolve_seed
+from sdxl.config import cache_folder, keep_compiled_kernels, new_workspace, resolve_seed
 from sdxl.errors import UserInputError, WithheldError
 from sdxl.fetching import fetch
 from sdxl.fine_tune_cache import CacheLimits, FineTuneCache
@@ -72,6 +72,7 @@ class Predictor(BaseRunner):
         """Have the commonest shapes ready before the first request: one picture, and four at once, of the base's size."""
         if self.runners.speed == "eager":
             return
+        keep_compiled_kernels()
         started = time.monotonic()
         side = self.native_resolution
         for count in (1, self.placement.at_once):

@@ -16,15 +16,18 @@ from cog import Input, Path, current_scope
 
 from dataset_and_utils import ExampleDataset, TokenMap, read_captions_csv
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl import artifacts, hosted_models
+from sdxl import artifacts, data_parallel, hosted_models
 from sdxl.command_line import run_command_line
 from sdxl.components import Components, default_device, load_components, native_resolution
 from sdxl.config import (
     TrainingConfig,
     canonical_inputs,
+    discard_workspace,
+    keep_compiled_kernels,
     new_workspace,
     resolve_seed,
     resolve_steps,
+    speed_setting,
 )
 from sdxl.errors import UserInputError
 from sdxl.examples import cache_examples
@@ -132,8 +135,9 @@ def train(
         description="Batches whose gradients are averaged in each step: a larger batch in the same memory.",
         ge=1,
     ),
-    gradient_checkpointing: bool = Input(
-        default=True, description="Save GPU memory by computing a part of each step twice; a third slower."
+    gradient_checkpointing: Optional[bool] = Input(
+        default=None,
+        description="Save GPU memory by computing a part of each step twice; a third slower. Default: where memory asks for it.",
     ),
     random_views: int = Input(
         default=15,
@@ -232,7 +236,7 @@ def train(
     except BaseException as error:
         if isinstance(error, Exception) and not isinstance(error, UserInputError):
             log.exception("The training stopped.")
-        _discard(workspace)
+        discard_workspace(workspace, but=workspace / "training_out" / "checkpoints")
         raise
 
 
@@ -259,6 +263,7 @@ def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
     record = artifacts.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder)
     _announce(config)
 
+    keep_compiled_kernels()
     components = load_components(base, is_lora=config.is_lora, device=default_device())
     examples = cache_examples(
         dataset_folder,
@@ -299,7 +304,9 @@ def _config(inputs: dict[str, Any], resolution: int, *, images: int) -> Training
             "base": hosted_models.base_name(),
             "resolution": resolution,
             "max_train_steps": steps,
-            "seed": resolve_seed(inputs["seed"]),
+            "seed": data_parallel.agreed(resolve_seed(inputs["seed"])),
+            "cuda_graph": speed_setting() != "eager",
+            "compile_blocks": speed_setting() == "compiled",
         }
     )
 
@@ -333,15 +340,6 @@ def _record_metrics(report: StepReport) -> None:
         scope.record_metric("steps_per_second", float(report.steps_per_second))
 
 
-def _discard(workspace: pathlib.Path) -> None:
-    """Remove what a failed run left, but for its checkpoints."""
-    checkpoints = workspace / "training_out" / "checkpoints"
-    if not checkpoints.is_dir():
-        shutil.rmtree(workspace, ignore_errors=True)
-        return
-    shutil.rmtree(workspace / "dataset", ignore_errors=True)
-    log.info("The checkpoints so far lie in %s", checkpoints)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command_line(train, description=(__doc__ or "").splitlines()[0]))
+    about = (__doc__ or "").splitlines()[0]
+    sys.exit(data_parallel.run_in_each(lambda argv: run_command_line(train, description=about, argv=argv)))

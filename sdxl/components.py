@@ -32,7 +32,9 @@ class Components:
 
 def default_device() -> torch.device:
     """The first CUDA device, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def native_resolution(folder: Path) -> int:
@@ -75,9 +77,14 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
 
     def load(kind, name: str, dtype: torch.dtype):
         model = kind.from_pretrained(
-            folder, subfolder=name, variant=variant, use_safetensors=True, dtype=dtype
+            folder,
+            subfolder=name,
+            variant=variant,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map={"": str(device)},  # straight to the device, where its precision changes faster
         )
-        return model.requires_grad_(False).eval().to(device)
+        return model.requires_grad_(False).eval()
 
     try:
         noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")

@@ -3,9 +3,11 @@
 Knows names, ranges and defaults; does not know cog, files' contents or models.
 """
 
+import logging
 import os
 import random
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,11 +17,14 @@ from typing import Any, Literal, get_args
 from dataset_and_utils import TokenMap
 from sdxl.errors import UserInputError
 
+log = logging.getLogger(__name__)
+
 DEFAULT_STEPS = 1000
 Schedule = Literal["constant", "linear", "cosine"]
 LoraTargets = Literal["attention", "transformer", "all"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "prodigy"]
 Precision = Literal["auto", "fp32", "bf16"]
+Speed = Literal["compiled", "graphs", "eager"]
 
 _ABOVE_ZERO = {
     "max_train_steps": 1000,
@@ -112,8 +117,11 @@ class TrainingConfig:
     """What turns gradients into steps of the UNet's weights or LoRA matrices; token rows always have AdamW."""
     precision: Precision = "auto"
     """How full training holds the UNet's weights; "auto": in fp32 where it fits, else in bf16, rounded stochastically."""
-    gradient_checkpointing: bool = True
-    """On CUDA, compute the UNet's activations again in the backward pass: a third slower, far less memory."""
+    gradient_checkpointing: bool | None = None
+    """On CUDA, compute the UNet's activations again in the backward pass: a third slower, far less memory. None: where
+    memory asks for it."""
+    compile_blocks: bool = True
+    """On CUDA, compile the blocks of a UNet of SDXL's size: half a minute once, kept between runs."""
     cuda_graph: bool = True
     """On CUDA, capture the step as a graph and replay it; without, kernels are launched one by one, for debugging."""
 
@@ -218,6 +226,24 @@ def check_caption_text(text: str) -> None:
         )
 
 
+def speed_setting() -> Speed:
+    """How a GPU is kept busy, by `SDXL_SPEED`: "compiled" (the default: CUDA graphs of compiled blocks), "graphs" (of
+    plain kernels) or "eager" (kernels launched one by one, for debugging).
+
+    Raises:
+        UserInputError: no such setting.
+    """
+    setting = os.environ.get("SDXL_SPEED") or "compiled"
+    if setting not in get_args(Speed):
+        raise UserInputError(f"SDXL_SPEED is {setting!r}, but must be one of {', '.join(get_args(Speed))}.")
+    return setting  # type: ignore[return-value]
+
+
+def keep_compiled_kernels() -> None:
+    """Have compiled kernels kept between runs, under `cache_folder` unless torch is told another place."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+
+
 def cache_folder() -> Path:
     """The folder that `SDXL_CACHE` names, for what is kept between runs; by default one in the user's cache."""
     named = os.environ.get("SDXL_CACHE")
@@ -229,3 +255,12 @@ def new_workspace(name: str) -> Path:
     parent = Path(os.environ.get("SDXL_WORKSPACE") or tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
+
+
+def discard_workspace(workspace: Path, *, but: Path) -> None:
+    """Remove what a failed run left, `but` what of it is worth keeping."""
+    if not but.is_dir():
+        shutil.rmtree(workspace, ignore_errors=True)
+        return
+    shutil.rmtree(workspace / "dataset", ignore_errors=True)
+    log.info("The checkpoints so far lie in %s", but)

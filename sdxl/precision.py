@@ -31,6 +31,8 @@ class WeightPrecision:
     """A key of `OPTIMIZERS`: the one asked for, or the same with smaller state."""
     bytes_per_weight: float
     """Of the weight, its gradient and its state."""
+    checkpointing: bool = True
+    """Whether activations are computed again in the backward pass."""
     reason: str = ""
     """One sentence for the log."""
     tight: bool = False
@@ -85,9 +87,11 @@ def choose_precision(
     batch: int,
     resolution: int,
     precision: str = "auto",
-    checkpointing: bool = True,
+    checkpointing: bool | None = True,
 ) -> WeightPrecision:
     """The best way to hold the weights that fits in memory, with the reason in a sentence.
+
+    Precision comes before speed: without a wish, activations are kept only where the best precision leaves room.
 
     Args:
         free_bytes: memory free for the UNet's weights and its training: without the UNet, with all else that stays.
@@ -96,7 +100,7 @@ def choose_precision(
         batch: pictures in a step.
         resolution: side of the pictures, in pixels.
         precision: "auto", or "fp32" or "bf16" to have weights of that kind whether it fits or not.
-        checkpointing: activations are computed again in the backward pass.
+        checkpointing: activations are computed again in the backward pass; None: as memory allows.
 
     Raises:
         UserInputError: a name is not known, or the optimizer has no such precision.
@@ -111,15 +115,17 @@ def choose_precision(
         raise UserInputError(
             f"optimizer {optimizer} would lose small updates of bf16 weights: use adamw_8bit, or precision fp32."
         )
-    per_picture = _CHECKPOINTED_BYTES if checkpointing else _ACTIVATION_BYTES
-    # Activations grow with a UNet's width, its weights with the square of it.
-    narrower = min(parameters / _SDXL_WEIGHTS, 1.0) ** 0.5
-    activations = _RESERVE_BYTES + int(per_picture * narrower * batch * (resolution / 1024) ** 2)
+    ways = (False, True) if checkpointing is None else (checkpointing,)
+    activations = 0
     for choice in choices:
-        need = int(choice.bytes_per_weight * parameters) + activations
-        if need <= free_bytes:
-            return _because(choice, optimizer, need, free_bytes)
-    choice = choices[-1]
+        for again in ways:
+            activations = activation_bytes(
+                parameters, batch=batch, resolution=resolution, checkpointing=again
+            )
+            need = int(choice.bytes_per_weight * parameters) + activations
+            if need <= free_bytes:
+                return _because(replace(choice, checkpointing=again), optimizer, need, free_bytes)
+    choice = replace(choices[-1], checkpointing=ways[-1])
     state = int(choice.bytes_per_weight * parameters)
     if state > free_bytes:
         smaller = ", or precision auto with optimizer adamw_8bit" if choice.bytes_per_weight > 7 else ""
@@ -128,6 +134,14 @@ def choose_precision(
             f"optimizer state alone, but {_gib(free_bytes)} are free: use is_lora or a larger GPU{smaller}."
         )
     return _because(choice, optimizer, state + activations, free_bytes, tight=True)
+
+
+def activation_bytes(weights: int, *, batch: int, resolution: int, checkpointing: bool) -> int:
+    """About what a step takes beside weights, gradients and state, for a UNet of so many weights."""
+    per_picture = _CHECKPOINTED_BYTES if checkpointing else _ACTIVATION_BYTES
+    # Activations grow with a UNet's width, its weights with the square of it.
+    narrower = min(weights / _SDXL_WEIGHTS, 1.0) ** 0.5
+    return _RESERVE_BYTES + int(per_picture * narrower * batch * (resolution / 1024) ** 2)
 
 
 def name_of(dtype: torch.dtype) -> str:

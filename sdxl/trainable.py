@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdxl.config import TrainingConfig
-from sdxl.precision import WeightPrecision, choose_precision
+from sdxl.lean_lora import make_lean
+from sdxl.precision import WeightPrecision, activation_bytes, choose_precision
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ LORA_TARGETS = {
     "all": _ATTENTION + _FEED_FORWARD + _CONVOLUTIONS,
 }
 """Public name → ends of the names of the UNet's layers that get LoRA matrices."""
+_WORTH_COMPILING = 1e8
+"""Weights from which compiling the blocks, half a minute when it is first done, pays in a run."""
 LORA_WEIGHT_DECAY = 1e-4
 """AdamW's decay of LoRA matrices; full weights have none, since 0 is not where they started."""
 
@@ -46,6 +49,8 @@ class Trainable:
     weight_decay: float
     optimizer: str
     """A key of `OPTIMIZERS`."""
+    autocast: bool
+    """Whether weights are multiplied in another precision than they are held in, on CUDA."""
     export: Callable[[], dict[str, Tensor]]
     """The weights as they are now: tensors on the CPU, in names and dtypes in which they are stored."""
 
@@ -61,7 +66,7 @@ def full_unet(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
         log.log(logging.WARNING if precision.tight else logging.INFO, precision.reason)
     unet.requires_grad_(True)
     precision.apply(unet)
-    _prepare(unet, config)
+    _prepare(unet, config, checkpointing=precision.checkpointing)
 
     def export() -> dict[str, Tensor]:
         return {
@@ -75,6 +80,7 @@ def full_unet(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
         learning_rate=config.unet_learning_rate,
         weight_decay=0.0,
         optimizer=precision.optimizer,
+        autocast=True,
         export=export,
     )
 
@@ -96,7 +102,9 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
         )
     )
     cast_training_params(unet, dtype=torch.float32)
-    _prepare(unet, config)
+    if not config.use_dora:
+        make_lean(unet)
+    _prepare(unet, config, checkpointing=_lora_checkpointing(unet, config))
     scale = alpha / config.lora_rank
 
     def export() -> dict[str, Tensor]:
@@ -114,6 +122,7 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
         learning_rate=config.lora_lr,
         weight_decay=LORA_WEIGHT_DECAY,
         optimizer=config.optimizer,
+        autocast=config.use_dora,
         export=export,
     )
 
@@ -138,9 +147,8 @@ def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[...,
 def _precision(unet: UNet2DConditionModel, config: TrainingConfig) -> WeightPrecision:
     """How the weights are held while they train: as well as free memory allows; on a CPU always as asked for."""
     size = sum(parameter.nbytes for parameter in unet.parameters())
-    on_gpu = unet.device.type == "cuda"
     return choose_precision(
-        free_bytes=torch.cuda.mem_get_info(unet.device)[0] + size if on_gpu else 2**62,
+        free_bytes=_free_bytes(unet.device) + size,
         parameters=sum(parameter.numel() for parameter in unet.parameters()),
         optimizer=config.optimizer,
         batch=config.train_batch_size,
@@ -150,8 +158,36 @@ def _precision(unet: UNet2DConditionModel, config: TrainingConfig) -> WeightPrec
     )
 
 
-def _prepare(unet: UNet2DConditionModel, config: TrainingConfig) -> None:
+def _lora_checkpointing(unet: UNet2DConditionModel, config: TrainingConfig) -> bool:
+    """Whether activations are computed again: as asked for, else where they would not fit beside the LoRA."""
+    if config.gradient_checkpointing is not None:
+        return config.gradient_checkpointing
+    weights = sum(parameter.numel() for parameter in unet.parameters())
+    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    need = 16 * trained + activation_bytes(
+        weights, batch=config.train_batch_size, resolution=config.resolution, checkpointing=False
+    )
+    return need > _free_bytes(unet.device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take on a GPU; no end of it on a CPU."""
+    if device.type != "cuda":
+        return 2**62
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device)
+    unused = kept - torch.cuda.memory_allocated(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - kept
+    return min(free, allowed) + unused
+
+
+def _prepare(unet: UNet2DConditionModel, config: TrainingConfig, *, checkpointing: bool) -> None:
     unet.train()
-    if config.gradient_checkpointing and unet.device.type == "cuda":
+    if unet.device.type != "cuda":
+        return
+    if checkpointing:
         # Nothing in SDXL's UNet is random, and saving the state of random numbers would wait for the GPU.
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+    log.info("Activations are %s", "computed again in the backward pass" if checkpointing else "kept")
+    if config.compile_blocks and sum(parameter.numel() for parameter in unet.parameters()) > _WORTH_COMPILING:
+        unet.compile_repeated_blocks(fullgraph=True, dynamic=False)

@@ -24,6 +24,7 @@ from sdxl.batches import Batches
 from sdxl.components import Components, add_placeholder_tokens
 from sdxl.config import Schedule, TrainingConfig
 from sdxl.cuda_graphs import GraphedWork
+from sdxl.data_parallel import average, rank
 from sdxl.diffusion import (
     drop_prompts,
     encode_prompt,
@@ -97,6 +98,7 @@ def fine_tune(  # noqa: PLR0915 - the recipe is one text
     base_unet = as_base(components.unet, config) if _teaches_outside_masks(dataset, config) else None
     token_map = TokenMap.parse(config.token_map)
     rows = _install_rows(components, token_map, token_map.parse_init(config.token_init), generator)
+    generator.manual_seed(config.seed + rank())  # from here on processes that train together differ
     trainable = (lora if config.is_lora else full_unet)(components.unet, config)
     optimizers = make_optimizers(
         trainable.optimizer,
@@ -108,7 +110,9 @@ def fine_tune(  # noqa: PLR0915 - the recipe is one text
 
     # What a step sees: pictures of one shape, and of the prior.
     micro_batches = config.gradient_accumulation_steps
-    subject = Batches(dataset, config.train_batch_size, micro_batches=micro_batches, seed=config.seed)
+    subject = Batches(
+        dataset, config.train_batch_size, micro_batches=micro_batches, seed=config.seed + rank()
+    )
     sources = [(subject, 1.0)]
     if prior is not None:
         kept = Batches(prior, config.train_batch_size, micro_batches=micro_batches, seed=config.seed + 1)
@@ -124,11 +128,12 @@ def fine_tune(  # noqa: PLR0915 - the recipe is one text
         total = torch.zeros((), device=device)
         for (batches, weight), number in zip(sources, drawn, strict=True):
             for batch, prompts in batches.buckets[number].micro_batches():
-                with _autocast(device):
+                with _autocast(device, trainable.autocast):
                     loss = _loss(components, batch, prompts, generator, config, base_unet)
                     loss = loss * (weight / micro_batches)
                 loss.backward()
                 total += loss.detach()
+        average([p.grad for group in _groups(optimizers) for p in group["params"] if p.grad is not None])
         # Each group by itself: token rows must not scale the UNet's step, or it theirs.
         norms = [nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM) for group in _groups(optimizers)]
         return torch.stack([total, *norms])
@@ -210,6 +215,7 @@ def _loss(
     noise = sample_noise(batch.latents.shape, config.noise_offset, generator)
     timesteps = sample_timesteps(scheduler, len(batch.latents), generator)
     noisy = scheduler.add_noise(batch.latents, noise, timesteps)  # type: ignore[arg-type]
+    noisy, hidden, pooled = (value.to(components.unet.dtype) for value in (noisy, hidden, pooled))
     condition = {
         "encoder_hidden_states": hidden,
         "added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch.time_ids},
@@ -267,7 +273,7 @@ def _fix_prompts(components: Components, batches: Batches) -> None:
     """Encode every caption of the examples once, one by one: all views of a picture share theirs."""
     for bucket in batches.buckets:
         distinct, which = torch.cat(bucket.examples.token_ids, 1).unique(dim=0, return_inverse=True)
-        with _autocast(components.device):
+        with _autocast(components.device, True):
             encoded = [
                 encode_prompt(components.text_encoders, (first, second))
                 for first, second in (row.chunk(2, 1) for row in distinct.split(1))
@@ -291,9 +297,9 @@ def _set_rates(optimizers: list[torch.optim.Optimizer], rates: list[float]) -> N
             group["lr"] = rate
 
 
-def _autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 autocast on CUDA, without its cache, which would keep a bf16 copy of all fp32 weights; plain fp32 on a CPU,
-    whose bf16 is slower."""
-    if device.type != "cuda":
+def _autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
+    """bf16 autocast on CUDA, without its cache, which would keep a bf16 copy of all fp32 weights. None on a CPU, whose
+    bf16 is slower, and where all weights are multiplied as they are held."""
+    if device.type != "cuda" or not enabled:
         return contextlib.nullcontext()
     return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)

@@ -10,36 +10,26 @@ that change in place, as fine-tunes do, need nothing made again. Knows UNets and
 | eager        | kernels launched one by one, as diffusers does: for debugging                      |
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
+from sdxl.config import Speed, speed_setting
 from sdxl.cuda_graphs import GraphedWork
-from sdxl.errors import UserInputError
 from sdxl.placement import Placement
 
-Speed = Literal["compiled", "graphs", "eager"]
 MOST_SHAPES = 12
 """Shapes of call that are kept as graphs; beyond, all are dropped and made again as they come."""
 
 
 def speed_here(placement: Placement) -> Speed:
-    """What `SDXL_SPEED` says, by default "compiled" where all of the pipeline stays on a GPU; else always "eager".
-
-    Raises:
-        UserInputError: no such setting.
-    """
-    setting = os.environ.get("SDXL_SPEED") or "compiled"
-    if setting not in get_args(Speed):
-        raise UserInputError(f"SDXL_SPEED is {setting!r}, but must be one of {', '.join(get_args(Speed))}.")
-    still = placement.device.type == "cuda" and not placement.offloaded
-    return setting if still else "eager"  # type: ignore[return-value]
+    """What `SDXL_SPEED` says where all of the pipeline stays on a GPU; else always "eager"."""
+    setting = speed_setting()
+    return setting if placement.device.type == "cuda" and not placement.offloaded else "eager"
 
 
 class UNetRunner:

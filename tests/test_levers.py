@@ -280,3 +280,34 @@ def test_a_prior_without_prompts_is_refused():
         PriorConfig.parse(" | ", base="b", images=1, resolution=64)
     with pytest.raises(UserInputError, match="prior_images"):
         PriorConfig.parse("a", base="b", images=0, resolution=64)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_lean_layers_compute_what_pefts_do(run, targets: str):  # noqa: F811
+    components, dataset, _ = run(is_lora=True, lora_targets=targets, lora_rank=4, lora_alpha=8, lora_lr=1e-2)
+    example, unet = dataset.collate([0, 1]), components.unet
+    hidden = torch.randn(
+        2, 77, unet.config["cross_attention_dim"], generator=torch.Generator().manual_seed(0)
+    )
+    width = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
+    told = {"text_embeds": torch.zeros(2, width), "time_ids": example.time_ids}
+
+    def answer() -> torch.Tensor:
+        return unet(example.latents, torch.tensor(300), hidden, added_cond_kwargs=told).sample
+
+    def gradients() -> list[torch.Tensor]:
+        unet.zero_grad()
+        answer().square().mean().backward()
+        return [p.grad.clone() for p in unet.parameters() if p.grad is not None]
+
+    lean, lean_gradients = answer(), gradients()
+    unet.disable_adapters()
+    base = answer()
+    unet.enable_adapters()
+    patched = [module for module in unet.modules() if "forward" in vars(module)]
+    assert patched
+    for module in patched:
+        del module.forward
+    assert torch.allclose(lean, answer(), atol=1e-5) and not torch.allclose(lean, base, atol=1e-3)
+    for ours, theirs in zip(lean_gradients, gradients(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)

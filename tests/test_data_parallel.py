@@ -1,0 +1,81 @@
+"""One training in two processes, on CPUs: equal weights everywhere, from the pictures of both."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+
+from dataset_and_utils import TokenMap
+from preprocess import PreprocessConfig, prepare_dataset
+from sdxl import data_parallel
+from sdxl.components import load_components
+from sdxl.examples import cache_examples
+from sdxl.training import fine_tune
+from tests.conftest import QUICK, REPOSITORY, TINY_BASE
+from tests.test_training import CONFIG
+
+
+def work(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    data_parallel.join()
+    assert (data_parallel.rank(), data_parallel.world_size()) == (rank, 2)
+    assert data_parallel.agreed(rank + 5) == 5
+    mixed = [torch.full((2, 3), float(rank)), torch.full((4,), 2.0 * rank, dtype=torch.bfloat16)]
+    data_parallel.average(mixed)
+    assert mixed[0].tolist() == [[0.5] * 3] * 2 and mixed[1].tolist() == [1.0] * 4
+
+    config = dataclasses.replace(CONFIG, is_lora=True, lora_lr=1e-3)
+    components = load_components(TINY_BASE, is_lora=True, device=torch.device("cpu"))
+    data = cache_examples(Path(folder) / "dataset", components, TokenMap.parse(config.token_map), seed=0)
+    losses: list[float] = []
+    model = fine_tune(components, data, config, on_step=lambda report: losses.append(report.loss))
+    torch.save({"weights": model.weights, "rows": model.token_rows, "losses": losses}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_two_processes_learn_as_one(captioned_zip: Path, tmp_path: Path):
+    prepare_dataset(
+        captioned_zip, tmp_path / "dataset", config=PreprocessConfig(target_size=CONFIG.resolution)
+    )
+    torch.multiprocessing.spawn(work, (str(tmp_path), free_port()), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["losses"] != second["losses"], "each sees other pictures and noise"
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name])
+    assert all(torch.equal(one, two) for one, two in zip(first["rows"], second["rows"], strict=True))
+    assert any(value.abs().max() > 0 for name, value in first["weights"].items() if "lora_B" in name)
+
+
+def test_torchrun_leaves_one_fine_tune(captioned_zip: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command += [
+        str(free_port()),
+        "train.py",
+        "-o",
+        str(tmp_path / "out"),
+        "-i",
+        f"input_images=@{captioned_zip}",
+    ]
+    settings = {name: value for name, value in QUICK.items() if name != "seed"}
+    command += [word for name, value in settings.items() for word in ("-i", f"{name}={value}")]
+    environment = os.environ | {"SDXL_BASE": str(TINY_BASE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["trained_model.tar"]
+    assert done.stderr.count("Training the whole UNet") == 1
