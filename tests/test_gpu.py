@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import train
-from dataset_and_utils import Example, ExampleDataset, TokenMap
+from benchmarks.full_size import components as components_of_full_size
+from benchmarks.full_size import examples
+from dataset_and_utils import TokenMap
 from predict import Predictor
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl.components import Components, add_placeholder_tokens, load_components
+from sdxl.components import load_components
 from sdxl.examples import cache_examples
 from sdxl.training import StepReport, fine_tune
 from tests.conftest import QUICK, TINY_BASE, call
@@ -24,86 +24,11 @@ from tests.tiny_helpers import write_checker
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-"""The published configuration of SDXL 1.0's UNet: 2.57 billion parameters."""
-ENCODER: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
-ENCODER_2: dict[str, Any] = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-}
-
-
-def full_size(*, is_lora: bool) -> Components:
-    """SDXL at its published size with random weights, in the precisions that `load_components` chooses."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        unet = UNet2DConditionModel(**SDXL_UNET).to(torch.bfloat16 if is_lora else torch.float32)
-        common: dict[str, Any] = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
-        encoder = CLIPTextModel(CLIPTextConfig(**ENCODER, **common)).to(torch.bfloat16)
-        encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**ENCODER_2, projection_dim=1280, **common))
-        vae = AutoencoderKL()
-    tokenizers = [
-        CLIPTokenizer.from_pretrained(TINY_BASE, subfolder=name) for name in ("tokenizer", "tokenizer_2")
-    ]
-    components = Components(
-        unet=unet,
-        vae=vae,
-        text_encoders=(encoder.eval(), encoder_2.to(torch.bfloat16).eval()),
-        tokenizers=(tokenizers[0], tokenizers[1]),
-        noise_scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        device=torch.device("cuda"),
-    )
-    for part in (unet, vae, *components.text_encoders):
-        part.requires_grad_(False)
-    return components
-
-
-def examples(components: Components, count: int, side: int) -> ExampleDataset:
-    """Random latents with a caption that names the new tokens."""
-    add_placeholder_tokens(components, TokenMap.parse("TOK:2"))
-    made = []
-    for _ in range(count):
-        ids = [
-            tokenizer("a photo of <s0><s1>", padding="max_length", max_length=77, return_tensors="pt")
-            .input_ids[0]
-            .cuda()
-            for tokenizer in components.tokenizers
-        ]
-        made.append(
-            Example(
-                latents=torch.randn(4, side // 8, side // 8, device="cuda"),
-                mask=torch.ones(1, side // 8, side // 8, device="cuda"),
-                token_ids=(ids[0], ids[1]),
-                time_ids=torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device="cuda"),
-            )
-        )
-    return ExampleDataset(made)
-
 
 @pytest.mark.parametrize("is_lora", [True, False])
 def test_full_size_trains_at_1024(is_lora: bool):
     torch.cuda.reset_peak_memory_stats()
-    components = full_size(is_lora=is_lora)
+    components = components_of_full_size(is_lora=is_lora)
     reports: list[StepReport] = []
     config = dataclasses.replace(
         CONFIG,
@@ -196,7 +121,7 @@ def test_a_captured_step_is_the_eager_step(captioned_zip: Path, tmp_path: Path, 
 
 
 def test_text_encoders_leave_the_gpu_at_the_pivot(captioned_zip: Path):
-    components = full_size(is_lora=True)
+    components = components_of_full_size(is_lora=True)
     where = []
     config = dataclasses.replace(CONFIG, resolution=256, is_lora=True, max_train_steps=4)
     fine_tune(

@@ -1,0 +1,152 @@
+"""SDXL 1.0 at its published size with random weights: speed and memory do not depend on their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dataset_and_utils import Example, ExampleDataset, TokenMap
+from sdxl.components import Components, add_placeholder_tokens
+
+TOKENIZERS = Path("base_models/tiny-sdxl")
+UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+"""The published configuration of SDXL 1.0's UNet: 2.57 billion parameters."""
+ENCODER: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+ENCODER_2: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+}
+AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.13025,
+    "sample_size": 1024,
+}
+SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+def parts(device: torch.device, half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
+    """UNet, autoencoder (fp32), both text encoders and tokenizers, on `device`, frozen."""
+    torch.manual_seed(0)
+    common: dict[str, Any] = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
+    second = CLIPTextConfig(**ENCODER_2, projection_dim=1280, hidden_act="gelu", **common)
+    builders: dict[str, tuple[torch.dtype, Callable[[], Any]]] = {
+        "unet": (unet_dtype, lambda: UNet2DConditionModel(**UNET)),
+        "vae": (torch.float32, lambda: AutoencoderKL(**AUTOENCODER)),
+        "text_encoder": (half, lambda: CLIPTextModel(CLIPTextConfig(**ENCODER, **common))),
+        "text_encoder_2": (half, lambda: CLIPTextModelWithProjection(second)),
+    }
+    made: dict[str, Any] = {}
+    for name, (dtype, build) in builders.items():
+        torch.set_default_dtype(dtype)  # at no time in another precision, which might not fit
+        try:
+            with device:
+                made[name] = build()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for part in made.values():
+        part.requires_grad_(False).eval()
+    for name in ("tokenizer", "tokenizer_2"):  # of the miniature: fewer words, the same work
+        made[name] = CLIPTokenizer.from_pretrained(TOKENIZERS, subfolder=name)
+    return made
+
+
+def components(*, is_lora: bool, device: str = "cuda") -> Components:
+    """All parts for a training, in the precisions that `load_components` chooses on CUDA."""
+    made = parts(torch.device(device), torch.bfloat16, torch.bfloat16 if is_lora else torch.float32)
+    return Components(
+        unet=made["unet"],
+        vae=made["vae"],
+        text_encoders=(made["text_encoder"], made["text_encoder_2"]),
+        tokenizers=(made["tokenizer"], made["tokenizer_2"]),
+        noise_scheduler=DDPMScheduler(**SCHEDULE),
+        device=torch.device(device),
+    )
+
+
+def examples(on: Components, count: int, side: int) -> ExampleDataset:
+    """Random latents with a caption that names the new tokens."""
+    add_placeholder_tokens(on, TokenMap.parse("TOK:2"))
+    made = []
+    for _ in range(count):
+        ids = [
+            tokenizer("a photo of <s0><s1>", padding="max_length", max_length=77, return_tensors="pt")
+            .input_ids[0]
+            .to(on.device)
+            for tokenizer in on.tokenizers
+        ]
+        made.append(
+            Example(
+                latents=torch.randn(4, side // 8, side // 8, device=on.device),
+                mask=torch.ones(1, side // 8, side // 8, device=on.device),
+                token_ids=(ids[0], ids[1]),
+                time_ids=torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=on.device),
+            )
+        )
+    return ExampleDataset(made)
+
+
+def forward_tflop(side: int) -> float:
+    """Multiplications and additions, in 10¹², of the UNet for one picture of `side` pixels, counted without computing."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET)
+        told = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(
+                torch.zeros(1, 4, side // 8, side // 8),
+                torch.zeros(1),
+                torch.zeros(1, 77, 2048),
+                added_cond_kwargs=told,
+            )
+    return counter.get_total_flops() / 1e12
+
+
+def save_pipeline(folder: Path, device: str) -> Path:
+    """Write a whole base in diffusers' layout, fp16 (6.9 GB), unless it is there."""
+    from diffusers import StableDiffusionXLPipeline
+
+    if not (folder / "model_index.json").is_file():
+        made = parts(torch.device(device), torch.float16, torch.float16)
+        made["vae"] = made["vae"].to(torch.float16)
+        made["vae"].register_to_config(force_upcast=True)
+        pipeline = StableDiffusionXLPipeline(
+            **made,
+            scheduler=EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading"),
+            add_watermarker=False,
+        )
+        pipeline.save_pretrained(folder, variant="fp16")
+    return folder

@@ -1,0 +1,285 @@
+"""`python -m benchmarks.training`: the speed and memory of `fine_tune` at SDXL's full size, beside a plain loop.
+
+Random weights from the published configuration; real runs of the recipe, with both text encoders and the token rows
+before the pivot and cached prompts after it, clipping, schedule and reports. The plain loop is diffusers and peft under bf16
+autocast, the UNet alone. Parts run one by one and add to the results file, since each takes minutes of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+
+from benchmarks import full_size
+from benchmarks.quality import about
+from sdxl import data_parallel
+from sdxl.config import TrainingConfig, keep_compiled_kernels
+from sdxl.diffusion import sample_timesteps
+from sdxl.trainable import LORA_TARGETS
+from sdxl.training import StepReport, fine_tune
+
+BATCH, RANK, PICTURES = 4, 32, 8
+STEPS, SETTLED = 60, 12
+"""Steps of a run, the pivot in their middle, and how many after its start and after the pivot are not counted."""
+
+
+def settings(side: int, **changes: Any) -> TrainingConfig:
+    """A training as the bars name it: rank 32 on the projections of attention, batch 4."""
+    common: dict[str, Any] = {
+        "base": "random",
+        "token_map": "TOK:2",
+        "resolution": side,
+        "max_train_steps": STEPS,
+        "train_batch_size": BATCH,
+        "unet_learning_rate": 1e-6,
+        "ti_lr": 3e-4,
+        "is_lora": True,
+        "lora_rank": RANK,
+        "lora_targets": "attention",
+        "lora_lr": 1e-4,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+        "seed": 0,
+        "checkpointing_steps": 0,
+    }
+    return TrainingConfig(**common | changes)
+
+
+def ours(config: TrainingConfig) -> dict[str, float]:
+    """Milliseconds a step before and after the pivot, with the 10th and 90th percentile, and the peak in GiB."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    parts = full_size.components(is_lora=config.is_lora)
+    data = full_size.examples(parts, PICTURES, config.resolution)
+    started, ends = time.perf_counter(), []
+
+    def note(report: StepReport) -> None:
+        ends.append(time.perf_counter())
+
+    fine_tune(parts, data, config, on_step=note)
+    steps = [1000 * (after - before) for before, after in itertools.pairwise(ends)]
+    before, after = steps[SETTLED : config.pivot_step - 1], steps[config.pivot_step + SETTLED :]
+    del parts, data
+    torch.cuda.empty_cache()
+    return {
+        "before_pivot_ms": _middle(before),
+        "after_pivot_ms": _middle(after),
+        "after_pivot_p10_ms": _middle(after, 0.1),
+        "after_pivot_p90_ms": _middle(after, 0.9),
+        "first_step_s": round(ends[0] - started, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }
+
+
+def plain(side: int, *, compiled: bool, steps: int = 14) -> dict[str, float]:
+    """The same for a loop as diffusers' and peft's own examples write it: bf16 UNet, fp32 LoRA, autocast, AdamW."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        unet = UNet2DConditionModel(**full_size.UNET).to(torch.bfloat16).requires_grad_(False).train()
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_TARGETS["attention"]))
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.float()
+    if compiled:
+        unet.compile_repeated_blocks(fullgraph=False, dynamic=False)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    scheduler = full_size.DDPMScheduler(**full_size.SCHEDULE)
+    generator = torch.Generator("cuda").manual_seed(0)
+    latents = torch.randn(BATCH, 4, side // 8, side // 8, device="cuda")
+    hidden = torch.randn(BATCH, 77, 2048, device="cuda", dtype=torch.bfloat16)
+    pooled = torch.randn(BATCH, 1280, device="cuda", dtype=torch.bfloat16)
+    ids = torch.tensor([[side, side, 0, 0, side, side]] * BATCH, device="cuda")
+    times = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        noise = torch.randn(latents.shape, generator=generator, device="cuda")
+        when = sample_timesteps(scheduler, BATCH, generator)
+        with torch.autocast("cuda", torch.bfloat16):
+            told = {"text_embeds": pooled, "time_ids": ids}
+            noisy = scheduler.add_noise(latents, noise, when)
+            loss = torch.nn.functional.mse_loss(
+                unet(noisy, when, hidden, added_cond_kwargs=told).sample.float(), noise
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        times.append(1000 * (time.perf_counter() - started))
+    return {
+        "after_pivot_ms": _middle(times[4:]),
+        "after_pivot_p10_ms": _middle(times[4:], 0.1),
+        "after_pivot_p90_ms": _middle(times[4:], 0.9),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }
+
+
+def ceiling_tflops() -> float:
+    """What the matrix units reach here: a bf16 product of 8192³, the median of ten."""
+    one, two = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(14):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        torch.mm(one, two)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return round(2 * 8192**3 / median(times[4:]) / 1e12, 1)
+
+
+def compare(side: int) -> dict[str, Any]:
+    """LoRA by the recipe, in its three speeds, and by the plain loop, eager and compiled; the plain one before and after."""
+    rows = {
+        "plain loop": plain(side, compiled=False),
+        "ours": ours(settings(side)),
+        "ours, graphs of plain kernels": ours(settings(side, compile_blocks=False)),
+        "plain loop, again": plain(side, compiled=False),
+        "plain loop, compiled blocks": plain(side, compiled=True),
+        "ours, again": ours(settings(side)),
+    }
+    tflop = 2 * BATCH * full_size.forward_tflop(side)  # forward, and backward to the activations
+    ceiling = ceiling_tflops()
+    for row in rows.values():
+        row["share_of_ceiling"] = round(tflop / (row["after_pivot_ms"] / 1000) / ceiling, 3)
+    fastest = min(rows["ours"]["after_pivot_ms"], rows["ours, again"]["after_pivot_ms"])
+    slow = median([rows["plain loop"]["after_pivot_ms"], rows["plain loop, again"]["after_pivot_ms"]])
+    return {
+        "rows": rows,
+        f"lora_{side}_after_pivot_ms": fastest,
+        f"lora_{side}_before_pivot_ms": rows["ours"]["before_pivot_ms"],
+        f"speedup_{side}": round(slow / fastest, 2),
+        "ceiling_tflops": ceiling,
+    }
+
+
+def full() -> dict[str, Any]:
+    """All of the UNet at 1024², fp32 weights."""
+    rows = {
+        "full UNet": ours(settings(1024, is_lora=False, precision="fp32")),
+        "full UNet, graphs of plain kernels": ours(
+            settings(1024, is_lora=False, precision="fp32", compile_blocks=False)
+        ),
+    }
+    return {"rows": rows, "full_1024_after_pivot_ms": rows["full UNet"]["after_pivot_ms"]}
+
+
+def tier(gib: float, *, is_lora: bool) -> dict[str, Any]:
+    """Batch 1 at 1024² by a process that may take `gib` of the GPU."""
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    torch.cuda.set_per_process_memory_fraction(gib / total)
+    try:
+        row = ours(settings(1024, is_lora=is_lora, train_batch_size=1, max_train_steps=40))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    row["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+    name = "lora" if is_lora else "full"
+    return {"rows": {f"{name}, batch 1, {gib:g} GiB": row}, f"{name}_peak_gib": row["peak_gib"]}
+
+
+def whole_run(folder: Path, *, steps: int) -> dict[str, Any]:
+    """`train.py` from archive to tar on the saved base: once short, which fills the caches, then `steps` steps."""
+    base = full_size.save_pipeline(folder / "base", "cuda")
+    environment = os.environ | {"SDXL_BASE": str(base), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    found: dict[str, Any] = {}
+    for name, count in (("cold", 6), ("warm", steps)):
+        command = [sys.executable, "train.py", "-o", str(folder / name), "-i", "is_lora=true"]
+        command += ["-i", "input_images=@example_datasets/crowny_1024.zip", "-i", f"max_train_steps={count}"]
+        command += ["-i", "lora_targets=attention"]
+        started = time.perf_counter()
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, bufsize=0)
+        assert process.stderr is not None
+        text, first = b"", None
+        while part := process.stderr.read(4096):
+            text += part
+            if first is None and f"| 1/{count} ".encode() in text:
+                first = time.perf_counter() - started
+        if process.wait():
+            raise RuntimeError(text.decode()[-3000:])
+        found[f"{name}_first_step_s"] = round(first or float("nan"), 1)
+        found[f"{name}_total_s"] = round(time.perf_counter() - started, 1)
+    return {"whole_run": found, "archive_to_tar_min": round(found["warm_total_s"] / 60, 2)}
+
+
+def in_parallel() -> dict[str, Any]:
+    """Pictures a second on two GPUs over those on one; `ours` in processes that torchrun starts."""
+    speeds = {}
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+        command += ["-m", "benchmarks.training", "--parts", "one_of_several"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        milliseconds = json.loads(done.stdout.strip().splitlines()[-1])["after_pivot_ms"]
+        speeds[count] = 1000 * BATCH * count / milliseconds
+    return {
+        "pictures_per_s": {str(k): round(v, 2) for k, v in speeds.items()},
+        "two_gpus_speedup": round(speeds[2] / speeds[1], 3),
+    }
+
+
+def one_of_several() -> dict[str, Any]:
+    """The run of one process of `in_parallel`; the first one prints its row."""
+    data_parallel.join()
+    row = ours(settings(1024))
+    if data_parallel.rank() == 0:
+        sys.stdout.write(json.dumps(row) + "\n")
+    raise SystemExit(0)
+
+
+def _middle(times: list[float], share: float = 0.5) -> float:
+    return round(sorted(times)[int(share * (len(times) - 1))], 1)
+
+
+def main() -> None:
+    """Run the parts that are asked for, each adding to the results file as it ends."""
+    args = _arguments()
+    keep_compiled_kernels()
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "lora_1024": lambda: compare(1024),
+        "lora_768": lambda: compare(768),
+        "full": full,
+        "lora_12gb": lambda: tier(12, is_lora=True),
+        "full_24gb": lambda: tier(24, is_lora=False),
+        "whole_run": lambda: whole_run(args.workdir, steps=args.steps),
+        "two_gpus": in_parallel,
+        "one_of_several": one_of_several,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    for name in args.parts:
+        found = parts[name]()
+        results.setdefault("table", {})[name] = found.pop("rows", {})
+        results |= found | about("cuda")
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        sys.stdout.write(json.dumps({name: results["table"][name] | found}, indent=1) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    known = ["lora_1024", "lora_768", "full", "lora_12gb", "full_24gb", "whole_run", "two_gpus"]
+    parser.add_argument("--parts", nargs="+", choices=[*known, "one_of_several"], default=known[:-1])
+    parser.add_argument("--steps", type=int, default=1000, help="of the whole run")
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/training"), help="9 GB for the base and tars"
+    )
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
