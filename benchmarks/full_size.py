@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dataset_and_utils import Example, ExampleDataset, TokenMap
 from sdxl.components import Components, add_placeholder_tokens
 
+DEVICE = "cuda"
 TOKENIZERS = Path("base_models/tiny-sdxl")
 UNET: dict[str, Any] = {
     "sample_size": 128,
@@ -59,8 +60,8 @@ SCHEDULE: dict[str, Any] = {
 }
 
 
-def parts(device: torch.device, half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
-    """UNet, autoencoder (fp32), both text encoders and tokenizers, on `device`, frozen."""
+def parts(half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
+    """UNet, autoencoder (fp32), both text encoders and tokenizers, on `DEVICE`, frozen."""
     torch.manual_seed(0)
     common: dict[str, Any] = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
     second = CLIPTextConfig(**ENCODER_2, projection_dim=1280, hidden_act="gelu", **common)
@@ -74,7 +75,7 @@ def parts(device: torch.device, half: torch.dtype, unet_dtype: torch.dtype) -> d
     for name, (dtype, build) in builders.items():
         torch.set_default_dtype(dtype)  # at no time in another precision, which might not fit
         try:
-            with device:
+            with torch.device(DEVICE):
                 made[name] = build()
         finally:
             torch.set_default_dtype(torch.float32)
@@ -85,16 +86,16 @@ def parts(device: torch.device, half: torch.dtype, unet_dtype: torch.dtype) -> d
     return made
 
 
-def components(*, is_lora: bool, device: str = "cuda") -> Components:
+def components(*, is_lora: bool) -> Components:
     """All parts for a training, in the precisions that `load_components` chooses on CUDA."""
-    made = parts(torch.device(device), torch.bfloat16, torch.bfloat16 if is_lora else torch.float32)
+    made = parts(torch.bfloat16, torch.bfloat16 if is_lora else torch.float32)
     return Components(
         unet=made["unet"],
         vae=made["vae"],
         text_encoders=(made["text_encoder"], made["text_encoder_2"]),
         tokenizers=(made["tokenizer"], made["tokenizer_2"]),
         noise_scheduler=DDPMScheduler(**SCHEDULE),
-        device=torch.device(device),
+        device=torch.device(DEVICE),
     )
 
 
@@ -135,12 +136,12 @@ def forward_tflop(side: int) -> float:
     return counter.get_total_flops() / 1e12
 
 
-def save_pipeline(folder: Path, device: str) -> Path:
+def save_pipeline(folder: Path) -> Path:
     """Write a whole base in diffusers' layout, fp16 (6.9 GB), unless it is there."""
     from diffusers import StableDiffusionXLPipeline
 
     if not (folder / "model_index.json").is_file():
-        made = parts(torch.device(device), torch.float16, torch.float16)
+        made = parts(torch.float16, torch.float16)
         made["vae"] = made["vae"].to(torch.float16)
         made["vae"].register_to_config(force_upcast=True)
         pipeline = StableDiffusionXLPipeline(

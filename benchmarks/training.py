@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def plain(side: int, *, compiled: bool, steps: int = 14) -> dict[str, float]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(full_size.DEVICE):
         unet = UNet2DConditionModel(**full_size.UNET).to(torch.bfloat16).requires_grad_(False).train()
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_TARGETS["attention"]))
     trained = [p for p in unet.parameters() if p.requires_grad]
@@ -99,17 +100,17 @@ def plain(side: int, *, compiled: bool, steps: int = 14) -> dict[str, float]:
         unet.compile_repeated_blocks(fullgraph=False, dynamic=False)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     scheduler = full_size.DDPMScheduler(**full_size.SCHEDULE)
-    generator = torch.Generator("cuda").manual_seed(0)
-    latents = torch.randn(BATCH, 4, side // 8, side // 8, device="cuda")
-    hidden = torch.randn(BATCH, 77, 2048, device="cuda", dtype=torch.bfloat16)
-    pooled = torch.randn(BATCH, 1280, device="cuda", dtype=torch.bfloat16)
-    ids = torch.tensor([[side, side, 0, 0, side, side]] * BATCH, device="cuda")
+    generator = torch.Generator(full_size.DEVICE).manual_seed(0)
+    latents = torch.randn(BATCH, 4, side // 8, side // 8, device=full_size.DEVICE)
+    hidden = torch.randn(BATCH, 77, 2048, device=full_size.DEVICE, dtype=torch.bfloat16)
+    pooled = torch.randn(BATCH, 1280, device=full_size.DEVICE, dtype=torch.bfloat16)
+    ids = torch.tensor([[side, side, 0, 0, side, side]] * BATCH, device=full_size.DEVICE)
     times = []
     for _ in range(steps):
         started = time.perf_counter()
-        noise = torch.randn(latents.shape, generator=generator, device="cuda")
+        noise = torch.randn(latents.shape, generator=generator, device=full_size.DEVICE)
         when = sample_timesteps(scheduler, BATCH, generator)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(full_size.DEVICE, torch.bfloat16):
             told = {"text_embeds": pooled, "time_ids": ids}
             noisy = scheduler.add_noise(latents, noise, when)
             loss = torch.nn.functional.mse_loss(
@@ -131,7 +132,7 @@ def plain(side: int, *, compiled: bool, steps: int = 14) -> dict[str, float]:
 
 def ceiling_tflops() -> float:
     """What the matrix units reach here: a bf16 product of 8192³, the median of ten."""
-    one, two = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    one, two = (torch.randn(8192, 8192, device=full_size.DEVICE, dtype=torch.bfloat16) for _ in range(2))
     times = []
     for _ in range(14):
         torch.cuda.synchronize()
@@ -191,22 +192,22 @@ def tier(gib: float, *, is_lora: bool) -> dict[str, Any]:
     return {"rows": {f"{name}, batch 1, {gib:g} GiB": row}, f"{name}_peak_gib": row["peak_gib"]}
 
 
-def whole_run(folder: Path, *, steps: int) -> dict[str, Any]:
+def whole_run(folder: Path, *, steps: int, extra: tuple[str, ...] = ()) -> dict[str, Any]:
     """`train.py` from archive to tar on the saved base: once short, which fills the caches, then `steps` steps."""
-    base = full_size.save_pipeline(folder / "base", "cuda")
+    base = full_size.save_pipeline(folder / "base")
     environment = os.environ | {"SDXL_BASE": str(base), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     found: dict[str, Any] = {}
     for name, count in (("cold", 6), ("warm", steps)):
         command = [sys.executable, "train.py", "-o", str(folder / name), "-i", "is_lora=true"]
         command += ["-i", "input_images=@example_datasets/crowny_1024.zip", "-i", f"max_train_steps={count}"]
-        command += ["-i", "lora_targets=attention"]
+        command += ["-i", "lora_targets=attention", *extra]
         started = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, bufsize=0)
         assert process.stderr is not None
         text, first = b"", None
         while part := process.stderr.read(4096):
             text += part
-            if first is None and f"| 1/{count} ".encode() in text:
+            if first is None and re.search(rf"\| [1-9]\d*/{count} ".encode(), text):
                 first = time.perf_counter() - started
         if process.wait():
             raise RuntimeError(text.decode()[-3000:])
@@ -264,7 +265,7 @@ def main() -> None:
     for name in args.parts:
         found = parts[name]()
         results.setdefault("table", {})[name] = found.pop("rows", {})
-        results |= found | about("cuda")
+        results |= found | about(full_size.DEVICE)
         args.output.write_text(json.dumps(results, indent=2) + "\n")
         sys.stdout.write(json.dumps({name: results["table"][name] | found}, indent=1) + "\n")
 

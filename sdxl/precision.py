@@ -40,7 +40,9 @@ class WeightPrecision:
 
     def apply(self, module: nn.Module) -> None:
         """Cast `module` in place, and have the gradients of its parameters accumulate in their dtype."""
-        module.to(self.weights)
+        nn.Module.to(
+            module, self.weights
+        )  # diffusers' own warns of parts to keep in fp32, of which there are none
         for parameter in module.parameters():
             parameter.grad_dtype = self.gradients
 

@@ -132,7 +132,7 @@ def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[...,
     in half precision on CUDA."""
     if not config.is_lora:
         copy = deepcopy(unet).requires_grad_(False)
-        return copy.to(torch.bfloat16) if unet.device.type == "cuda" else copy  # type: ignore[arg-type]
+        return nn.Module.to(copy, torch.bfloat16) if unet.device.type == "cuda" else copy
 
     def without_adapter(*args: Any, **kwargs: Any) -> Any:
         unet.disable_adapters()

@@ -1,0 +1,255 @@
+"""`python -m benchmarks.sampling`: serving at SDXL's full size on a GPU, beside diffusers' eager pipeline in one process.
+
+Random weights. A request is a prompt in and PNG files out; ours goes through the door, with the safety checker and the
+watermark, diffusers' has neither. The two take turns; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import full_size
+from benchmarks.quality import about
+from benchmarks.training import ceiling_tflops
+from dataset_and_utils import TokenMap
+from sdxl import artifacts
+from sdxl.config import keep_compiled_kernels
+from sdxl.trainable import LORA_TARGETS
+from sdxl.training import TrainedModel
+
+PROMPT, STEPS, GUIDANCE, SIDE = "a photo of TOK on the moon", 50, 7.5, 1024
+HALF = torch.float16
+
+
+def save_checker(folder: Path) -> Path:
+    """Stable Diffusion's safety checker at its size (CLIP ViT-L/14) with random weights, which passes every picture."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessorPil
+
+    if not (folder / "model_index.json").is_file():
+        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+        vision |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14}
+        config = CLIPConfig(vision_config=vision, projection_dim=768)
+        StableDiffusionSafetyChecker(config).half().save_pretrained(folder / "safety_checker", variant="fp16")
+        CLIPImageProcessorPil(size={"shortest_edge": 224}).save_pretrained(folder / "feature_extractor")
+        (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+def save_fine_tunes(unet: nn.Module, folder: Path) -> dict[str, Path]:
+    """Tars of two whole UNets (5 GB each) and two LoRAs of rank 32 on attention, a little off the base."""
+    made = {}
+    for number in (1, 2):
+        torch.manual_seed(number)
+        whole = {name: (value * (1 + 1e-3 * number)).cpu() for name, value in unet.state_dict().items()}
+        lora = {}
+        for name, layer in unet.named_modules():
+            if isinstance(layer, nn.Linear) and name.endswith(tuple(LORA_TARGETS["attention"])):
+                lora[f"unet.{name}.lora_A.weight"] = torch.randn(32, layer.in_features) * 0.01
+                lora[f"unet.{name}.lora_B.weight"] = torch.randn(layer.out_features, 32) * 0.01
+        rows = [torch.randn(2, 768) * 0.01, torch.randn(2, 1280) * 0.01]
+        for kind, weights in (("unet", whole), ("lora", lora)):
+            target = folder / f"{kind}-{number}.tar"
+            made[f"{kind}-{number}"] = target
+            if not target.is_file():
+                model = TrainedModel(
+                    kind=kind, weights=weights, token_rows=rows, token_map=TokenMap.parse("TOK:2")
+                )
+                artifacts.write(model, folder / f"{kind}-{number}", {})
+                artifacts.pack(folder / f"{kind}-{number}", target)
+    return made
+
+
+def milliseconds(work: Callable[[], Any], runs: int, skip: int = 3) -> float:
+    """Median over `runs` calls that end with the GPU's work."""
+    times = []
+    for _ in range(runs + skip):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - started))
+    return round(median(times[skip:]), 2)
+
+
+def pair(unet: Callable[..., Any], rows: int, dtype: torch.dtype) -> Callable[[], Any]:
+    """A call of the UNet for `rows` rows, 2 for a guided picture."""
+    latents = torch.randn(rows, 4, SIDE // 8, SIDE // 8, device=full_size.DEVICE, dtype=dtype)
+    embeds = torch.randn(rows, 77, 2048, device=full_size.DEVICE, dtype=dtype)
+    told = {
+        "text_embeds": torch.randn(rows, 1280, device=full_size.DEVICE, dtype=dtype),
+        "time_ids": torch.full((rows, 6), float(SIDE), device=full_size.DEVICE, dtype=dtype),
+    }
+    when = torch.tensor(500.0, device=full_size.DEVICE)
+
+    @torch.no_grad()
+    def call() -> Any:
+        return unet(latents, when, encoder_hidden_states=embeds, added_cond_kwargs=told, return_dict=False)
+
+    return call
+
+
+def setup_seconds(environment: dict[str, str], folder: Path) -> float:
+    """From the start of `python predict.py` to its first picture on disk, the kernels and files in their caches."""
+    command = [sys.executable, "predict.py", "-i", f"prompt={PROMPT}", "-o", str(folder / "first")]
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        times.append(time.perf_counter() - started)
+    return round(times[-1], 1)
+
+
+def switches(predictor: Any, tars: dict[str, Path]) -> dict[str, float]:
+    """Seconds until the weights of a fine-tune are in place: its file first seen, its files kept on disk, it kept in memory."""
+
+    def take(name: str | None) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        layers = predictor._layers(str(tars[name]) if name else None, 1.0, [], None)
+        predictor.tuned.apply(layers)
+        torch.cuda.synchronize()
+        return round(time.perf_counter() - started, 3)
+
+    found = {}
+    for kind in ("lora", "unet"):
+        one, two = f"{kind}-1", f"{kind}-2"
+        found[f"{kind}_first_s"] = take(one)
+        take(two)
+        predictor.fine_tunes._memory.clear()
+        found[f"{kind}_from_disk_s"] = take(one)
+        take(two)
+        found[f"{kind}_from_memory_s"] = take(one)
+        found[f"base_after_{kind}_s"] = take(None)
+    return found
+
+
+def requests(predictor: Any, eager: Any, folder: Path, turns: int) -> dict[str, float]:
+    """Seconds from prompt to PNG, for one picture and for four at once."""
+
+    def ours(count: int) -> None:
+        predictor.run_with_defaults(prompt=PROMPT, num_outputs=count, seed=0)
+
+    def theirs(count: int) -> None:
+        pictures = eager(
+            PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, num_images_per_prompt=count
+        ).images
+        for number, picture in enumerate(pictures):
+            picture.save(folder / f"eager-{number}.png")
+
+    found = {}
+    for count in (1, 4):
+        times: dict[str, list[float]] = {"ours": [], "eager": []}
+        for _ in range(turns + 1):
+            for name, work in (("ours", ours), ("eager", theirs)):
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                work(count)
+                times[name].append(time.perf_counter() - started)
+        for name, seconds in times.items():
+            found[f"{name}_{count}_s"] = round(median(seconds[1:]), 3)
+    return found
+
+
+def with_defaults(predictor: Any) -> Any:
+    """`predictor` with `run_with_defaults`, which fills in what Cog's server would."""
+    from sdxl.command_line import declared_inputs
+
+    defaults = {name: declared.default for name, declared in declared_inputs(predictor.run).items()}
+    predictor.run_with_defaults = lambda **inputs: predictor.run(**{**defaults, **inputs})
+    return predictor
+
+
+def main() -> None:
+    """Measure, print and write the results."""
+    args = _arguments()
+    keep_compiled_kernels()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    base = full_size.save_pipeline(args.workdir / "base")
+    os.environ |= {
+        "SDXL_BASE": str(base),
+        "SDXL_SAFETY_CHECKER": str(save_checker(args.workdir / "checker")),
+        "HF_HUB_OFFLINE": "1",
+        "SDXL_WORKSPACE": str(args.workdir),
+        "SDXL_SPEED": args.speed,
+    }
+    from diffusers import StableDiffusionXLPipeline
+
+    from predict import Predictor
+
+    results: dict[str, Any] = {"speed": args.speed}
+
+    def note(**found: Any) -> None:
+        results.update(found)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results | about(full_size.DEVICE), indent=2) + "\n")
+        sys.stdout.write(json.dumps(found) + "\n")
+
+    predictor = Predictor()
+    started = time.perf_counter()
+    predictor.setup()
+    note(setup_in_process_s=round(time.perf_counter() - started, 1))
+    with_defaults(predictor)
+    eager: Any = StableDiffusionXLPipeline.from_pretrained(
+        base, variant="fp16", dtype=HALF, add_watermarker=False
+    ).to(full_size.DEVICE)
+    eager.set_progress_bar_config(disable=True)
+    runner = predictor.runners(predictor.tuned.pipeline.unet)
+    found = {}
+    for rows in (2, 8):
+        found[f"eager_{rows}_rows_ms"] = milliseconds(pair(eager.unet, rows, HALF), 12)
+        found[f"ours_{rows}_rows_ms"] = milliseconds(pair(runner, rows, HALF), 20, skip=6)
+    ceiling = ceiling_tflops()
+    share = 2 * full_size.forward_tflop(SIDE) / (found["ours_2_rows_ms"] / 1000) / ceiling
+    note(
+        calls=found,
+        unet_pair_ms=found["ours_2_rows_ms"],
+        ceiling_tflops=ceiling,
+        share_of_ceiling=round(share, 3),
+    )
+    found = requests(predictor, eager, args.workdir, args.turns)
+    note(
+        requests=found,
+        request_speedup=round(found["eager_1_s"] / found["ours_1_s"], 2),
+        request4_speedup=round(found["eager_4_s"] / found["ours_4_s"], 2),
+    )
+    tars = save_fine_tunes(eager.unet, args.workdir)
+    found = switches(predictor, tars)
+    note(
+        switches=found,
+        switch_lora_s=found["lora_first_s"],
+        switch_unet_s=found["unet_from_disk_s"],
+        switch_base_s=max(found["base_after_lora_s"], found["base_after_unet_s"]),
+    )
+    del predictor, eager, runner
+    torch.cuda.empty_cache()
+    note(setup_s=setup_seconds(dict(os.environ), args.workdir))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
+    parser.add_argument("--speed", default="compiled", choices=["compiled", "graphs", "eager"])
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/sampling"), help="30 GB for the base and the fine-tunes"
+    )
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sampling.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
