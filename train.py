@@ -306,7 +306,7 @@ def _config(inputs: dict[str, Any], resolution: int, *, images: int) -> Training
             "max_train_steps": steps,
             "seed": data_parallel.agreed(resolve_seed(inputs["seed"])),
             "cuda_graph": speed_setting() != "eager",
-            "compile_blocks": speed_setting() == "compiled",
+            "compile_blocks": speed_setting() in ("compiled", "fp8"),
         }
     )
 

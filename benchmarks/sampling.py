@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,6 +27,7 @@ from benchmarks.training import ceiling_tflops
 from dataset_and_utils import TokenMap
 from sdxl import artifacts
 from sdxl.config import keep_compiled_kernels
+from sdxl.generation import GenerationRequest, generate
 from sdxl.trainable import LORA_TARGETS
 from sdxl.training import TrainedModel
 
@@ -165,6 +167,17 @@ def requests(predictor: Any, eager: Any, folder: Path, turns: int) -> dict[str, 
     return found
 
 
+def difference(predictor: Any, eager: Any) -> float:
+    """Mean difference, in levels of 255, between our picture and that of plain kernels in half precision."""
+    request = GenerationRequest(
+        prompt=PROMPT, width=SIDE, height=SIDE, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0
+    )
+    ours = generate(predictor.tuned.pipeline, request, TokenMap({}), runner=predictor.runners)
+    theirs = generate(eager, request, TokenMap({}))
+    one, other = (np.asarray(pictures[0], dtype=float) for pictures in (ours, theirs))
+    return round(float(np.abs(one - other).mean()), 3)
+
+
 def with_defaults(predictor: Any) -> Any:
     """`predictor` with `run_with_defaults`, which fills in what Cog's server would."""
     from sdxl.command_line import declared_inputs
@@ -227,6 +240,7 @@ def main() -> None:
         request_speedup=round(found["eager_1_s"] / found["ours_1_s"], 2),
         request4_speedup=round(found["eager_4_s"] / found["ours_4_s"], 2),
     )
+    note(picture_difference_levels=difference(predictor, eager))
     tars = save_fine_tunes(eager.unet, args.workdir)
     found = switches(predictor, tars)
     note(
@@ -242,7 +256,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
-    parser.add_argument("--speed", default="compiled", choices=["compiled", "graphs", "eager"])
+    parser.add_argument("--speed", default="compiled", choices=["compiled", "fp8", "graphs", "eager"])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(
         "--workdir", type=Path, default=Path("runs/sampling"), help="30 GB for the base and the fine-tunes"

@@ -24,7 +24,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 LoraTargets = Literal["attention", "transformer", "all"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "prodigy"]
 Precision = Literal["auto", "fp32", "bf16"]
-Speed = Literal["compiled", "graphs", "eager"]
+Speed = Literal["compiled", "graphs", "eager", "fp8"]
 
 _ABOVE_ZERO = {
     "max_train_steps": 1000,
@@ -228,7 +228,8 @@ def check_caption_text(text: str) -> None:
 
 def speed_setting() -> Speed:
     """How a GPU is kept busy, by `SDXL_SPEED`: "compiled" (the default: CUDA graphs of compiled blocks), "graphs" (of
-    plain kernels) or "eager" (kernels launched one by one, for debugging).
+    plain kernels), "eager" (kernels launched one by one, for debugging), or "fp8" ("compiled", and drawing multiplies
+    in 8 bits where the GPU can).
 
     Raises:
         UserInputError: no such setting.

@@ -6,10 +6,12 @@ that change in place, as fine-tunes do, need nothing made again. Knows UNets and
 | `SDXL_SPEED` | what a call is                                                                     |
 |--------------|------------------------------------------------------------------------------------|
 | compiled     | a graph of compiled blocks for warmed shapes, of plain kernels for all others      |
+| fp8          | as compiled, the transformer blocks' linear layers in 8-bit floating point          |
 | graphs       | a graph of plain kernels: no compiling at the start                                |
 | eager        | kernels launched one by one, as diffusers does: for debugging                      |
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -20,7 +22,10 @@ from torch import Tensor
 
 from sdxl.config import Speed, speed_setting
 from sdxl.cuda_graphs import GraphedWork
+from sdxl.fp8 import Fp8Layers, is_supported
 from sdxl.placement import Placement
+
+log = logging.getLogger(__name__)
 
 MOST_SHAPES = 12
 """Shapes of call that are kept as graphs; beyond, all are dropped and made again as they come."""
@@ -29,6 +34,9 @@ MOST_SHAPES = 12
 def speed_here(placement: Placement) -> Speed:
     """What `SDXL_SPEED` says where all of the pipeline stays on a GPU; else always "eager"."""
     setting = speed_setting()
+    if setting == "fp8" and placement.device.type == "cuda" and not is_supported(placement.device):
+        log.warning("This GPU does not multiply in fp8: SDXL_SPEED is taken for compiled.")
+        setting = "compiled"
     return setting if placement.device.type == "cuda" and not placement.offloaded else "eager"
 
 
@@ -43,8 +51,19 @@ class UNetRunner:
         self._compiled: set[tuple] = set()
         self._inputs: dict[tuple, dict[str, Tensor]] = {}
         self._graphs = GraphedWork(unet.device, enabled=speed != "eager")
-        if speed == "compiled":
+        self._fp8 = Fp8Layers(unet) if speed == "fp8" else None
+        if self.compiles:
             compile_blocks(unet)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether warmed shapes are compiled."""
+        return self.speed in ("compiled", "fp8")
+
+    def weights_changed(self) -> None:
+        """To be called after a fine-tune has come or gone."""
+        if self._fp8 is not None:
+            self._fp8.refresh()
 
     def __call__(
         self,
@@ -79,7 +98,7 @@ class UNetRunner:
             self._inputs.clear()
             self._graphs.forget()
         self._inputs[key] = {name: value.clone() for name, value in given.items()}
-        if self.compiling and self.speed == "compiled":
+        if self.compiling and self.compiles:
             self._compiled.add(key)
 
     def _call(self, given: dict[str, Tensor]) -> Tensor:
@@ -116,6 +135,11 @@ class Runners:
         if id(unet) not in self._runners:
             self._runners[id(unet)] = UNetRunner(unet, self.speed)
         return self._runners[id(unet)]
+
+    def weights_changed(self) -> None:
+        """To be called after a fine-tune has come or gone."""
+        for runner in self._runners.values():
+            runner.weights_changed()
 
     @contextmanager
     def warming(self, unet: UNet2DConditionModel) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """Calls of the UNet by shape: as they are on a CPU, and as they would be captured on a GPU."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import UserInputError
+from sdxl.fp8 import Fp8Layers, quantise
 from sdxl.generation import GenerationRequest, generate
 from sdxl.pipelines import load_pipeline
 from sdxl.placement import choose_placement
@@ -83,3 +86,31 @@ def test_what_does_not_stay_on_a_gpu_runs_eagerly(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SDXL_SPEED", "fast")
     with pytest.raises(UserInputError, match="SDXL_SPEED is 'fast'"):
         speed_here(choose_placement(80))
+
+
+@torch.no_grad()
+def test_fp8_layers_are_near_and_follow_their_weights():
+    pipeline = load_pipeline(TINY_BASE, CPU)
+    given = inputs(pipeline.unet, 2, 16)
+
+    def answer() -> torch.Tensor:
+        return pipeline.unet(timestep=torch.tensor(300), **given, return_dict=False)[0]
+
+    exact = answer()
+    layers = Fp8Layers(pipeline.unet)
+    assert len(layers._layers) > 20
+    near = answer()
+    assert 1e-4 < float((near - exact).norm() / exact.norm()) < 0.1
+    layer: Any = layers._layers[0]
+    address = layer.fp8_weight.data_ptr()
+    layer.weight.mul_(2)
+    assert torch.equal(answer(), near), "fp8 weights are a copy"
+    layers.refresh()
+    assert not torch.equal(answer(), near) and layer.fp8_weight.data_ptr() == address
+    assert not any("fp8" in name for name in pipeline.unet.state_dict())
+
+
+def test_rows_in_fp8_come_back():
+    rows = torch.randn(5, 32) * torch.tensor([[1e-3], [1.0], [50.0], [1e4], [0.0]])
+    values, scale = quantise(rows)
+    assert torch.allclose(values.float() * scale, rows, rtol=0.07, atol=1e-6 * 1e4)
