@@ -31,7 +31,7 @@ from sdxl.generation import GenerationRequest, generate
 from sdxl.logs import configure_logging
 from sdxl.picture_files import check_format, describe, save
 from sdxl.pipelines import load_pipeline, load_refiner
-from sdxl.placement import placement_here
+from sdxl.placement import placement_here, share_heaps
 from sdxl.safety import load_judge
 from sdxl.tuned_weights import Layers, TunedPipeline
 from sdxl.unet_runner import Runners, speed_here
@@ -52,6 +52,7 @@ class Predictor(BaseRunner):
     def setup(self, weights: Optional[Path] = None) -> None:
         """Load the base, and the fine-tune `weights` (as `replicate_weights`; `COG_WEIGHTS`) for requests that name none."""
         configure_logging()
+        share_heaps()
         base = hosted_models.local_folder(hosted_models.base_name())
         self.native_resolution = native_resolution(base)
         self.model_name = pathlib.Path(hosted_models.base_name()).name
@@ -262,8 +263,8 @@ class Predictor(BaseRunner):
                 save(picture, file, quality=output_quality, parameters=told)
                 return Path(file)
 
-            with ThreadPoolExecutor() as threads:
-                files = list(threads.map(deliver, safe))
+            with ThreadPoolExecutor(max_workers=request.num_outputs) as threads:
+                files = list((threads.map if len(safe) > 1 else map)(deliver, safe))
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, UserInputError):
                 log.exception("The prediction stopped.")

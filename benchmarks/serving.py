@@ -227,6 +227,7 @@ def soak(
         "memory_after_50_mb": round(early, 1),
         "memory_at_end_mb": round(late, 1),
         "memory_growth": round(late / early - 1, 4),
+        "memory_mb_every_100": [round(median(memory[i : i + 11]), 1) for i in range(89, len(memory), 100)],
         "seconds": round(time.monotonic() - started, 1),
     }
 

@@ -3,6 +3,8 @@
 Knows memory and accelerate's hooks; does not know requests.
 """
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,9 @@ from typing import Any
 import torch
 
 from sdxl.errors import UserInputError
+
+_M_ARENA_MAX = -8
+"""glibc's number of the setting, from malloc.h."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,13 @@ def place(pipeline: Any, placement: Placement) -> None:
         pipeline.to(placement.device)
     if placement.tiled:
         pipeline.vae.enable_tiling()
+
+
+def share_heaps() -> None:
+    """Have all threads of this process share two heaps, where the C library is glibc: it gives each of the many threads
+    that a server draws on a heap of its own, and each keeps what it once needed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, 2)
 
 
 @contextmanager
