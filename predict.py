@@ -240,8 +240,9 @@ class Predictor(BaseRunner):
             )
             log.info("Seed: %d", request.seed)
             refiner = None if request.refine == "no_refiner" else self._refiner()
-            self.tuned.apply(self._layers(replicate_weights, lora_scale, extra_lora or [], extra_lora_scale))
-            self.runners.weights_changed()
+            layers = self._layers(replicate_weights, lora_scale, extra_lora or [], extra_lora_scale)
+            if self.tuned.apply(layers):
+                self.runners.weights_changed()
             pictures = generate(
                 self.tuned.pipeline,
                 request,

@@ -61,13 +61,13 @@ SCHEDULE: dict[str, Any] = {
 
 
 def parts(half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
-    """UNet, autoencoder (fp32), both text encoders and tokenizers, on `DEVICE`, frozen."""
+    """UNet, autoencoder, both text encoders and tokenizers, on `DEVICE`, frozen."""
     torch.manual_seed(0)
     common: dict[str, Any] = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
     second = CLIPTextConfig(**ENCODER_2, projection_dim=1280, hidden_act="gelu", **common)
     builders: dict[str, tuple[torch.dtype, Callable[[], Any]]] = {
         "unet": (unet_dtype, lambda: UNet2DConditionModel(**UNET)),
-        "vae": (torch.float32, lambda: AutoencoderKL(**AUTOENCODER)),
+        "vae": (half, lambda: AutoencoderKL(**AUTOENCODER)),
         "text_encoder": (half, lambda: CLIPTextModel(CLIPTextConfig(**ENCODER, **common))),
         "text_encoder_2": (half, lambda: CLIPTextModelWithProjection(second)),
     }

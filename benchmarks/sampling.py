@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from torch import nn
 from benchmarks import full_size
 from benchmarks.quality import about
 from benchmarks.training import ceiling_tflops
-from dataset_and_utils import TokenMap
+from dataset_and_utils import TokenMap, eos_id, pool_at_eos
 from sdxl import artifacts
 from sdxl.config import keep_compiled_kernels
 from sdxl.generation import GenerationRequest, generate
@@ -71,6 +72,7 @@ def save_fine_tunes(unet: nn.Module, folder: Path) -> dict[str, Path]:
                 )
                 artifacts.write(model, folder / f"{kind}-{number}", {})
                 artifacts.pack(folder / f"{kind}-{number}", target)
+                shutil.rmtree(folder / f"{kind}-{number}")
     return made
 
 
@@ -221,6 +223,11 @@ def main() -> None:
         base, variant="fp16", dtype=HALF, add_watermarker=False
     ).to(full_size.DEVICE)
     eager.set_progress_bar_config(disable=True)
+    for encoder, tokenizer in (
+        (eager.text_encoder, eager.tokenizer),
+        (eager.text_encoder_2, eager.tokenizer_2),
+    ):
+        pool_at_eos(encoder, eos_id(tokenizer))  # the saved encoders' id is that of the full vocabulary
     runner = predictor.runners(predictor.tuned.pipeline.unet)
     found = {}
     for rows in (2, 8):
@@ -261,8 +268,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workdir", type=Path, default=Path("runs/sampling"), help="30 GB for the base and the fine-tunes"
     )
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sampling.json"))
-    return parser.parse_args()
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/sampling.json, or -SPEED.json"
+    )
+    args = parser.parse_args()
+    if args.output is None:
+        name = "sampling" if args.speed == "compiled" else f"sampling-{args.speed}"
+        args.output = Path("benchmarks/results") / f"{name}.json"
+    return args
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
     """Load every part from `folder` onto `device`, frozen and in eval mode.
 
     Precision: what trains in full is fp32 (updates of 1e-6 vanish in half precision); frozen parts that are only
-    multiplied through are bf16 on CUDA; the autoencoder is fp32, since SDXL's overflows in fp16. On a CPU all is fp32.
+    multiplied through are bf16 on CUDA, the autoencoder too, since SDXL's overflows in fp16. On a CPU all is fp32.
 
     Raises:
         WeightsError: a part is missing or is not of SDXL's kind.
@@ -91,7 +91,7 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
         assert isinstance(noise_scheduler, DDPMScheduler)
         components = Components(
             unet=load(UNet2DConditionModel, "unet", half if is_lora else torch.float32),
-            vae=load(AutoencoderKL, "vae", torch.float32),
+            vae=load(AutoencoderKL, "vae", half),
             text_encoders=(
                 load(CLIPTextModel, "text_encoder", half),
                 load(CLIPTextModelWithProjection, "text_encoder_2", half),

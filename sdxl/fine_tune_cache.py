@@ -176,8 +176,11 @@ class FineTuneCache(Generic[T]):
                 return
             if name == keep:
                 continue
-            with contextlib.suppress(BlockingIOError), self._locked(name, wait=False):
-                self._discard(name)
+            # An entry that shares its lock with the one being built is ours already.
+            ours = _lock_of(name) == _lock_of(keep)
+            with contextlib.suppress(BlockingIOError):
+                with contextlib.nullcontext() if ours else self._locked(name, wait=False):
+                    self._discard(name)
                 total -= size
 
     def _discard(self, key: str) -> None:
@@ -214,7 +217,7 @@ class FineTuneCache(Generic[T]):
     @contextlib.contextmanager
     def _locked(self, key: str, *, wait: bool = True) -> Iterator[None]:
         """Exclude all others from an entry; raises BlockingIOError where it may not `wait`."""
-        with (self._folder / "locks" / key[:2]).open("a") as handle:
+        with (self._folder / "locks" / _lock_of(key)).open("a") as handle:
             while True:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -242,6 +245,11 @@ class FineTuneCache(Generic[T]):
 
 def _key(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _lock_of(key: str) -> str:
+    """The name of the lock of an entry: few files for any number of entries."""
+    return key[:2]
 
 
 def _state(file: Path) -> str:

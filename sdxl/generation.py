@@ -121,7 +121,7 @@ def generate(
         log.info("Prompt with the trained tokens put in: %s", prompt)
     texts = (prompt, token_map.substitute(request.negative_prompt))
     if pipeline.vae.config["force_upcast"] and pipeline.vae.dtype == torch.float16:
-        pipeline.vae.to(dtype=torch.float32)  # SDXL's overflows in fp16, to black pictures
+        pipeline.vae.to(dtype=torch.bfloat16)  # SDXL's overflows in fp16, to black pictures
     pictures: list[Image.Image] = []
     try:
         for first in range(0, request.num_outputs, at_once):

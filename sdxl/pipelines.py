@@ -49,7 +49,7 @@ def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiff
     """The text-to-image pipeline of the base in `folder`, placed on `device`: fp16 on CUDA, fp32 on a CPU.
 
     Its pooled prompts are taken at the end of the text. Where the autoencoder's configuration says `force_upcast`,
-    the pipeline decodes in fp32.
+    pictures are encoded and decoded in bf16 on CUDA.
 
     Raises:
         WeightsError: a part is missing or is not of SDXL's kind.

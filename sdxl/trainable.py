@@ -5,7 +5,6 @@ Knows parameters; does not know losses, text or files.
 
 import logging
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sdxl.compiled_blocks import compile_blocks
 from sdxl.config import TrainingConfig
 from sdxl.lean_lora import make_lean
 from sdxl.precision import WeightPrecision, activation_bytes, choose_precision
@@ -131,8 +131,14 @@ def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[...,
     """The UNet as it is before it trains, to be called like it: the same one without its adapter for LoRA, else a copy,
     in half precision on CUDA."""
     if not config.is_lora:
-        copy = deepcopy(unet).requires_grad_(False)
-        return nn.Module.to(copy, torch.bfloat16) if unet.device.type == "cuda" else copy
+        half = torch.bfloat16 if unet.device.type == "cuda" else unet.dtype
+        with torch.device("meta"):
+            copy = UNet2DConditionModel.from_config(unet.config)
+        assert isinstance(copy, UNet2DConditionModel)
+        # Cast as it is copied: a second one in fp32 might not fit.
+        weights = {name: value.to(half, copy=True) for name, value in unet.state_dict().items()}
+        copy.load_state_dict(weights, assign=True)
+        return copy.requires_grad_(False)
 
     def without_adapter(*args: Any, **kwargs: Any) -> Any:
         unet.disable_adapters()
@@ -190,4 +196,4 @@ def _prepare(unet: UNet2DConditionModel, config: TrainingConfig, *, checkpointin
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     log.info("Activations are %s", "computed again in the backward pass" if checkpointing else "kept")
     if config.compile_blocks and sum(parameter.numel() for parameter in unet.parameters()) > _WORTH_COMPILING:
-        unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        compile_blocks(unet, fullgraph=not config.use_dora)  # peft's DoRA breaks the graph

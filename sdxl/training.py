@@ -133,7 +133,8 @@ def fine_tune(  # noqa: PLR0915 - the recipe is one text
                     loss = loss * (weight / micro_batches)
                 loss.backward()
                 total += loss.detach()
-        average([p.grad for group in _groups(optimizers) for p in group["params"] if p.grad is not None])
+        found = [p.grad for group in _groups(optimizers) for p in group["params"] if p.grad is not None]
+        average([*found, total])  # the loss too: all processes must stop where one of them must
         # Each group by itself: token rows must not scale the UNet's step, or it theirs.
         norms = [nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM) for group in _groups(optimizers)]
         return torch.stack([total, *norms])

@@ -80,7 +80,9 @@ class TunedPipeline:
             pipeline.unet.config,
         )
         self._kept: dict[str, Tensor] = {}
-        """Base values, on the CPU, of the parameters that any fine-tune has changed so far."""
+        """Base values of the parameters that any fine-tune has changed so far, in host memory or beside them."""
+        self._room: bool | None = None
+        """Whether the GPU has room for them; None before it is asked."""
         self._changed: set[str] = set()
         """The parameters that may differ from the base now."""
         self._active: Layers | None = ()
@@ -131,33 +133,36 @@ class TunedPipeline:
         )
 
     def load_copy(self, fine_tune: FineTune) -> Weights:
-        """`load`, into memory of its own (pinned where there is CUDA): the files may change or go afterwards."""
+        """`load`, into memory of its own: the files may change or go afterwards. A whole UNet's is pinned where there is
+        CUDA; a LoRA's thousand small matrices would take longer to pin than to copy."""
         read = self.load(fine_tune)
         lora = {
             name: replace(
                 layer,
-                down=host_copy(layer.down),
-                up=host_copy(layer.up),
-                magnitude=None if layer.magnitude is None else host_copy(layer.magnitude),
+                down=layer.down.clone(),
+                up=layer.up.clone(),
+                magnitude=None if layer.magnitude is None else layer.magnitude.clone(),
             )
             for name, layer in read.lora.items()
         }
         unet = {name: host_copy(tensor) for name, tensor in read.unet.items()}
-        return replace(read, unet=unet, lora=lora, rows=tuple(map(host_copy, read.rows)))
+        return replace(read, unet=unet, lora=lora, rows=tuple(row.clone() for row in read.rows))
 
     def activate(self, fine_tune: FineTune | None, *, lora_scale: float = 1.0) -> None:
         """`apply` one fine-tune from its files, or with None the base alone."""
         self.apply(() if fine_tune is None else ((self.load(fine_tune), lora_scale),))
 
     @torch.no_grad()
-    def apply(self, layers: Layers) -> None:
+    def apply(self, layers: Layers) -> bool:
         """Make the pipeline the base with exactly `layers` on top; whatever fails or interrupts it, the base remains.
+
+        Returns whether anything had to change.
 
         Raises:
             WeightsError: a whole UNet is not the first of them.
         """
         if layers == self._active:
-            return
+            return False
         for weights, _ in layers[1:]:
             if weights.unet:
                 raise WeightsError(
@@ -173,6 +178,7 @@ class TunedPipeline:
         except BaseException:
             self.restore()
             raise
+        return True
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -207,8 +213,18 @@ class TunedPipeline:
     def _keep(self, name: str) -> None:
         """Remember the base's value before it is changed; what was kept once is the base's for good."""
         if name not in self._kept:
-            self._kept[name] = host_copy(self._parameters[name].detach())
+            value = self._parameters[name].detach()
+            self._kept[name] = value.clone() if self._keeps_beside(value) else host_copy(value)
         self._changed.add(name)
+
+    def _keeps_beside(self, value: Tensor) -> bool:
+        """Whether the base's values stay on the GPU, where they come back in no time, rather than in host memory."""
+        if value.device.type != "cuda" or getattr(self.pipeline, "_all_hooks", []):
+            return False
+        if self._room is None:
+            whole = sum(parameter.nbytes for parameter in self._parameters.values())
+            self._room = torch.cuda.mem_get_info(value.device)[0] > 3 * whole
+        return self._room
 
     def _apply_tokens(self, layers: Layers) -> None:
         """The rows of all fine-tunes in one line of tokens `<s0>`, `<s1>`, …, in copies of tables and tokenizers."""

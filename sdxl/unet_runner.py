@@ -17,9 +17,9 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
+from sdxl.compiled_blocks import compile_blocks
 from sdxl.config import Speed, speed_setting
 from sdxl.cuda_graphs import GraphedWork
 from sdxl.fp8 import Fp8Layers, is_supported
@@ -110,17 +110,6 @@ class UNetRunner:
             added_cond_kwargs=extra,
             return_dict=False,
         )[0]
-
-
-def compile_blocks(unet: UNet2DConditionModel) -> None:
-    """Have the UNet's repeated blocks compiled when they are first called with a shape: the transformer blocks and the
-    residual ones. Blocks that are alike share their kernels, so that it takes seconds where the whole takes minutes."""
-    torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
-    torch._dynamo.config.accumulated_recompile_limit = 1024  # type: ignore[attr-defined]
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock2D):
-            module.compile(fullgraph=True, dynamic=False)
 
 
 class Runners:

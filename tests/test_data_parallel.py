@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing
 
@@ -30,13 +31,22 @@ def work(rank: int, folder: str, port: int) -> None:
     data_parallel.average(mixed)
     assert mixed[0].tolist() == [[0.5] * 3] * 2 and mixed[1].tolist() == [1.0] * 4
 
+    learn(folder, str(rank))
+    torch.distributed.destroy_process_group()
+
+
+def work_alone(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    learn(folder, "alone")
+
+
+def learn(folder: str, name: str) -> None:
     config = dataclasses.replace(CONFIG, is_lora=True, lora_lr=1e-3)
     components = load_components(TINY_BASE, is_lora=True, device=torch.device("cpu"))
     data = cache_examples(Path(folder) / "dataset", components, TokenMap.parse(config.token_map), seed=0)
     losses: list[float] = []
     model = fine_tune(components, data, config, on_step=lambda report: losses.append(report.loss))
-    torch.save({"weights": model.weights, "rows": model.token_rows, "losses": losses}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save({"weights": model.weights, "rows": model.token_rows, "losses": losses}, f"{folder}/{name}.pt")
 
 
 def free_port() -> int:
@@ -53,7 +63,10 @@ def test_two_processes_learn_as_one(captioned_zip: Path, tmp_path: Path):
     )
     torch.multiprocessing.spawn(work, (str(tmp_path), free_port()), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first["losses"] != second["losses"], "each sees other pictures and noise"
+    assert first["losses"] == second["losses"], "both are told the mean"
+    torch.multiprocessing.spawn(work_alone, (str(tmp_path),), nprocs=1)
+    alone = torch.load(tmp_path / "alone.pt")
+    assert first["losses"] != pytest.approx(alone["losses"], rel=1e-3), "each sees other pictures and noise"
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name])
     assert all(torch.equal(one, two) for one, two in zip(first["rows"], second["rows"], strict=True))

@@ -93,7 +93,12 @@ def test_the_least_recently_used_goes_first(tmp_path: Path):
     assert cache.get(tars[0]).value == 0.0, "what went is built again"
 
 
-def test_what_is_larger_than_all_limits_is_served_and_not_kept(tmp_path: Path):
+@pytest.mark.parametrize("one_lock", [False, True])
+def test_what_is_larger_than_all_limits_is_served_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_lock: bool
+):
+    if one_lock:  # as keys that begin alike have it
+        monkeypatch.setattr("sdxl.fine_tune_cache._lock_of", lambda key: "one")
     cache = FineTuneCache(tmp_path / "cache", CacheLimits(disk=0, memory=0), load)
     tar = str(make_tar(tmp_path / "a.tar", 1.0))
     assert cache.get(tar).value == 1.0
