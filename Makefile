@@ -6,6 +6,7 @@ TINY := base_models/tiny-sdxl
 
 # Subjects of `make quality`; 10 for the full table.
 K ?= 3
+ALL_METHODS := untuned ti lora lora_class full full_class lora_pivotal full_pivotal
 
 .PHONY: env demo test test-gpu check format schema quality serve serve-train serve-preprocess clean
 .DEFAULT_GOAL := env
@@ -41,7 +42,7 @@ schema: env
 	$(BIN)/python -m tools.cog_schema
 
 quality: env
-	$(BIN)/python -m benchmarks.quality --subjects $(K) $(if $(filter 10,$(K)),--base-prompts 500,--base-prompts 50 --output runs/quality-of-$(K))
+	$(BIN)/python -m benchmarks.quality --subjects $(K) $(if $(filter 10,$(K)),--base-prompts 500 --methods $(ALL_METHODS),--base-prompts 50 --output runs/quality-of-$(K))
 
 serve: env
 	PORT=5000 COG_PREDICT_TYPE_STUB=predict.py:Predictor python -m cog.server.http
