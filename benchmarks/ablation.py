@@ -14,9 +14,7 @@ from dataclasses import fields, replace
 from statistics import mean, stdev
 from typing import Any
 
-from PIL import Image
-
-from benchmarks.quality import METHODS, about, add_job_arguments, run_all, sheet
+from benchmarks.quality import METHODS, about, add_job_arguments, run_all, save_sheet
 from benchmarks.scores import fidelity
 from benchmarks.subject_job import Method
 
@@ -49,9 +47,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "7 views": {"views": 7},
     "31 views": {"views": 31},
     "masks": {"masks": True},
-    "masks, floor 0": {"masks": True, "mask_floor": 0.0},
-    "masks, the base outside": {"masks": True, "mask_base_target": True},
-    "masks, the base outside at full weight": {"masks": True, "mask_base_target": True, "mask_floor": 1.0},
+    "masks, the base outside at full weight": {"masks": True, "mask_floor": 1.0},
+    "masks, the pictures outside": {"masks": True, "mask_base_target": False},
+    "masks, the pictures outside, floor 0": {"masks": True, "mask_base_target": False, "mask_floor": 0.0},
     "mirrored too": {"horizontal_flip": True},
     "prior preservation": {"prior": _PRIOR},
     "8-bit AdamW": {"optimizer": "adamw_8bit"},
@@ -149,9 +147,7 @@ def main() -> None:
     (args.output / f"{args.name}.json").write_text(json.dumps(numbers, indent=2) + "\n")
     (args.output / f"{args.name}.md").write_text(markdown(table) + "\n")
     if args.sheet_subjects:
-        picture = sheet(results, subjects[: args.sheet_subjects])
-        picture.thumbnail((1400, picture.height), Image.Resampling.LANCZOS)
-        picture.save(args.output / f"{args.name}.jpg", quality=80)
+        save_sheet(results, subjects[: args.sheet_subjects], args.output / f"{args.name}.jpg")
 
 
 def _arguments() -> argparse.Namespace:

@@ -94,9 +94,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "quality.json").write_text(json.dumps(numbers, indent=2) + "\n")
     (args.output / "quality.md").write_text(markdown(table) + "\n")
-    picture = sheet(results, subjects[: args.sheet_subjects])
-    picture.thumbnail((1400, picture.height), Image.Resampling.LANCZOS)
-    picture.save(args.output / "quality.jpg", quality=80)
+    save_sheet(results, subjects[: args.sheet_subjects], args.output / "quality.jpg")
 
 
 def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -174,7 +172,7 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def sheet(results: list[dict[str, Any]], subjects: list[int]) -> Image.Image:
+def save_sheet(results: list[dict[str, Any]], subjects: list[int], path: Path) -> None:
     """For each subject: the pictures learnt from, then each method's pictures of the same prompts."""
     captions = [prompt for prompt, _ in prompts.subject_prompts()]
     rows = []
@@ -191,7 +189,9 @@ def sheet(results: list[dict[str, Any]], subjects: list[int]) -> Image.Image:
                 rows.append(
                     Row(title=TITLES.get(r["method"], r["method"]), pictures=pictures, captions=captions)
                 )
-    return contact_sheet(rows)
+    picture = contact_sheet(rows)
+    picture.thumbnail((1400, picture.height), Image.Resampling.LANCZOS)
+    picture.save(path, quality=80)
 
 
 def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, Path]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from sdxl.captioning import names_in
+
 FEW, MANY = 5, 60
 """Numbers of pictures below and above which there is advice."""
 _TWINS = 6
@@ -145,13 +147,8 @@ def _on_one(fact: Facts, caption: str, tokens: Sequence[str]) -> list[str]:
         findings.append(
             f"({fact.width}×{fact.height}) lost {fact.cut_off:.0%} in the crop: crop it by hand, or set bucketing."
         )
-    if tokens and not any(_names(token, caption) for token in tokens):
+    if tokens and not any(names_in(caption, token) for token in tokens):
         findings.append(
             f'has the caption "{caption}" without {" or ".join(tokens)}: write it in as a word of its own.'
         )
     return findings
-
-
-def _names(token: str, caption: str) -> bool:
-    words = "".join(letter if letter.isalnum() or letter == "_" else " " for letter in caption).split()
-    return token in words
