@@ -36,11 +36,15 @@ class GraphedWork:
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
         self._stream = torch.cuda.Stream() if self.enabled else None
 
+    def holds(self, key: Hashable) -> bool:
+        """Whether the work of `key` is captured: from now on it is replayed."""
+        return key in self._graphs
+
     def __call__(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
         """Do `work`, or what was captured for `key`; returns its result."""
         if not self.enabled:
             return work()
-        if key in self._graphs:
+        if self.holds(key):
             graph, result = self._graphs[key]
             graph.replay()
             return result

@@ -119,12 +119,14 @@ def fine_tune(  # noqa: PLR0915 - the recipe is one text
         sources.append((kept, config.prior_weight))
         _fix_prompts(components, kept)
     graphed = GraphedWork(device, generator, enabled=config.cuda_graph)
+    one_graph = all(len(batches.buckets) == 1 for batches, _ in sources)
     rows_train = True
 
     def gradients(drawn: tuple[int, ...]) -> Tensor:
         """Forward, loss, backward and clipping of the drawn buckets; returns the loss and the gradients' norms."""
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=False)  # a captured step writes to the same gradients every time
+        if not one_graph:
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=False)  # all captured steps add to the same gradients
         total = torch.zeros((), device=device)
         for (batches, weight), number in zip(sources, drawn, strict=True):
             for batch, prompts in batches.buckets[number].micro_batches():
@@ -173,6 +175,9 @@ def fine_tune(  # noqa: PLR0915 - the recipe is one text
         learning_rates = [rate * share for rate in full_rates]
         _set_rates(optimizers, learning_rates)
         drawn = tuple(batches.draw() for batches, _ in sources)
+        if one_graph and not graphed.holds(drawn):
+            for optimizer in optimizers:
+                optimizer.zero_grad()  # made anew by every step, and by a captured one at the same place
         loss, *norms = graphed(drawn, lambda drawn=drawn: gradients(drawn)).tolist()
         if not all(map(math.isfinite, (loss, *norms))):
             on_checkpoint(step, snapshot())
@@ -217,6 +222,8 @@ def _loss(
     timesteps = sample_timesteps(scheduler, len(batch.latents), generator)
     noisy = scheduler.add_noise(batch.latents, noise, timesteps)  # type: ignore[arg-type]
     noisy, hidden, pooled = (value.to(components.unet.dtype) for value in (noisy, hidden, pooled))
+    if prompts is not None and hidden.is_cuda:
+        hidden = hidden.detach().requires_grad_()  # as before the pivot: else blocks would be compiled anew
     condition = {
         "encoder_hidden_states": hidden,
         "added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch.time_ids},

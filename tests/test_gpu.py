@@ -15,8 +15,10 @@ from benchmarks.full_size import examples
 from dataset_and_utils import TokenMap
 from predict import Predictor
 from preprocess import PreprocessConfig, prepare_dataset
+from sdxl.compiled_blocks import fuse_norms
 from sdxl.components import load_components
 from sdxl.examples import cache_examples
+from sdxl.pipelines import load_pipeline
 from sdxl.training import StepReport, fine_tune
 from tests.conftest import QUICK, TINY_BASE, call
 from tests.test_training import CONFIG
@@ -118,6 +120,51 @@ def test_a_captured_step_is_the_eager_step(captioned_zip: Path, tmp_path: Path, 
         curves.append([report.loss for report in reports])
     assert curves[0] == pytest.approx(curves[1], rel=1e-2)
     assert len(set(curves[0])) == 20
+
+
+@pytest.mark.parametrize("shape", [(2, 96, 9, 11), (1, 320, 32, 32), (3, 1920, 5, 7)])
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_group_norm_is_torchs(shape: tuple[int, ...], silu: bool, dtype: torch.dtype):
+    from sdxl.group_norm import group_norm
+
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(32, shape[1], eps=1e-5).cuda()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(shape, device="cuda") * 3 + 5).to(dtype)
+    grad = torch.randn(shape, device="cuda").to(dtype)
+    found = []
+    for fused in (True, False):
+        given = (x if fused else x.double()).clone().requires_grad_()
+        norm.to(given.dtype if not fused else torch.float32)
+        y = group_norm(given, norm, silu=silu) if fused else norm(given)
+        y = y if fused or not silu else torch.nn.functional.silu(y)
+        found.append((y, *torch.autograd.grad(y, (given, norm.weight, norm.bias), grad.to(y.dtype))))
+    for one, other in zip(*found, strict=True):
+        distance = (one.double() - other.double()).norm() / other.double().norm()
+        assert distance < (1e-5 if one.dtype == torch.float32 and dtype == torch.float32 else 5e-3)
+
+
+def test_fused_geglu_has_torchs_gradient():
+    from sdxl.geglu import Geglu
+
+    x = torch.randn(3, 7, 2 * 1500, device="cuda", requires_grad=True)
+    plain, gate = x.chunk(2, -1)
+    expected = plain * torch.nn.functional.gelu(gate)
+    grad = torch.randn_like(expected)
+    one, other = (torch.autograd.grad(y, x, grad)[0] for y in (Geglu.apply(x), expected))
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_an_autoencoder_with_fused_norms_decodes_the_same():
+    vae = load_pipeline(TINY_BASE, torch.device("cuda")).vae.float()
+    latents = torch.randn(2, 4, 16, 16, device="cuda")
+    with torch.no_grad():
+        before = vae.decode(latents).sample
+        fuse_norms(vae)
+        after = vae.decode(latents).sample
+    assert (before - after).norm() / before.norm() < 1e-3
 
 
 def test_text_encoders_leave_the_gpu_at_the_pivot(captioned_zip: Path):
