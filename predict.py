@@ -21,7 +21,7 @@ from PIL import Image
 from sdxl import hosted_models, watermark
 from sdxl.canvas import keep_outside, lay_out
 from sdxl.command_line import run_command_line
-from sdxl.compiled_blocks import fuse_norms
+from sdxl.compiled_blocks import fuse_blocks
 from sdxl.components import native_resolution
 from sdxl.config import cache_folder, keep_compiled_kernels, new_workspace, resolve_seed
 from sdxl.errors import UserInputError, WithheldError
@@ -67,7 +67,7 @@ class Predictor(BaseRunner):
         self.setup_weights = self.fine_tunes.get(str(weights)) if weights else None
         self.runners = Runners(speed_here(self.placement))
         if self.runners.speed != "eager":
-            fuse_norms(self.tuned.pipeline.vae)
+            fuse_blocks(self.tuned.pipeline.vae)
         log.info("Serving %s: %s", hosted_models.base_name(), self.placement.describe())
         log.info("Pictures are judged by %s", self.judge.name)
         self._warm()

@@ -1,4 +1,4 @@
-"""Fewer and better kernels on a GPU: a UNet's transformer blocks compiled, its residual blocks' normalisations fused.
+"""Fewer and better kernels on a GPU: a UNet's transformer blocks compiled, the rest of its work fused by hand.
 
 Compiling the repeated blocks instead of all of the UNet takes seconds in the place of minutes, for most of the gain. Knows
 torch.compile; does not know training or requests.
@@ -22,9 +22,9 @@ def compile_blocks(unet: UNet2DConditionModel, *, fullgraph: bool = True) -> Non
     unet.compile_repeated_blocks(fullgraph=fullgraph, dynamic=False)
 
 
-def fuse_norms(model: nn.Module) -> None:
-    """`group_norm.fuse_norms`, where Triton is there: it comes with torch for CUDA on Linux."""
+def fuse_blocks(model: nn.Module) -> None:
+    """`fused_blocks.fuse`, where Triton is there: it comes with torch for CUDA on Linux."""
     if importlib.util.find_spec("triton"):
-        from sdxl import group_norm
+        from sdxl.fused_blocks import fuse
 
-        group_norm.fuse_norms(model)
+        fuse(model)

@@ -1,7 +1,7 @@
 """The gradient of the GEGLU in transformer blocks' feed-forward layers, in one pass over memory (Triton).
 
 torch.compile computes both halves of the gradient for every number of it and keeps one, at half of memory's speed. Knows the
-function; does not know training.
+function; does not know models.
 
 y = a · gelu(b) for x = [a, b] (arXiv:2002.05202): ∂L/∂a = g gelu(b), ∂L/∂b = g a (Φ(b) + b φ(b)), Φ and φ the normal
 distribution and its density.
@@ -10,31 +10,23 @@ distribution and its density.
 # Triton comes with torch for CUDA only.
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from diffusers.models.activations import GEGLU
-from torch import Tensor, nn
+from torch import Tensor
 
 _BLOCK = 1024
 
 
-def use_fused_gradient(module: nn.Module) -> None:
-    """Have every GEGLU in `module` compute its gradient so; only for CUDA."""
-    for layer in module.modules():
-        if isinstance(layer, GEGLU):
-            layer.forward = MethodType(_forward, layer)
+def geglu(both: Tensor) -> Tensor:
+    """a · gelu(b) on CUDA for [..., 2n] = [a, b], with the gradient that is written here."""
+    return _Geglu.apply(both)  # type: ignore[return-value]
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
-    return Geglu.apply(layer.proj(x))  # type: ignore[return-value]
-
-
-class Geglu(torch.autograd.Function):
+class _Geglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)

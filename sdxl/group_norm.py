@@ -1,24 +1,21 @@
 """GroupNorm with the SiLU behind it, in one pass over memory for its statistics and one for its result (Triton).
 
 torch takes five passes, and gives each of the few groups to one multiprocessor. These kernels want channels last, as
-convolutions do on tensor cores, and compile in seconds for all sizes of pictures. Knows normalisation and residual blocks;
-does not know training or requests.
+convolutions do on tensor cores, and compile in seconds for all sizes of pictures. Knows the function; does not know models.
 
-With x̂ = (x − mean) · rstd over a group of M numbers and z = w x̂ + b (arXiv:1803.08494), y = z or silu(z); backward, with
+With x̂ = (x + a − mean) · rstd over a group of M numbers and z = w x̂ + b (arXiv:1803.08494), y = z or silu(z), where a is
+what a picture's channel has added to it before: the convolution's bias and the time's embedding. Backward, with
 g = ∂L/∂z: ∂L/∂w = Σ g x̂, ∂L/∂b = Σ g, ∂L/∂x = rstd · (w g − Σ(w g)/M − x̂ · Σ(w g x̂)/M).
 """
 
 # Triton comes with torch for CUDA only.
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
-from types import MethodType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 _ROWS, _CHANNELS = 64, 64
@@ -27,56 +24,23 @@ _TILE = 4096
 """Partial results that a program holds at once when it adds them up."""
 
 
-def fuse_norms(model: nn.Module) -> None:
-    """Have the normalisations of a UNet's or an autoencoder's residual blocks and transformers run as these kernels, and
-    its convolutions with channels last. The modules, parameters and names stay; only for CUDA."""
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for module in model.modules():
-        if isinstance(module, ResnetBlock2D) and _is_plain(module):
-            module.forward = MethodType(_residual_block, module)
-        elif isinstance(module, Transformer2DModel) and isinstance(
-            getattr(module, "norm", None), nn.GroupNorm
-        ):
-            module.norm.forward = MethodType(_norm_alone, module.norm)
-
-
-def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool) -> Tensor:
-    """`norm` of x [n, c, h, w] on CUDA, through SiLU if asked for; sums are fp32, the result has x's dtype and channels
-    last."""
-    return _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)  # type: ignore[return-value]
-
-
-def _is_plain(block: ResnetBlock2D) -> bool:
-    """Whether the block is of the kind that SDXL is made of."""
-    return (
-        block.upsample is None
-        and block.downsample is None
-        and (block.time_emb_proj is None or block.time_embedding_norm == "default")
-        and isinstance(block.nonlinearity, nn.SiLU)
-    )
-
-
-def _residual_block(block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor:
-    hidden = block.conv1(group_norm(x, block.norm1, silu=True))
-    if temb is not None and block.time_emb_proj is not None:
-        hidden = hidden + block.time_emb_proj(block.nonlinearity(temb))[:, :, None, None]
-    hidden = block.conv2(block.dropout(group_norm(hidden, block.norm2, silu=True)))
-    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
-    return (
-        (shortcut + hidden) / block.output_scale_factor
-        if block.output_scale_factor != 1
-        else shortcut + hidden
-    )
-
-
-def _norm_alone(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return group_norm(x, norm, silu=False)
+def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, added: Tensor | None = None) -> Tensor:
+    """`norm` of x + `added` on CUDA, x [n, c, h, w] and added [n, c], through SiLU if asked for; sums are fp32, the result
+    has x's dtype and channels last."""
+    return _GroupNorm.apply(x, norm.weight, norm.bias, added, norm.num_groups, norm.eps, silu)  # type: ignore[return-value]
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        added: Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
     ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         grid, pixels, parts = _tiles(x)
@@ -84,40 +48,42 @@ class _GroupNorm(torch.autograd.Function):
         floats: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
         first, second = torch.empty(2, n, parts, channels, **floats)
         _moments[grid](x, first, second, pixels, channels, ROWS=_ROWS, CHANNELS=_CHANNELS)
-        scale, shift = torch.empty(2, n, channels, **floats)
-        mean, rstd = torch.empty(2, n, groups, **floats)
+        scale, shift, center = torch.empty(3, n, channels, **floats)
+        rstd = torch.empty(n, groups, **floats)
         _finish_forward[(n, groups)](
-            first, second, weight, bias, scale, shift, mean, rstd, pixels, parts, channels, eps,
-            WIDTH=channels // groups, ROWS=_ROWS, **_sizes(channels // groups),
+            first, second, weight, bias, x if added is None else added.contiguous(), scale, shift, center, rstd,
+            pixels, parts, channels, eps,
+            ADDED=added is not None, WIDTH=channels // groups, ROWS=_ROWS, **_sizes(channels // groups),
         )  # fmt: skip
         y = torch.empty_like(x)
         _apply[grid](x, scale, shift, y, pixels, channels, SILU=silu, ROWS=_ROWS, CHANNELS=_CHANNELS)
-        ctx.save_for_backward(x, weight, scale, shift, mean, rstd)
+        ctx.save_for_backward(x, weight, scale, shift, center, rstd)
         ctx.silu = silu
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, shift, mean, rstd = ctx.saved_tensors
+        x, weight, scale, shift, center, rstd = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         grid, pixels, parts = _tiles(x)
         n, channels = x.shape[:2]
-        width = channels // mean.shape[1]
+        width = channels // rstd.shape[1]
         first, second = torch.empty(2, n, parts, channels, dtype=torch.float32, device=x.device)
         common = {"SILU": ctx.silu, "WIDTH": width, "ROWS": _ROWS, "CHANNELS": _CHANNELS}
-        _gradient_sums[grid](x, grad, scale, shift, mean, rstd, first, second, pixels, channels, **common)
+        _gradient_sums[grid](x, grad, scale, shift, center, rstd, first, second, pixels, channels, **common)
         sums = torch.empty(2, n, channels, dtype=torch.float32, device=x.device)
-        means = torch.empty(2, *mean.shape, dtype=torch.float32, device=x.device)
-        _finish_backward[mean.shape](
+        means = torch.empty(2, *rstd.shape, dtype=torch.float32, device=x.device)
+        _finish_backward[rstd.shape](
             first, second, weight, sums[0], sums[1], means[0], means[1], pixels, parts, channels,
             WIDTH=width, **_sizes(width),
         )  # fmt: skip
         dx = torch.empty_like(x)
         _input_gradient[grid](
-            x, grad, weight, scale, shift, mean, rstd, means[0], means[1], dx, pixels, channels, **common
+            x, grad, weight, scale, shift, center, rstd, means[0], means[1], dx, pixels, channels, **common
         )
         dw, db = (sums[i].sum(0).to(weight.dtype) if ctx.needs_input_grad[2 - i] else None for i in (1, 0))
-        return dx, dw, db, None, None, None
+        added = dx.sum((2, 3), dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        return dx, dw, db, added, None, None, None
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int, int, int], int, int]:
@@ -165,21 +131,25 @@ def _moments(x, means, squares, pixels, channels, ROWS: tl.constexpr, CHANNELS: 
 
 @triton.jit
 def _finish_forward(
-    means, squares, weight, bias, scale, shift, mean_out, rstd_out, pixels, parts, channels, eps,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
+    means, squares, weight, bias, added, scale, shift, center, rstd_out, pixels, parts, channels, eps,
+    ADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A group's moments from its tiles' (Chan et al. 1983), and with the parameters the line that a channel follows."""
     n, group = tl.program_id(0), tl.program_id(1)
     lanes = tl.arange(0, PADDED)
     cols = group * WIDTH + lanes
     inside = lanes < WIDTH
+    extra = tl.zeros((PADDED,), tl.float32)
+    if ADDED:
+        extra = tl.load(added + n * channels + cols, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((PARTS, PADDED), tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         count = tl.minimum(ROWS, pixels - part * ROWS)
         there = (part[:, None] < parts) & inside[None, :]
         where = (n.to(tl.int64) * parts + part[:, None]) * channels + cols[None, :]
-        total += tl.load(means + where, mask=there, other=0.0) * count[:, None]
+        value = tl.load(means + where, mask=there, other=0.0) + extra[None, :]
+        total += tl.where(there, value * count[:, None], 0.0)
     mean = tl.sum(total) / (pixels * WIDTH)
     total = tl.zeros((PARTS, PADDED), tl.float32)
     for start in range(0, parts, PARTS):
@@ -187,15 +157,15 @@ def _finish_forward(
         count = tl.minimum(ROWS, pixels - part * ROWS)
         there = (part[:, None] < parts) & inside[None, :]
         where = (n.to(tl.int64) * parts + part[:, None]) * channels + cols[None, :]
-        away = tl.load(means + where, mask=there, other=0.0) - mean
+        away = tl.load(means + where, mask=there, other=0.0) + extra[None, :] - mean
         square = tl.load(squares + where, mask=there, other=0.0)
         total += tl.where(there, square + away * away * count[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(total) / (pixels * WIDTH) + eps)
     slope = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32) * rstd
-    start_at = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32) - mean * slope
+    start_at = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32) + (extra - mean) * slope
     tl.store(scale + n * channels + cols, slope, mask=inside)
     tl.store(shift + n * channels + cols, start_at, mask=inside)
-    tl.store(mean_out + n * tl.num_programs(1) + group, mean)
+    tl.store(center + n * channels + cols, mean - extra, mask=inside)
     tl.store(rstd_out + n * tl.num_programs(1) + group, rstd)
 
 
@@ -219,7 +189,7 @@ def _before_silu(
     grad,
     scale,
     shift,
-    mean,
+    center,
     rstd,
     n,
     offsets,
@@ -239,20 +209,20 @@ def _before_silu(
         half = tl.sigmoid(z)
         g = g * half * (1 + z * (1 - half))
     group = n * (channels // WIDTH) + cols // WIDTH
-    center = tl.load(mean + group, mask=known, other=0.0)
-    normed = (values - center[None, :]) * tl.load(rstd + group, mask=known, other=0.0)[None, :]
+    distance = values - tl.load(center + n * channels + cols, mask=known, other=0.0)[None, :]
+    normed = distance * tl.load(rstd + group, mask=known, other=0.0)[None, :]
     return tl.where(there, normed, 0.0), g
 
 
 @triton.jit
 def _gradient_sums(
-    x, grad, scale, shift, mean, rstd, firsts, seconds, pixels, channels,
+    x, grad, scale, shift, center, rstd, firsts, seconds, pixels, channels,
     SILU: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A tile's Σ g and Σ g x̂, for each channel."""
     n, offsets, there, cols = _tile(pixels, channels, ROWS, CHANNELS)
     normed, g = _before_silu(
-        x, grad, scale, shift, mean, rstd, n, offsets, there, cols, channels, SILU, WIDTH
+        x, grad, scale, shift, center, rstd, n, offsets, there, cols, channels, SILU, WIDTH
     )
     _store_part(firsts, tl.sum(g, 0), cols, channels)
     _store_part(seconds, tl.sum(g * normed, 0), cols, channels)
@@ -286,12 +256,12 @@ def _finish_backward(
 
 @triton.jit
 def _input_gradient(
-    x, grad, weight, scale, shift, mean, rstd, first_mean, second_mean, dx, pixels, channels,
+    x, grad, weight, scale, shift, center, rstd, first_mean, second_mean, dx, pixels, channels,
     SILU: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     n, offsets, there, cols = _tile(pixels, channels, ROWS, CHANNELS)
     normed, g = _before_silu(
-        x, grad, scale, shift, mean, rstd, n, offsets, there, cols, channels, SILU, WIDTH
+        x, grad, scale, shift, center, rstd, n, offsets, there, cols, channels, SILU, WIDTH
     )
     known = cols < channels
     group = n * (channels // WIDTH) + cols // WIDTH

@@ -37,8 +37,7 @@ def _linear(layer: Any, x: Tensor, *_: Any) -> Tensor:
     if layer.disable_adapters:
         return plain
     down, up = _matrices(layer, x.dtype)
-    low = F.linear(x, down)
-    return torch.addmm(plain.flatten(0, -2), low.flatten(0, -2), up.T).view(plain.shape)
+    return plain + F.linear(F.linear(x, down), up)
 
 
 def _convolution(layer: Any, x: Tensor, *_: Any) -> Tensor:

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdxl.compiled_blocks import compile_blocks, fuse_norms
+from sdxl.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.config import TrainingConfig
 from sdxl.lean_lora import make_lean
 from sdxl.precision import WeightPrecision, activation_bytes, choose_precision
@@ -196,6 +196,6 @@ def _prepare(unet: UNet2DConditionModel, config: TrainingConfig, *, checkpointin
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     log.info("Activations are %s", "computed again in the backward pass" if checkpointing else "kept")
     if config.cuda_graph:
-        fuse_norms(unet)
+        fuse_blocks(unet)
     if config.compile_blocks and sum(parameter.numel() for parameter in unet.parameters()) > _WORTH_COMPILING:
         compile_blocks(unet, fullgraph=not config.use_dora)  # peft's DoRA breaks the graph

@@ -19,7 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from sdxl.compiled_blocks import compile_blocks, fuse_norms
+from sdxl.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.config import Speed, speed_setting
 from sdxl.cuda_graphs import GraphedWork
 from sdxl.fp8 import Fp8Layers, is_supported
@@ -51,7 +51,7 @@ class UNetRunner:
         self._compiled: set[tuple] = set()
         self._inputs: dict[tuple, dict[str, Tensor]] = {}
         if speed != "eager":
-            fuse_norms(unet)
+            fuse_blocks(unet)
         self._graphs = GraphedWork(unet.device, enabled=speed != "eager")
         self._fp8 = Fp8Layers(unet) if speed == "fp8" else None
         if self.compiles:

@@ -15,7 +15,7 @@ from benchmarks.full_size import examples
 from dataset_and_utils import TokenMap
 from predict import Predictor
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl.compiled_blocks import fuse_norms
+from sdxl.compiled_blocks import fuse_blocks
 from sdxl.components import load_components
 from sdxl.examples import cache_examples
 from sdxl.pipelines import load_pipeline
@@ -147,13 +147,13 @@ def test_fused_group_norm_is_torchs(shape: tuple[int, ...], silu: bool, dtype: t
 
 
 def test_fused_geglu_has_torchs_gradient():
-    from sdxl.geglu import Geglu
+    from sdxl.geglu import geglu
 
     x = torch.randn(3, 7, 2 * 1500, device="cuda", requires_grad=True)
     plain, gate = x.chunk(2, -1)
     expected = plain * torch.nn.functional.gelu(gate)
     grad = torch.randn_like(expected)
-    one, other = (torch.autograd.grad(y, x, grad)[0] for y in (Geglu.apply(x), expected))
+    one, other = (torch.autograd.grad(y, x, grad)[0] for y in (geglu(x), expected))
     assert torch.allclose(one, other, atol=1e-5)
 
 
@@ -162,7 +162,7 @@ def test_an_autoencoder_with_fused_norms_decodes_the_same():
     latents = torch.randn(2, 4, 16, 16, device="cuda")
     with torch.no_grad():
         before = vae.decode(latents).sample
-        fuse_norms(vae)
+        fuse_blocks(vae)
         after = vae.decode(latents).sample
     assert (before - after).norm() / before.norm() < 1e-3
 

@@ -110,7 +110,7 @@ def test_fp8_layers_are_near_and_follow_their_weights():
     assert not any("fp8" in name for name in pipeline.unet.state_dict())
 
 
-def test_rows_in_fp8_come_back():
-    rows = torch.randn(5, 32) * torch.tensor([[1e-3], [1.0], [50.0], [1e4], [0.0]])
-    values, scale = quantise(rows)
-    assert torch.allclose(values.float() * scale, rows, rtol=0.07, atol=1e-6 * 1e4)
+def test_a_weight_in_fp8_comes_back():
+    weight = torch.randn(5, 32) * torch.tensor([[1e-2], [1.0], [50.0], [1e2], [0.0]])
+    values, scale = quantise(weight)
+    assert torch.allclose(values.float() * scale, weight, rtol=0.07, atol=1e-4 * float(weight.abs().max()))
