@@ -242,7 +242,9 @@ def speed_setting() -> Speed:
 
 def keep_compiled_kernels() -> None:
     """Have compiled kernels kept between runs, under `cache_folder` unless torch is told another place."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    folder = cache_folder() / "compiled"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def cache_folder() -> Path:

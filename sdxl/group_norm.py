@@ -52,8 +52,8 @@ class _GroupNorm(torch.autograd.Function):
         rstd = torch.empty(n, groups, **floats)
         _finish_forward[(n, groups)](
             first, second, weight, bias, x if added is None else added.contiguous(), scale, shift, center, rstd,
-            pixels, parts, channels, eps,
-            ADDED=added is not None, WIDTH=channels // groups, ROWS=_ROWS, **_sizes(channels // groups),
+            pixels, parts, channels, channels // groups, eps,
+            ADDED=added is not None, ROWS=_ROWS, **_sizes(channels // groups),
         )  # fmt: skip
         y = torch.empty_like(x)
         _apply[grid](x, scale, shift, y, pixels, channels, SILU=silu, ROWS=_ROWS, CHANNELS=_CHANNELS)
@@ -69,17 +69,32 @@ class _GroupNorm(torch.autograd.Function):
         n, channels = x.shape[:2]
         width = channels // rstd.shape[1]
         first, second = torch.empty(2, n, parts, channels, dtype=torch.float32, device=x.device)
-        common = {"SILU": ctx.silu, "WIDTH": width, "ROWS": _ROWS, "CHANNELS": _CHANNELS}
-        _gradient_sums[grid](x, grad, scale, shift, center, rstd, first, second, pixels, channels, **common)
+        common = {"SILU": ctx.silu, "ROWS": _ROWS, "CHANNELS": _CHANNELS}
+        _gradient_sums[grid](
+            x, grad, scale, shift, center, rstd, first, second, pixels, channels, width, **common
+        )
         sums = torch.empty(2, n, channels, dtype=torch.float32, device=x.device)
         means = torch.empty(2, *rstd.shape, dtype=torch.float32, device=x.device)
         _finish_backward[rstd.shape](
-            first, second, weight, sums[0], sums[1], means[0], means[1], pixels, parts, channels,
-            WIDTH=width, **_sizes(width),
+            first, second, weight, sums[0], sums[1], means[0], means[1], pixels, parts, channels, width,
+            **_sizes(width),
         )  # fmt: skip
         dx = torch.empty_like(x)
         _input_gradient[grid](
-            x, grad, weight, scale, shift, center, rstd, means[0], means[1], dx, pixels, channels, **common
+            x,
+            grad,
+            weight,
+            scale,
+            shift,
+            center,
+            rstd,
+            means[0],
+            means[1],
+            dx,
+            pixels,
+            channels,
+            width,
+            **common,
         )
         dw, db = (sums[i].sum(0).to(weight.dtype) if ctx.needs_input_grad[2 - i] else None for i in (1, 0))
         added = dx.sum((2, 3), dtype=torch.float32) if ctx.needs_input_grad[3] else None
@@ -131,14 +146,14 @@ def _moments(x, means, squares, pixels, channels, ROWS: tl.constexpr, CHANNELS: 
 
 @triton.jit
 def _finish_forward(
-    means, squares, weight, bias, added, scale, shift, center, rstd_out, pixels, parts, channels, eps,
-    ADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
+    means, squares, weight, bias, added, scale, shift, center, rstd_out, pixels, parts, channels, width, eps,
+    ADDED: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A group's moments from its tiles' (Chan et al. 1983), and with the parameters the line that a channel follows."""
     n, group = tl.program_id(0), tl.program_id(1)
     lanes = tl.arange(0, PADDED)
-    cols = group * WIDTH + lanes
-    inside = lanes < WIDTH
+    cols = group * width + lanes
+    inside = lanes < width
     extra = tl.zeros((PADDED,), tl.float32)
     if ADDED:
         extra = tl.load(added + n * channels + cols, mask=inside, other=0.0).to(tl.float32)
@@ -150,7 +165,7 @@ def _finish_forward(
         where = (n.to(tl.int64) * parts + part[:, None]) * channels + cols[None, :]
         value = tl.load(means + where, mask=there, other=0.0) + extra[None, :]
         total += tl.where(there, value * count[:, None], 0.0)
-    mean = tl.sum(total) / (pixels * WIDTH)
+    mean = tl.sum(total) / (pixels * width)
     total = tl.zeros((PARTS, PADDED), tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
@@ -160,7 +175,7 @@ def _finish_forward(
         away = tl.load(means + where, mask=there, other=0.0) + extra[None, :] - mean
         square = tl.load(squares + where, mask=there, other=0.0)
         total += tl.where(there, square + away * away * count[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(total) / (pixels * WIDTH) + eps)
+    rstd = 1 / tl.sqrt(tl.sum(total) / (pixels * width) + eps)
     slope = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32) * rstd
     start_at = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32) + (extra - mean) * slope
     tl.store(scale + n * channels + cols, slope, mask=inside)
@@ -185,19 +200,7 @@ def _apply(
 
 @triton.jit
 def _before_silu(
-    x,
-    grad,
-    scale,
-    shift,
-    center,
-    rstd,
-    n,
-    offsets,
-    there,
-    cols,
-    channels,
-    SILU: tl.constexpr,
-    WIDTH: tl.constexpr,
+    x, grad, scale, shift, center, rstd, n, offsets, there, cols, channels, width, SILU: tl.constexpr
 ):
     """A tile's x̂ and ∂L/∂z."""
     known = cols < channels
@@ -208,7 +211,7 @@ def _before_silu(
         z = values * slope[None, :] + tl.load(shift + n * channels + cols, mask=known, other=0.0)[None, :]
         half = tl.sigmoid(z)
         g = g * half * (1 + z * (1 - half))
-    group = n * (channels // WIDTH) + cols // WIDTH
+    group = n * (channels // width) + cols // width
     distance = values - tl.load(center + n * channels + cols, mask=known, other=0.0)[None, :]
     normed = distance * tl.load(rstd + group, mask=known, other=0.0)[None, :]
     return tl.where(there, normed, 0.0), g
@@ -216,13 +219,13 @@ def _before_silu(
 
 @triton.jit
 def _gradient_sums(
-    x, grad, scale, shift, center, rstd, firsts, seconds, pixels, channels,
-    SILU: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, grad, scale, shift, center, rstd, firsts, seconds, pixels, channels, width,
+    SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A tile's Σ g and Σ g x̂, for each channel."""
     n, offsets, there, cols = _tile(pixels, channels, ROWS, CHANNELS)
     normed, g = _before_silu(
-        x, grad, scale, shift, center, rstd, n, offsets, there, cols, channels, SILU, WIDTH
+        x, grad, scale, shift, center, rstd, n, offsets, there, cols, channels, width, SILU
     )
     _store_part(firsts, tl.sum(g, 0), cols, channels)
     _store_part(seconds, tl.sum(g * normed, 0), cols, channels)
@@ -230,14 +233,14 @@ def _gradient_sums(
 
 @triton.jit
 def _finish_backward(
-    firsts, seconds, weight, bias_sum, weight_sum, first_mean, second_mean, pixels, parts, channels,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
+    firsts, seconds, weight, bias_sum, weight_sum, first_mean, second_mean, pixels, parts, channels, width,
+    PADDED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A picture's sums for each channel, and its group's means of w g and w g x̂."""
     n, group = tl.program_id(0), tl.program_id(1)
     lanes = tl.arange(0, PADDED)
-    cols = group * WIDTH + lanes
-    inside = lanes < WIDTH
+    cols = group * width + lanes
+    inside = lanes < width
     one = tl.zeros((PARTS, PADDED), tl.float32)
     two = tl.zeros((PARTS, PADDED), tl.float32)
     for start in range(0, parts, PARTS):
@@ -250,21 +253,21 @@ def _finish_backward(
     slope = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
     tl.store(bias_sum + n * channels + cols, first, mask=inside)
     tl.store(weight_sum + n * channels + cols, second, mask=inside)
-    tl.store(first_mean + n * tl.num_programs(1) + group, tl.sum(slope * first) / (pixels * WIDTH))
-    tl.store(second_mean + n * tl.num_programs(1) + group, tl.sum(slope * second) / (pixels * WIDTH))
+    tl.store(first_mean + n * tl.num_programs(1) + group, tl.sum(slope * first) / (pixels * width))
+    tl.store(second_mean + n * tl.num_programs(1) + group, tl.sum(slope * second) / (pixels * width))
 
 
 @triton.jit
 def _input_gradient(
-    x, grad, weight, scale, shift, center, rstd, first_mean, second_mean, dx, pixels, channels,
-    SILU: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, grad, weight, scale, shift, center, rstd, first_mean, second_mean, dx, pixels, channels, width,
+    SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     n, offsets, there, cols = _tile(pixels, channels, ROWS, CHANNELS)
     normed, g = _before_silu(
-        x, grad, scale, shift, center, rstd, n, offsets, there, cols, channels, SILU, WIDTH
+        x, grad, scale, shift, center, rstd, n, offsets, there, cols, channels, width, SILU
     )
     known = cols < channels
-    group = n * (channels // WIDTH) + cols // WIDTH
+    group = n * (channels // width) + cols // width
     slope = tl.load(weight + cols, mask=known, other=0.0).to(tl.float32)[None, :]
     first = tl.load(first_mean + group, mask=known, other=0.0)[None, :]
     second = tl.load(second_mean + group, mask=known, other=0.0)[None, :]

@@ -92,15 +92,16 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
     The matrices start from torch's global generator.
     """
     alpha = config.lora_alpha or config.lora_rank
-    unet.add_adapter(
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=alpha,
-            use_dora=config.use_dora,
-            init_lora_weights="gaussian",
-            target_modules=LORA_TARGETS[config.lora_targets],
+    with unet.device:  # else peft makes every matrix on the CPU and moves it
+        unet.add_adapter(
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=alpha,
+                use_dora=config.use_dora,
+                init_lora_weights="gaussian",
+                target_modules=LORA_TARGETS[config.lora_targets],
+            )
         )
-    )
     cast_training_params(unet, dtype=torch.float32)
     if not config.use_dora:
         make_lean(unet)
