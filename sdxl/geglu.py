@@ -23,15 +23,19 @@ _BLOCK = 1024
 
 def geglu(both: Tensor) -> Tensor:
     """a · gelu(b) on CUDA for [..., 2n] = [a, b], with the gradient that is written here."""
-    return _Geglu.apply(both)  # type: ignore[return-value]
+    return _Geglu.apply(both) if torch.is_grad_enabled() else _product(both)  # type: ignore[return-value]
+
+
+def _product(both: Tensor) -> Tensor:
+    plain, gate = both.chunk(2, dim=-1)
+    return plain * F.gelu(gate)
 
 
 class _Geglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        plain, gate = both.chunk(2, dim=-1)
-        return plain * F.gelu(gate)
+        return _product(both)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What needs CUDA: the same house at full size and in half precision."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -97,14 +98,30 @@ def test_pictures_are_the_eager_ones_whatever_was_drawn_before(
         assert np.array_equal(base, draw()) and np.array_equal(tuned, draw(replicate_weights=str(tar)))
         drawn[name] = [*base, *tuned, *more]
     for one, other in zip(drawn["eager"], drawn[speed], strict=True):
-        assert np.abs(one.astype(int) - other.astype(int)).mean() < (0.5 if speed == "graphs" else 2)
+        assert np.abs(one.astype(int) - other.astype(int)).mean() < (1 if speed == "graphs" else 2)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"is_lora": True, "lora_targets": "all"}, {"gradient_accumulation_steps": 2}]
+    ("changes", "rounded"),
+    [
+        ({"is_lora": True, "lora_targets": "all"}, True),
+        ({}, False),
+        ({"gradient_accumulation_steps": 2}, False),
+    ],
 )
-def test_a_captured_step_is_the_eager_step(captioned_zip: Path, tmp_path: Path, changes: dict[str, Any]):
-    """Same seeds, same losses, before the pivot and after it, whether kernels are replayed or launched."""
+def test_a_captured_step_is_the_eager_step(
+    captioned_zip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    rounded: bool,
+):
+    """Same seeds, same losses, before the pivot and after it, whether kernels are fused and replayed or launched.
+
+    All weights of a miniature, at its rates, part by percents in bf16 from rounding alone: they are compared in fp32.
+    """
+    if not rounded:
+        monkeypatch.setattr("sdxl.training._autocast", lambda device, enabled: contextlib.nullcontext())
     curves = []
     for graph in (True, False):
         config = dataclasses.replace(
