@@ -60,7 +60,7 @@ class Predictor(BaseRunner):
         self.placement = placement_here()
         self.tuned = TunedPipeline(load_pipeline(base, self.placement))
         self.refiner: Optional[UNet2DConditionModel] = None
-        self.fine_tunes = FineTuneCache(cache_folder(), CacheLimits.from_environment(), self.tuned.load_copy)
+        self.fine_tunes = FineTuneCache(cache_folder(), CacheLimits.from_environment(), self.tuned.load)
         real = self.native_resolution >= SMALLEST_REAL_BASE
         checker_device = self.placement.device if not self.placement.offloaded else torch.device("cpu")
         self.judge = load_judge(checker_device, real_base=real)

@@ -252,14 +252,16 @@ def main() -> None:
     )
     note(picture_difference_levels=difference(predictor, eager))  # leaves diffusers' autoencoder in bf16
     tars = save_fine_tunes(eager.unet, args.workdir)
+    del eager
+    torch.cuda.empty_cache()
     found = switches(predictor, tars)
     note(
         switches=found,
         switch_lora_s=found["lora_first_s"],
-        switch_unet_s=found["unet_from_disk_s"],
+        switch_unet_s=found["unet_first_s"],
         switch_base_s=max(found["base_after_lora_s"], found["base_after_unet_s"]),
     )
-    del predictor, eager, runner
+    del predictor, runner
     torch.cuda.empty_cache()
     note(setup_s=setup_seconds(dict(os.environ), args.workdir))
 

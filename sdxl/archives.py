@@ -7,7 +7,7 @@ import os
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,11 +28,30 @@ class Limits:
     """Largest sum of the unpacked sizes."""
 
 
-def unpack(archive: Path, folder: Path, *, limits: Limits = Limits()) -> list[Path]:
+def in_place(archive: Path) -> dict[Path, tuple[int, int]] | None:
+    """Where the regular files of a plain tar lie in it: safe relative path → (first byte, size); None for anything else.
+
+    Raises:
+        ArchiveError: a member's path is unsafe.
+    """
+    try:
+        with tarfile.open(archive, "r:") as opened:
+            return {
+                _safe_relative(member.name, archive): (member.offset_data, member.size)
+                for member in opened
+                if member.isreg() and not member.issparse()
+            }
+    except (tarfile.TarError, EOFError, OSError):
+        return None
+
+
+def unpack(
+    archive: Path, folder: Path, *, limits: Limits = Limits(), leave: Collection[Path] = ()
+) -> list[Path]:
     """Unpack a zip or tar (plain or compressed; told by content, not by name) into `folder`.
 
-    Only regular files are written, under relative paths that stay inside `folder`; folders, links and devices
-    are skipped. Returns the written files in the archive's order.
+    Only regular files are written, under relative paths that stay inside `folder`; folders, links, devices and the paths
+    to `leave` are skipped. Returns the written files in the archive's order.
 
     Raises:
         ArchiveError: not an archive, damaged, encrypted, empty, over `limits`, or a member's path leaves `folder`.
@@ -43,7 +62,10 @@ def unpack(archive: Path, folder: Path, *, limits: Limits = Limits()) -> list[Pa
         for name, source in _members(archive):
             if len(written) == limits.files:
                 raise ArchiveError(f"{archive.name} holds more than {limits.files} files: split it.")
-            target = folder / _safe_relative(name, archive)
+            relative = _safe_relative(name, archive)
+            if relative in leave:
+                continue
+            target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as sink:
                 while chunk := source.read(min(_CHUNK, budget + 1)):
@@ -65,7 +87,7 @@ def unpack(archive: Path, folder: Path, *, limits: Limits = Limits()) -> list[Pa
     ) as error:
         # zipfile answers RuntimeError for encrypted members and NotImplementedError for unknown compression
         raise ArchiveError(f"{archive.name} cannot be unpacked ({error}): pack the files again.") from error
-    if not written:
+    if not written and not leave:
         raise ArchiveError(f"{archive.name} is empty: put files into it and pack it again.")
     return written
 

@@ -14,33 +14,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dataset_and_utils import TokenMap, read_embeddings, write_embeddings
-from sdxl.archives import Limits, pack_tar, unpack
+from sdxl.archives import Limits, in_place, pack_tar, unpack
 from sdxl.errors import WeightsError
 from sdxl.lora_formats import is_lora
 from sdxl.training import TrainedModel
+from sdxl.weight_files import WeightFile
 
 UNET, LORA = "unet.safetensors", "lora.safetensors"
 EMBEDDINGS, TOKENS, RECORD = "embeddings.pti", "special_params.json", "training.json"
 
+_LARGE = 1 << 20
+"""Bytes from which a file in a tar is left there."""
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune:
-    """A fine-tune's files, checked: at most one of `unet` and `lora` is a path, and anything of it is."""
+    """A fine-tune's files, checked: at most one of `unet` and `lora` is there, and anything of it is."""
 
     name: str
     """What messages call it."""
-    unet: Path | None
-    lora: Path | None
+    unet: WeightFile | None
+    lora: WeightFile | None
     embeddings: Path | None
     """Rows under `text_encoders_0` and `text_encoders_1`."""
-    clip_embeddings: tuple[Path, ...] = ()
+    clip_embeddings: tuple[WeightFile, ...] = ()
     """Embeddings of other tools, each with its rows under `clip_l` and `clip_g` and its word as its name."""
     token_map: TokenMap
 
@@ -71,7 +73,8 @@ def pack(folder: Path, target: Path) -> None:
 
 
 def read(source: Path, folder: Path) -> FineTune:
-    """Open the fine-tune `source`: a folder, a .safetensors file, or an archive, which is unpacked into `folder`.
+    """Open the fine-tune `source`: a folder, a .safetensors file, or an archive, which is unpacked into `folder`; large
+    files in a plain tar are left there and read where they lie.
 
     Besides this project's files, those of other tools are told by their content: LoRAs under any name, and embeddings
     for both CLIP encoders.
@@ -81,40 +84,52 @@ def read(source: Path, folder: Path) -> FineTune:
         WeightsError: the files are not a fine-tune.
         ContractError: special_params.json is malformed.
     """
+    left: dict[Path, WeightFile] = {}
     if source.is_dir():
-        roots = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
-    elif _is_safetensors(source):
-        return _classify(source.name, [source], TokenMap({}))
+        folder = source
+    elif is_safetensors(source):
+        return _classify(source.name, [WeightFile(source, source.name)], TokenMap({}))
     else:
-        unpack(source, folder, limits=Limits(files=1000, total_bytes=32 << 30))
-        roots = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    for root in roots:
-        files = [root / name for name in (UNET, LORA, EMBEDDINGS) if (root / name).is_file()]
-        files += sorted(set(root.glob("*.safetensors")) - set(files))
+        left = {
+            path: file
+            for path, (start, size) in (in_place(source) or {}).items()
+            if path.suffix == ".safetensors" and size > _LARGE
+            if "text_encoders_0" not in (file := WeightFile(source, path.name, start, size)).keys
+        }
+        unpack(source, folder, limits=Limits(files=1000, total_bytes=32 << 30), leave=left)
+    folders = [Path(), *(Path(path.name) for path in sorted(folder.iterdir()) if path.is_dir())]
+    for root in dict.fromkeys([*folders, *sorted(path.parent for path in left)]):
+        files = {path.name: file for path, file in left.items() if path.parent == root}
+        for path in (folder / root).glob("*"):
+            if path.is_file() and (path.suffix == ".safetensors" or path.name == EMBEDDINGS):
+                files[path.name] = WeightFile(path, path.name)
         if files:
-            token_map = TokenMap.read(root / TOKENS) if (root / TOKENS).is_file() else TokenMap({})
-            return _classify(source.name, files, token_map)
+            tokens = folder / root / TOKENS
+            token_map = TokenMap.read(tokens) if tokens.is_file() else TokenMap({})
+            return _classify(source.name, [files[name] for name in sorted(files)], token_map)
     raise WeightsError(
         f"{source.name} holds neither {UNET} nor {LORA} nor {EMBEDDINGS}: give the trained_model.tar of a training."
     )
 
 
-def _classify(name: str, files: list[Path], token_map: TokenMap) -> FineTune:
+def _classify(name: str, files: list[WeightFile], token_map: TokenMap) -> FineTune:
     """Tell each file's part in the fine-tune by its name, or else by its keys."""
-    parts: dict[str, list[Path]] = {"unet": [], "lora": [], "embeddings": [], "clip": []}
-    for path in files:
-        keys = _keys(path)
-        if path.name == UNET or "conv_in.weight" in keys:
-            parts["unet"].append(path)
-        elif path.name == EMBEDDINGS or "text_encoders_0" in keys:
-            parts["embeddings"].append(path)
+    parts: dict[str, list[WeightFile]] = {"unet": [], "lora": [], "embeddings": [], "clip": []}
+    for file in files:
+        keys = file.keys
+        if not keys:
+            raise WeightsError(f"{file.name} holds no tensors: take it from a finished training.")
+        if file.name == UNET or "conv_in.weight" in keys:
+            parts["unet"].append(file)
+        elif file.name == EMBEDDINGS or "text_encoders_0" in keys:
+            parts["embeddings"].append(file)
         elif {"clip_l", "clip_g"} <= keys:
-            parts["clip"].append(path)
-        elif path.name == LORA or is_lora(keys):
-            parts["lora"].append(path)
+            parts["clip"].append(file)
+        elif file.name == LORA or is_lora(keys):
+            parts["lora"].append(file)
     weights = parts["unet"] + parts["lora"]
     if len(weights) > 1:
-        listed = " and ".join(sorted(path.name for path in weights))
+        listed = " and ".join(sorted(file.name for file in weights))
         raise WeightsError(f"{name} holds both {listed}: keep the one that you trained.")
     if not weights and not parts["embeddings"] and not parts["clip"]:
         raise WeightsError(f"{name} holds no UNet, LoRA or embeddings of SDXL: give the file of a fine-tune.")
@@ -122,7 +137,7 @@ def _classify(name: str, files: list[Path], token_map: TokenMap) -> FineTune:
         name=name,
         unet=next(iter(parts["unet"]), None),
         lora=next(iter(parts["lora"]), None),
-        embeddings=next(iter(parts["embeddings"]), None),
+        embeddings=next((file.path for file in parts["embeddings"]), None),
         clip_embeddings=tuple(parts["clip"]) if not parts["embeddings"] else (),
         token_map=token_map,
     )
@@ -144,15 +159,15 @@ def read_rows(fine_tune: FineTune) -> tuple[tuple[Tensor, ...], bool, TokenMap]:
     pairs = []
     placeholders: dict[str, str] = {}
     count = 0
-    for path in fine_tune.clip_embeddings:
-        with safe_open(path, framework="pt") as file:
-            pair = [file.get_tensor(key) for key in ("clip_l", "clip_g")]
+    for file in fine_tune.clip_embeddings:
+        tensors = file.read()
+        pair = [tensors[key] for key in ("clip_l", "clip_g")]
         pair = [rows[None] if rows.ndim == 1 else rows for rows in pair]
         if any(rows.ndim != 2 or len(rows) != len(pair[0]) or not len(rows) for rows in pair):
             raise WeightsError(
-                f"{path.name} must hold as many rows of clip_l as of clip_g: download it again."
+                f"{file.name} must hold as many rows of clip_l as of clip_g: download it again."
             )
-        placeholders[path.stem] = "".join(f"<s{count + row}>" for row in range(len(pair[0])))
+        placeholders[Path(file.name).stem] = "".join(f"<s{count + row}>" for row in range(len(pair[0])))
         count += len(pair[0])
         pairs.append(pair)
     if not pairs:
@@ -161,23 +176,17 @@ def read_rows(fine_tune: FineTune) -> tuple[tuple[Tensor, ...], bool, TokenMap]:
     return tuple(torch.cat([pair[i] for pair in pairs]) for i in range(2)), True, joined
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
+    """Whether it is a safetensors file, whatever its name."""
     try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
+        return bool(WeightFile(path, path.name).keys) or True
+    except WeightsError:
         return False
 
 
-def _keys(path: Path) -> set[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path.name} is damaged or no safetensors file: download it again.") from error
-    if not keys:
-        raise WeightsError(f"{path.name} holds no tensors: take it from a finished training.")
-    return keys
+def stays(source: Path) -> bool:
+    """Whether the file `source` is read where it is: nothing of it needs to be unpacked but what is small."""
+    return is_safetensors(source) or in_place(source) is not None
 
 
 def run_record(config: Mapping[str, Any], dataset: Path) -> dict[str, Any]:

@@ -108,7 +108,14 @@ class FineTuneCache(Generic[T]):
             key = _key("folder", str(path.resolve()), *(_state(file) for file in files if file.is_file()))
             return self._remember(key, lambda: self._load(artifacts.read(path, path)))
         key = _key("file", str(path.resolve()), _state(path))
+        if artifacts.stays(path):
+            return self._remember(key, lambda: self._in_place(path))
         return self._remember(key, lambda: self._from_disk(key, lambda folder: path))
+
+    def _in_place(self, path: Path) -> T:
+        """What is on disk already needs no entry beside it."""
+        with self._partial() as scratch:
+            return self._load(artifacts.read(path, scratch))
 
     def _from_remote(self, source: str) -> T:
         if source.startswith("data:"):

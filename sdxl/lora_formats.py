@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,9 +74,20 @@ class LoraLayer:
             and (self.magnitude is None or self.magnitude.numel() == rows)
         )
 
+    def added(self, to: Tensor, base: Tensor, strength: float) -> Tensor:
+        """`to` with `strength` times this change of the weight `base` added; both fp32, of one shape and device."""
+        if self.magnitude is not None or base.ndim != 2:
+            return to + strength * self.delta(base)
+        up, down = self._matrices(base.device)
+        return torch.addmm(to, up, down, alpha=strength * self.scale)
+
+    def _matrices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        up, down = (m.to(device, non_blocking=True).float().flatten(1) for m in (self.up, self.down))
+        return up, down
+
     def delta(self, like: Tensor) -> Tensor:
         """What is added to the weight `like`, in its shape and on its device, in fp32."""
-        up, down = (matrix.to(like.device).float().flatten(1) for matrix in (self.up, self.down))
+        up, down = self._matrices(like.device)
         added = self.scale * (up @ down)
         if self.magnitude is not None:
             weight = like.float().flatten(1)

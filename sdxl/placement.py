@@ -86,6 +86,17 @@ def place(pipeline: Any, placement: Placement) -> None:
         pipeline.vae.enable_tiling()
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take on a GPU; no end of it on a CPU."""
+    if device.type != "cuda":
+        return 2**62
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device)
+    unused = kept - torch.cuda.memory_allocated(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - kept
+    return min(free, allowed) + unused
+
+
 def share_heaps() -> None:
     """Have all threads of this process share two heaps, where the C library is glibc: it gives each of the many threads
     that a server draws on a heap of its own, and each keeps what it once needed."""

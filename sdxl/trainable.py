@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from sdxl.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.config import TrainingConfig
 from sdxl.lean_lora import make_lean
+from sdxl.placement import free_bytes
 from sdxl.precision import WeightPrecision, activation_bytes, choose_precision
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def _precision(unet: UNet2DConditionModel, config: TrainingConfig) -> WeightPrec
     """How the weights are held while they train: as well as free memory allows; on a CPU always as asked for."""
     size = sum(parameter.nbytes for parameter in unet.parameters())
     return choose_precision(
-        free_bytes=_free_bytes(unet.device) + size,
+        free_bytes=free_bytes(unet.device) + size,
         parameters=sum(parameter.numel() for parameter in unet.parameters()),
         optimizer=config.optimizer,
         batch=config.train_batch_size,
@@ -174,18 +175,7 @@ def _lora_checkpointing(unet: UNet2DConditionModel, config: TrainingConfig) -> b
     need = 16 * trained + activation_bytes(
         weights, batch=config.train_batch_size, resolution=config.resolution, checkpointing=False
     )
-    return need > _free_bytes(unet.device)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take on a GPU; no end of it on a CPU."""
-    if device.type != "cuda":
-        return 2**62
-    free, total = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device)
-    unused = kept - torch.cuda.memory_allocated(device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - kept
-    return min(free, allowed) + unused
+    return need > free_bytes(unet.device)
 
 
 def _prepare(unet: UNet2DConditionModel, config: TrainingConfig, *, checkpointing: bool) -> None:

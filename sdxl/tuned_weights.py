@@ -8,18 +8,17 @@ import copy
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dataset_and_utils import TokenMap, add_tokens, eos_id, pool_at_eos
 from sdxl.artifacts import FineTune, read_rows
 from sdxl.errors import WeightsError
 from sdxl.lora_formats import LayerNames, LoraLayer, read_lora
+from sdxl.placement import free_bytes
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -96,7 +95,7 @@ class TunedPipeline:
         return self.pipeline.text_encoder, self.pipeline.text_encoder_2
 
     def load(self, fine_tune: FineTune) -> Weights:
-        """Read a fine-tune's files into memory.
+        """Read a fine-tune's files into memory of their own, pinned where there is CUDA: the files may go afterwards.
 
         Raises:
             WeightsError: it does not fit this base.
@@ -104,7 +103,7 @@ class TunedPipeline:
         """
         unet, lora = {}, {}
         if fine_tune.unet is not None:
-            unet = {f"unet.{name}": tensor for name, tensor in load_file(fine_tune.unet).items()}
+            unet = {f"unet.{name}": tensor for name, tensor in fine_tune.unet.read(pinned=True).items()}
             for name, tensor in unet.items():
                 if name not in self._parameters or self._parameters[name].shape != tensor.shape:
                     raise WeightsError(
@@ -112,9 +111,8 @@ class TunedPipeline:
                         "the base model it was trained on."
                     )
         if fine_tune.lora is not None:
-            with safe_open(fine_tune.lora, framework="pt") as file:
-                metadata = file.metadata() or {}
-            lora = read_lora(load_file(fine_tune.lora), metadata, self._names, fine_tune.lora.name)
+            tensors = fine_tune.lora.read(pinned=True)
+            lora = read_lora(tensors, fine_tune.lora.metadata, self._names, fine_tune.lora.name)
             for name, layer in lora.items():
                 if not layer.fits(tuple(self._parameters[f"{name}.weight"].shape)):
                     raise WeightsError(
@@ -131,22 +129,6 @@ class TunedPipeline:
         return Weights(
             name=fine_tune.name, unet=unet, lora=lora, rows=rows, pooled_at_eos=at_eos, token_map=token_map
         )
-
-    def load_copy(self, fine_tune: FineTune) -> Weights:
-        """`load`, into memory of its own: the files may change or go afterwards. A whole UNet's is pinned where there is
-        CUDA; a LoRA's thousand small matrices would take longer to pin than to copy."""
-        read = self.load(fine_tune)
-        lora = {
-            name: replace(
-                layer,
-                down=layer.down.clone(),
-                up=layer.up.clone(),
-                magnitude=None if layer.magnitude is None else layer.magnitude.clone(),
-            )
-            for name, layer in read.lora.items()
-        }
-        unet = {name: host_copy(tensor) for name, tensor in read.unet.items()}
-        return replace(read, unet=unet, lora=lora, rows=tuple(row.clone() for row in read.rows))
 
     def activate(self, fine_tune: FineTune | None, *, lora_scale: float = 1.0) -> None:
         """`apply` one fine-tune from its files, or with None the base alone."""
@@ -207,8 +189,10 @@ class TunedPipeline:
         for name, parts in changes.items():
             self._keep(name)
             weight = self._parameters[name]
-            delta = sum(scale * layer.delta(weight) for layer, scale in parts)
-            weight.copy_(weight.float() + delta)
+            before = value = weight.float()
+            for layer, scale in parts:
+                value = layer.added(value, before, scale)
+            weight.copy_(value)
 
     def _keep(self, name: str) -> None:
         """Remember the base's value before it is changed; what was kept once is the base's for good."""
@@ -223,7 +207,7 @@ class TunedPipeline:
             return False
         if self._room is None:
             whole = sum(parameter.nbytes for parameter in self._parameters.values())
-            self._room = torch.cuda.mem_get_info(value.device)[0] > 3 * whole
+            self._room = free_bytes(value.device) > 3 * whole
         return self._room
 
     def _apply_tokens(self, layers: Layers) -> None:

@@ -1,6 +1,7 @@
 """The cache of fine-tunes: limits, threads, kills, and sources that change."""
 
 import base64
+import gzip
 import http.server
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sdxl import artifacts
 from sdxl.archives import pack_tar
@@ -36,17 +37,19 @@ class Loaded:
 
 def load(fine_tune: artifacts.FineTune) -> Loaded:
     assert fine_tune.lora is not None
-    tensors = load_file(fine_tune.lora)
+    tensors = fine_tune.lora.read()
     return Loaded(
         float(tensors["unet.x.lora_A.weight"][0]), sum(tensor.nbytes for tensor in tensors.values())
     )
 
 
-def make_tar(path: Path, value: float, size: int = 10_000) -> Path:
+def make_tar(path: Path, value: float, size: int = 10_000, *, plain: bool = False) -> Path:
     file = path.with_suffix(".safetensors")
     save_file({"unet.x.lora_A.weight": torch.full((size,), value)}, file)
     pack_tar({"lora.safetensors": file}, path)
     file.unlink()
+    if not plain:  # a compressed one has to be unpacked into an entry
+        path.write_bytes(gzip.compress(path.read_bytes(), 0))
     return path
 
 
@@ -76,6 +79,13 @@ def test_a_folder_and_a_bare_file_are_read_where_they_are(tmp_path: Path):
     assert cache.get(str(file)).value == 3.0
     save_file({"unet.x.lora_A.weight": torch.full((4,), 4.0)}, file)
     assert cache.get(str(tmp_path / "folder")).value == 4.0
+
+
+def test_a_plain_tar_is_read_where_it_is(tmp_path: Path):
+    cache = FineTuneCache(tmp_path / "cache", LARGE, load)
+    tar = make_tar(tmp_path / "a.tar", 1.5, size=1_000_000, plain=True)
+    assert cache.get(str(tar)).value == 1.5
+    assert not entries(tmp_path / "cache")
 
 
 def test_the_least_recently_used_goes_first(tmp_path: Path):

@@ -121,6 +121,7 @@ def test_a_captured_step_is_the_eager_step(
     All weights of a miniature, at its rates, part by percents in bf16 from rounding alone: they are compared in fp32.
     """
     if not rounded:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         monkeypatch.setattr("sdxl.training._autocast", lambda device, enabled: contextlib.nullcontext())
     curves = []
     for graph in (True, False):

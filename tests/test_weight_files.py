@@ -1,0 +1,115 @@
+"""safetensors read by this project's own reader: as the library does, and nothing that a header claims is believed."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdxl.archives import in_place, pack_tar
+from sdxl.errors import WeightsError
+from sdxl.weight_files import WeightFile
+
+TENSORS = {
+    "a": torch.randn(3, 5),
+    "half": torch.randn(7).half(),
+    "b16": torch.randn(2, 2).bfloat16(),
+    "bytes": torch.arange(5, dtype=torch.uint8),
+    "nothing": torch.zeros(0, 4),
+    "number": torch.tensor(3.0),
+    "large": torch.randn(3000, 3001),
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    return tmp_path / "x.safetensors"
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+def test_a_file_is_read_as_the_library_reads_it(file: Path):
+    weights = WeightFile(file, file.name)
+    assert weights.keys == TENSORS.keys() and weights.metadata == {"format": "pt"}
+    read = weights.read(pinned=True)
+    file.unlink()
+    assert same(read, TENSORS)
+    assert all(tensor.is_contiguous() for tensor in read.values())
+
+
+def test_a_file_is_read_where_it_lies_in_a_tar(file: Path, tmp_path: Path):
+    (tmp_path / "before.txt").write_text("x" * 700)
+    tar = tmp_path / "x.tar"
+    pack_tar({"a.txt": tmp_path / "before.txt", "sub/x.safetensors": file}, tar)
+    places = in_place(tar)
+    assert places is not None
+    start, size = places[Path("sub/x.safetensors")]
+    assert same(WeightFile(tar, "x", start, size).read(), load_file(file))
+    assert in_place(file) is None
+
+
+def test_tensors_at_odd_places_are_read(tmp_path: Path):
+    values = torch.randn(4)
+    header = json.dumps(
+        {
+            "byte": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+            "floats": {"dtype": "F32", "shape": [4], "data_offsets": [1, 17]},
+        }
+    ).encode()
+    path = tmp_path / "odd"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\7" + values.numpy().tobytes())
+    read = WeightFile(path, "odd").read()
+    assert torch.equal(read["floats"], values) and read["byte"].item() == 7
+
+
+def entry(**changes: object) -> dict:
+    return {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        entry(dtype="F33"),
+        entry(shape=[3]),
+        entry(shape=[-1, -2]),
+        entry(shape="ab"),
+        entry(data_offsets=[0, 80]),
+        entry(data_offsets=[8, 0]),
+        entry(data_offsets=[-8, 0]),
+        entry(data_offsets=[0.0, 8.0]),
+        {"a": 3},
+        ["a"],
+        None,
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path: Path, header: object):
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(WeightsError, match=r"x\.safetensors is damaged"):
+        WeightFile(path, path.name).read()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 5) + b"\xff\xff{}}"]
+)
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="damaged or no safetensors"):
+        WeightFile(path, path.name).read()
+
+
+def test_a_file_that_shrinks_is_refused(file: Path):
+    weights = WeightFile(file, file.name)
+    assert weights.keys
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(WeightsError, match="damaged"):
+        weights.read()
