@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Optional
 
 import torch
@@ -28,7 +29,7 @@ from sdxl.errors import UserInputError, WithheldError
 from sdxl.fetching import fetch
 from sdxl.fine_tune_cache import CacheLimits, FineTuneCache
 from sdxl.framing import read_image
-from sdxl.generation import GenerationRequest, generate
+from sdxl.generation import GenerationRequest, draw, generate
 from sdxl.logs import configure_logging
 from sdxl.picture_files import check_format, describe, save
 from sdxl.pipelines import load_pipeline, load_refiner
@@ -246,18 +247,12 @@ class Predictor(BaseRunner):
             layers = self._layers(replicate_weights, lora_scale, extra_lora or [], extra_lora_scale)
             if self.tuned.apply(layers):
                 self.runners.weights_changed()
-            pictures = generate(
-                self.tuned.pipeline,
-                request,
-                self.tuned.token_map,
-                refiner,
-                at_once=self.placement.at_once,
-                runner=self.runners,
-            )
-            safe = range(len(pictures)) if disable_safety_checker else self._safe(pictures)
+            judge = None if disable_safety_checker else self.judge
 
-            def deliver(index: int) -> Path:
-                picture = pictures[index]
+            def deliver(index: int, picture: Image.Image) -> Optional[Path]:
+                """Judge, mark and write a picture, while the next one is decoded."""
+                if judge is not None and judge.is_unsafe(picture):
+                    return None
                 if apply_watermark:
                     picture = watermark.embed(picture)
                     if request.image is not None and request.mask is not None:
@@ -267,8 +262,24 @@ class Predictor(BaseRunner):
                 save(picture, file, quality=output_quality, parameters=told)
                 return Path(file)
 
-            with ThreadPoolExecutor(max_workers=request.num_outputs) as threads:
-                files = list((threads.map if len(safe) > 1 else map)(deliver, safe))
+            pictures = draw(
+                self.tuned.pipeline,
+                request,
+                self.tuned.token_map,
+                refiner,
+                at_once=self.placement.at_once,
+                runner=self.runners,
+            )
+            with closing(pictures), ThreadPoolExecutor(max_workers=request.num_outputs) as threads:
+                under_way = [threads.submit(deliver, *drawn) for drawn in enumerate(pictures)]
+            found = [one.result() for one in under_way]
+            files = [file for file in found if file is not None]
+            if judge is not None:
+                log.info("%s judged: %d of %d withheld", judge.name, len(found) - len(files), len(found))
+            if not files:
+                raise WithheldError(
+                    "All pictures were withheld as not safe for work: try another prompt or seed."
+                )
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, UserInputError):
                 log.exception("The prediction stopped.")
@@ -310,16 +321,6 @@ class Predictor(BaseRunner):
         main = self.fine_tunes.get(source) if source else self.setup_weights
         others = [(self.fine_tunes.get(one), float(value)) for one, value in zip(extra, scales, strict=True)]
         return (*(((main, float(scale)),) if main else ()), *others)
-
-    def _safe(self, pictures: list[Image.Image]) -> list[int]:
-        """Which pictures may be delivered."""
-        unsafe = self.judge.unsafe(pictures)
-        log.info("%s judged: %d of %d withheld", self.judge.name, sum(unsafe), len(pictures))
-        if all(unsafe):
-            raise WithheldError(
-                "All pictures were withheld as not safe for work: try another prompt or seed."
-            )
-        return [index for index, bad in enumerate(unsafe) if not bad]
 
 
 def _predict_from_command_line() -> int:

@@ -4,7 +4,7 @@ Knows what a request may ask for and the order of the steps; does not know where
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -98,8 +98,13 @@ class GenerationRequest:
             raise UserInputError("mask is given without image: give the picture that the mask belongs to.")
 
 
+def generate(*args: Any, **options: Any) -> list[Image.Image]:
+    """All pictures that `draw` gives."""
+    return list(draw(*args, **options))
+
+
 @torch.no_grad()
-def generate(
+def draw(
     pipeline: "StableDiffusionXLPipeline",
     request: GenerationRequest,
     token_map: TokenMap,
@@ -107,8 +112,9 @@ def generate(
     *,
     at_once: int = 4,
     runner: Callable[[UNet2DConditionModel], Callable[..., Any]] = lambda unet: unet,
-) -> list[Image.Image]:
-    """Draw the request's pictures with the weights that are in `pipeline`; the map's words become its tokens.
+) -> Generator[Image.Image]:
+    """Draw the request's pictures with the weights that are in `pipeline`; the map's words become its tokens. Each picture is
+    given as soon as it is decoded: while the next one is, something can be done with it.
 
     `refiner` is needed where the request refines. At most `at_once` pictures share a call of the UNet, or of what
     `runner` gives for it.
@@ -122,14 +128,12 @@ def generate(
     texts = (prompt, token_map.substitute(request.negative_prompt))
     if pipeline.vae.config["force_upcast"] and pipeline.vae.dtype == torch.float16:
         pipeline.vae.to(dtype=torch.bfloat16)  # SDXL's overflows in fp16, to black pictures
-    pictures: list[Image.Image] = []
     try:
         for first in range(0, request.num_outputs, at_once):
             seeds = [request.seed + i for i in range(first, min(first + at_once, request.num_outputs))]
-            pictures += _draw(pipeline, refiner, request, texts, seeds, runner)
+            yield from _draw(pipeline, refiner, request, texts, seeds, runner)
     finally:
         pipeline.maybe_free_model_hooks()
-    return pictures
 
 
 def _draw(
@@ -139,7 +143,7 @@ def _draw(
     texts: tuple[str, str],
     seeds: list[int],
     runner: Callable[[UNet2DConditionModel], Callable[..., Any]],
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """One batch, picture i from `seeds[i]`."""
     device = pipeline._execution_device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -188,7 +192,8 @@ def _draw(
                 kept=kept,
                 on_call=bar.update,
             )
-    return [_finish(picture, request) for picture in _decode(pipeline, latents)]
+    for picture in _decode(pipeline, latents):
+        yield _finish(picture, request)
 
 
 def _share(steps: int, strength: float) -> int:
@@ -266,14 +271,15 @@ def _encode(pipeline: Any, image: Image.Image, dtype: torch.dtype, count: int) -
     )
 
 
-def _decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
+def _decode(pipeline: Any, latents: Tensor) -> Iterator[Image.Image]:
     vae = pipeline.vae
     if not torch.isfinite(latents).all():
         raise WeightsError(
             "These weights give no picture, only overflowing numbers: lower lora_scale, or train with lower rates."
         )
-    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-    return pipeline.image_processor.postprocess(decoded, output_type="pil")
+    for one in (latents.to(vae.dtype) / vae.config.scaling_factor).split(1):
+        decoded = vae.decode(one, return_dict=False)[0]
+        yield pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
 
 
 def _finish(picture: Image.Image, request: GenerationRequest) -> Image.Image:

@@ -3,6 +3,7 @@
 Knows file formats; does not know models.
 """
 
+import zlib
 from pathlib import Path
 from typing import get_args
 
@@ -14,8 +15,9 @@ from sdxl.generation import REFINER_STRENGTH, GenerationRequest, Refine
 
 FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG"}
 """Public name, which is also the suffix → Pillow's name."""
-PNG_LEVEL = 1
-"""zlib's level: the default, 6, takes three times as long for a file a tenth smaller."""
+_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+"""zlib's fastest level, looking for runs alone: on drawn pictures two to three times as fast as Pillow's default, for files
+a tenth smaller."""
 _SAMPLERS = {
     "DDIM": "DDIM",
     "DPMSolverMultistep": "DPM++ 2M",
@@ -73,7 +75,7 @@ def save(picture: Image.Image, path: Path, *, quality: int, parameters: str | No
     the others. `quality` is 1 to 100; png has none.
     """
     kind = FORMATS[path.suffix.removeprefix(".")]
-    options: dict = {"compress_level": PNG_LEVEL} if kind == "PNG" else {"quality": quality}
+    options: dict = dict(_PNG) if kind == "PNG" else {"quality": quality}
     if kind == "JPEG":
         options["subsampling"] = 0  # the watermark lies in the chroma
     if parameters is not None and kind == "PNG":

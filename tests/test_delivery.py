@@ -1,6 +1,5 @@
 """What becomes of pictures before they are delivered: the judge of safety, the watermark; and where parts lie."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ def test_the_checker_of_stable_diffusion_judges(checker_folder: Path):
     judge = load_checker(str(checker_folder), CPU)
     pictures = [Image.new("RGB", (80, 64), colour) for colour in ("blue", "red")]
     before = [np.array(picture) for picture in pictures]
-    assert judge.unsafe(pictures) == [False, True]
+    assert [judge.is_unsafe(picture) for picture in pictures] == [False, True]
     assert all(np.array_equal(a, np.array(b)) for a, b in zip(before, pictures, strict=True))
     assert str(checker_folder) in judge.name
 
@@ -65,26 +64,28 @@ def test_open_nsfw_passes_ordinary_pictures():
         read_image(REPOSITORY / "docs" / "demo.jpg")[0],
         Image.effect_noise((256, 256), 80).convert("RGB"),
     ]
-    assert OpenNsfwJudge().unsafe(pictures) == [False, False]
+    judge = OpenNsfwJudge()
+    assert not any(judge.is_unsafe(picture) for picture in pictures)
 
 
 class Strict:
-    """A judge for the door's own behaviour: the pictures at `bad` are unsafe."""
+    """A judge for the door's own behaviour: pictures like `bad`, or without it all, are unsafe."""
 
     name = "a strict judge"
 
-    def __init__(self, *bad: int) -> None:
-        self.bad = bad
+    def __init__(self, bad: Path | None = None) -> None:
+        self.bad = None if bad is None else Image.open(bad).tobytes()
 
-    def unsafe(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        return [index in self.bad for index in range(len(pictures))]
+    def is_unsafe(self, picture: Image.Image) -> bool:
+        return self.bad is None or picture.tobytes() == self.bad
 
 
 def test_unsafe_pictures_are_withheld_and_others_delivered(predictor: Predictor, monkeypatch, caplog):
     caplog.set_level("INFO")
-    everything = call(predictor.run, **SMALL, num_outputs=3, width=64, height=64, disable_safety_checker=True)
-    monkeypatch.setattr(predictor, "judge", Strict(1))
-    files = call(predictor.run, **SMALL, num_outputs=3, width=64, height=64)
+    small = {**SMALL, "num_outputs": 3, "width": 64, "height": 64, "apply_watermark": False}
+    everything = call(predictor.run, **small, disable_safety_checker=True)
+    monkeypatch.setattr(predictor, "judge", Strict(everything[1]))
+    files = call(predictor.run, **small)
     assert [file.name for file in files] == ["out-0.png", "out-2.png"]
     assert files[1].read_bytes() == everything[2].read_bytes()
     assert "a strict judge judged: 1 of 3 withheld" in caplog.text
@@ -94,7 +95,7 @@ def test_all_withheld_is_an_error_and_the_watermark_stays_as_it_was(
     predictor: Predictor, monkeypatch, tmp_path
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(predictor, "judge", Strict(0))
+        patch.setattr(predictor, "judge", Strict())
         with pytest.raises(WithheldError, match="try another prompt or seed"):
             call(predictor.run, **SMALL, apply_watermark=False)
     assert list((tmp_path / "workspace").iterdir()) == []
