@@ -1,14 +1,17 @@
 """LoRA layers without their wrapper's cost: peft's parameters and formula, in the base's precision and fewer passes.
 
-peft casts each layer's input to the matrices' fp32 and back again, and adds the change in passes of its own. Knows peft's
-layers; does not know training.
+peft casts each layer's input to the matrices' fp32 and back again, and adds the change in passes of its own. Where queries,
+keys and values come from one input, that is multiplied with the three A matrices as one. Knows peft's layers and diffusers'
+attention; does not know training.
 """
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 
@@ -23,6 +26,8 @@ def make_lean(module: nn.Module) -> None:
             layer.forward = MethodType(_linear, layer)
         elif isinstance(layer, Conv2d):
             layer.forward = MethodType(_convolution, layer)
+        elif isinstance(layer, Attention) and not layer.is_cross_attention and _all_lora(layer):
+            layer.set_processor(_SelfAttention())
 
 
 def _matrices(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -32,12 +37,41 @@ def _matrices(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _linear(layer: Any, x: Tensor, *_: Any) -> Tensor:
-    base = layer.base_layer
-    plain = F.linear(x, base.weight, base.bias)
-    if layer.disable_adapters:
+    return _together([layer], x)[0]
+
+
+def _together(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """What each layer makes of the input they share."""
+    plain = [F.linear(x, layer.base_layer.weight, layer.base_layer.bias) for layer in layers]
+    if layers[0].disable_adapters:
         return plain
-    down, up = _matrices(layer, x.dtype)
-    return plain + F.linear(F.linear(x, down), up)
+    downs, ups = zip(*(_matrices(layer, x.dtype) for layer in layers), strict=True)
+    low = F.linear(x, torch.cat(downs)).split([len(down) for down in downs], dim=-1)
+    return [whole + F.linear(part, up) for whole, part, up in zip(plain, low, ups, strict=True)]
+
+
+def _all_lora(attention: Attention) -> bool:
+    """Whether queries, keys and values all have an adapter, and nothing but the projections is done to them."""
+    projections = (attention.to_q, attention.to_k, attention.to_v)
+    extra = (attention.group_norm, attention.spatial_norm, attention.norm_q, attention.norm_k)
+    return (
+        all(isinstance(layer, Linear) for layer in projections)
+        and all(norm is None for norm in extra)
+        and not attention.residual_connection
+        and attention.rescale_output_factor == 1
+    )
+
+
+class _SelfAttention:
+    """As diffusers' `AttnProcessor2_0`, for [b, tokens, dim] without a mask."""
+
+    def __call__(self, attention: Attention, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        layers = (attention.to_q, attention.to_k, attention.to_v)
+        projected = _together(layers, hidden_states)
+        query, key, value = (y.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in projected)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        assert attention.to_out is not None
+        return attention.to_out[1](attention.to_out[0](mixed))
 
 
 def _convolution(layer: Any, x: Tensor, *_: Any) -> Tensor:
