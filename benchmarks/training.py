@@ -179,7 +179,7 @@ def full() -> dict[str, Any]:
     """All of the UNet at 1024², fp32 weights."""
     rows = {
         "full UNet": ours(settings(1024, is_lora=False, precision="fp32", gradient_checkpointing=False)),
-        "full UNet, graphs of plain kernels": ours(
+        "full UNet, graphs without compiling": ours(
             settings(
                 1024,
                 is_lora=False,

@@ -27,7 +27,7 @@ def make_lean(module: nn.Module) -> None:
         elif isinstance(layer, Conv2d):
             layer.forward = MethodType(_convolution, layer)
         elif isinstance(layer, Attention) and not layer.is_cross_attention and _all_lora(layer):
-            layer.set_processor(_SelfAttention())
+            layer.set_processor(_SelfAttention())  # type: ignore[arg-type]
 
 
 def _matrices(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

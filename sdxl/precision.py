@@ -72,9 +72,8 @@ _CHOICES = {
 library that is kept, and fp32 with Adafactor is about as small as bf16 with 8-bit AdamW."""
 
 _SDXL_WEIGHTS = 2.567e9
-_ACTIVATION_BYTES = 13 * 2**29
-"""Of one 1024×1024 picture in SDXL's UNet, 6.5 GiB: steps of four pictures at 768² took 4.8 GiB for each at this size in
-bf16 and 6.3 GiB with autocast's fp32 normalisations. An estimate."""
+_ACTIVATION_BYTES = 6 * 2**30
+"""Of one 1024×1024 picture in SDXL's UNet: steps of four took 4.5 GiB for each, and 5.6 GiB launched one by one (H100)."""
 _CHECKPOINTED_BYTES = 2 * 2**30
 """The same with gradient checkpointing: counted 0.55 GiB, and one block computed again. An estimate."""
 _RESERVE_BYTES = 2 * 2**30

@@ -4,6 +4,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tools.inputs_table import table
+from tools.speed_tables import tables
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -11,6 +12,11 @@ README = (REPOSITORY / "README.md").read_text()
 @pytest.mark.parametrize("component", ["TrainingInput", "Input"])
 def test_the_tables_of_inputs_are_those_of_the_declarations(component: str):
     assert table(REPOSITORY, component) in README, "run `python -m tools.inputs_table` and paste its tables"
+
+
+def test_the_tables_of_speed_are_those_of_the_results():
+    for speeds in tables(REPOSITORY):
+        assert speeds in README, "run `python -m tools.speed_tables` and paste its tables"
 
 
 def test_every_module_has_its_line():
