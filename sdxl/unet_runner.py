@@ -5,9 +5,9 @@ that change in place, as fine-tunes do, need nothing made again. Knows UNets and
 
 | `SDXL_SPEED` | what a call is                                                                     |
 |--------------|------------------------------------------------------------------------------------|
-| compiled     | a graph of compiled blocks for warmed shapes, of plain kernels for all others      |
+| compiled     | a graph of compiled blocks for warmed shapes, without compiling for all others     |
 | fp8          | as compiled, the transformer blocks' linear layers in 8-bit floating point          |
-| graphs       | a graph of plain kernels: no compiling at the start                                |
+| graphs       | a graph without compiling                                                          |
 | eager        | kernels launched one by one, as diffusers does: for debugging                      |
 """
 
