@@ -227,8 +227,8 @@ def check_caption_text(text: str) -> None:
 
 
 def speed_setting() -> Speed:
-    """How a GPU is kept busy, by `SDXL_SPEED`: "compiled" (the default: CUDA graphs of compiled blocks), "graphs" (of
-    plain kernels), "eager" (kernels launched one by one, for debugging), or "fp8" ("compiled", and drawing multiplies
+    """How a GPU is kept busy, by `SDXL_SPEED`: "compiled" (the default: CUDA graphs of compiled blocks), "graphs" (without
+    compiling), "eager" (kernels launched one by one, for debugging), or "fp8" ("compiled", and drawing multiplies
     in 8 bits where the GPU can).
 
     Raises:
