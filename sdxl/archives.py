@@ -3,6 +3,7 @@
 Knows zip and tar; does not know what is inside them.
 """
 
+import itertools
 import os
 import stat
 import tarfile
@@ -28,17 +29,21 @@ class Limits:
     """Largest sum of the unpacked sizes."""
 
 
-def in_place(archive: Path) -> dict[Path, tuple[int, int]] | None:
-    """Where the regular files of a plain tar lie in it: safe relative path → (first byte, size); None for anything else.
+def in_place(archive: Path, *, files: int = 1000) -> dict[Path, tuple[int, int]] | None:
+    """Where the regular files of a plain tar lie in it: safe relative path → (first byte, size); None for anything else,
+    and for a tar of more than so many `files`.
 
     Raises:
         ArchiveError: a member's path is unsafe.
     """
     try:
         with tarfile.open(archive, "r:") as opened:
+            members = list(itertools.islice(opened, files + 1))
+            if len(members) > files:
+                return None
             return {
                 _safe_relative(member.name, archive): (member.offset_data, member.size)
-                for member in opened
+                for member in members
                 if member.isreg() and not member.issparse()
             }
     except (tarfile.TarError, EOFError, OSError):

@@ -27,8 +27,10 @@ from sdxl.weight_files import WeightFile
 UNET, LORA = "unet.safetensors", "lora.safetensors"
 EMBEDDINGS, TOKENS, RECORD = "embeddings.pti", "special_params.json", "training.json"
 
-_LARGE = 1 << 20
-"""Bytes from which a file in a tar is left there."""
+LIMITS = Limits(files=1000, total_bytes=32 << 30)
+"""What the archive of a fine-tune may unpack to."""
+_LARGE, _MOST_LEFT = 16 << 20, 16
+"""Bytes from which a file in a tar is left there, and of how many."""
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -91,12 +93,13 @@ def read(source: Path, folder: Path) -> FineTune:
         return _classify(source.name, [WeightFile(source, source.name)], TokenMap({}))
     else:
         left = {
-            path: file
-            for path, (start, size) in (in_place(source) or {}).items()
+            path: WeightFile(source, path.name, start, size)
+            for path, (start, size) in (in_place(source, files=LIMITS.files) or {}).items()
             if path.suffix == ".safetensors" and size > _LARGE
-            if "text_encoders_0" not in (file := WeightFile(source, path.name, start, size)).keys
         }
-        unpack(source, folder, limits=Limits(files=1000, total_bytes=32 << 30), leave=left)
+        if len(left) > _MOST_LEFT:
+            left = {}
+        unpack(source, folder, limits=LIMITS, leave=left)
     folders = [Path(), *(Path(path.name) for path in sorted(folder.iterdir()) if path.is_dir())]
     for root in dict.fromkeys([*folders, *sorted(path.parent for path in left)]):
         files = {path.name: file for path, file in left.items() if path.parent == root}
@@ -122,6 +125,8 @@ def _classify(name: str, files: list[WeightFile], token_map: TokenMap) -> FineTu
         if file.name == UNET or "conv_in.weight" in keys:
             parts["unet"].append(file)
         elif file.name == EMBEDDINGS or "text_encoders_0" in keys:
+            if file.size is not None:
+                raise WeightsError(f"{file.name} is too large for rows of tokens: take it from a training.")
             parts["embeddings"].append(file)
         elif {"clip_l", "clip_g"} <= keys:
             parts["clip"].append(file)
@@ -179,14 +184,15 @@ def read_rows(fine_tune: FineTune) -> tuple[tuple[Tensor, ...], bool, TokenMap]:
 def is_safetensors(path: Path) -> bool:
     """Whether it is a safetensors file, whatever its name."""
     try:
-        return bool(WeightFile(path, path.name).keys) or True
+        _ = WeightFile(path, path.name).keys
     except WeightsError:
         return False
+    return True
 
 
 def stays(source: Path) -> bool:
     """Whether the file `source` is read where it is: nothing of it needs to be unpacked but what is small."""
-    return is_safetensors(source) or in_place(source) is not None
+    return is_safetensors(source) or in_place(source, files=LIMITS.files) is not None
 
 
 def run_record(config: Mapping[str, Any], dataset: Path) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def compile_blocks(unet: UNet2DConditionModel, *, fullgraph: bool = True) -> Non
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """`fused_blocks.fuse`, where Triton is there: it comes with torch for CUDA on Linux."""
-    if importlib.util.find_spec("triton"):
+    """`fused_blocks.fuse` for a model on CUDA, where Triton is there: it comes with torch for CUDA on Linux."""
+    if next(model.parameters()).is_cuda and importlib.util.find_spec("triton"):
         from sdxl.fused_blocks import fuse
 
         fuse(model)

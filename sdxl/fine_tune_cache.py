@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from sdxl import artifacts, hosted_models
+from sdxl.archives import unpack
 from sdxl.errors import UserInputError
 from sdxl.fetching import decode_data_uri, download, is_remote
 
@@ -108,14 +109,22 @@ class FineTuneCache(Generic[T]):
             key = _key("folder", str(path.resolve()), *(_state(file) for file in files if file.is_file()))
             return self._remember(key, lambda: self._load(artifacts.read(path, path)))
         key = _key("file", str(path.resolve()), _state(path))
-        if artifacts.stays(path):
-            return self._remember(key, lambda: self._in_place(path))
-        return self._remember(key, lambda: self._from_disk(key, lambda folder: path))
+
+        def make() -> T:
+            return (
+                self._in_place(path) if artifacts.stays(path) else self._from_disk(key, lambda folder: path)
+            )
+
+        return self._remember(key, make)
 
     def _in_place(self, path: Path) -> T:
         """What is on disk already needs no entry beside it."""
+        before = _state(path)
         with self._partial() as scratch:
-            return self._load(artifacts.read(path, scratch))
+            loaded = self._load(artifacts.read(path, scratch))
+        if _state(path) != before:
+            raise UserInputError(f"{path.name} changed while it was read: ask again when it is written.")
+        return loaded
 
     def _from_remote(self, source: str) -> T:
         if source.startswith("data:"):
@@ -149,9 +158,11 @@ class FineTuneCache(Generic[T]):
         """Unpack `archive`, check it, and let the entry appear; another's bytes make room for it."""
         content = partial / "content"
         content.mkdir()
-        artifacts.read(archive, content)
-        if not any(content.iterdir()):  # a bare safetensors file
+        if artifacts.is_safetensors(archive):
             shutil.copyfile(archive, content / _file_name(archive))
+        else:
+            unpack(archive, content, limits=artifacts.LIMITS)
+        artifacts.read(content, content)
         sizes = {str(file.relative_to(content)): file.stat().st_size for file in _files(content)}
         manifest = {"files": sizes, "bytes": sum(sizes.values()), "validators": validators}
         (content / _MANIFEST).write_text(json.dumps(manifest))

@@ -57,7 +57,7 @@ class Fp8Layers:
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`weight` in fp8, and the factor, a tensor of no dimensions, that gives it back."""
     scale = weight.abs().amax().float().clamp_min(1e-12) / _LARGEST
-    return _rounded(weight, scale), scale
+    return _rounded(weight.float(), scale), scale
 
 
 def _rounded(x: Tensor, scale: Tensor | float) -> Tensor:

@@ -21,6 +21,9 @@ def fuse(model: nn.Module) -> None:
     """Have a UNet or an autoencoder take its convolutions with channels last, and the kernels of `group_norm` and `geglu`;
     modules, parameters and names stay."""
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # peft's DoRA wants those of convolutions as they were
+            parameter.data = parameter.data.contiguous()
     for module in model.modules():
         if isinstance(module, ResnetBlock2D) and _is_plain(module):
             module.forward = MethodType(_residual_block, module)
@@ -38,6 +41,7 @@ def _is_plain(block: ResnetBlock2D) -> bool:
     """Whether the block is of the kind that SDXL is made of."""
     return (
         block.upsample is None
+        and not block.skip_time_act
         and block.downsample is None
         and (block.time_emb_proj is None or block.time_embedding_norm == "default")
         and isinstance(block.nonlinearity, nn.SiLU)

@@ -43,7 +43,7 @@ class _Geglu(torch.autograd.Function):
         both, grad = both.contiguous(), grad.contiguous()
         result = torch.empty_like(both)
         width = grad.shape[-1]
-        _gradient[(triton.cdiv(width, _BLOCK), grad.numel() // width)](
+        _gradient[(grad.numel() // width, triton.cdiv(width, _BLOCK))](  # CUDA's second axis ends at 65535
             both, grad, result, width, BLOCK=_BLOCK
         )
         return result
@@ -52,8 +52,8 @@ class _Geglu(torch.autograd.Function):
 @triton.jit
 def _gradient(both, grad, result, width, BLOCK: tl.constexpr):
     """One row's stretch of both halves."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
     there = cols < width
     g = tl.load(grad + row * width + cols, mask=there, other=0.0).to(tl.float32)
     first = row * 2 * width + cols

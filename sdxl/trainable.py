@@ -140,6 +140,8 @@ def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[...,
         # Cast as it is copied: a second one in fp32 might not fit.
         weights = {name: value.to(half, copy=True) for name, value in unet.state_dict().items()}
         copy.load_state_dict(weights, assign=True)
+        if config.cuda_graph:
+            fuse_blocks(copy)
         return copy.requires_grad_(False)
 
     def without_adapter(*args: Any, **kwargs: Any) -> Any:

@@ -102,8 +102,9 @@ class TunedPipeline:
             ContractError: its embeddings are malformed.
         """
         unet, lora = {}, {}
+        pinned = self.pipeline._execution_device.type == "cuda"
         if fine_tune.unet is not None:
-            unet = {f"unet.{name}": tensor for name, tensor in fine_tune.unet.read(pinned=True).items()}
+            unet = {f"unet.{name}": tensor for name, tensor in fine_tune.unet.read(pinned=pinned).items()}
             for name, tensor in unet.items():
                 if name not in self._parameters or self._parameters[name].shape != tensor.shape:
                     raise WeightsError(
@@ -111,7 +112,7 @@ class TunedPipeline:
                         "the base model it was trained on."
                     )
         if fine_tune.lora is not None:
-            tensors = fine_tune.lora.read(pinned=True)
+            tensors = fine_tune.lora.read(pinned=pinned)
             lora = read_lora(tensors, fine_tune.lora.metadata, self._names, fine_tune.lora.name)
             for name, layer in lora.items():
                 if not layer.fits(tuple(self._parameters[f"{name}.weight"].shape)):
@@ -126,6 +127,7 @@ class TunedPipeline:
                 f"{fine_tune.name} was made for text encoders of widths {[row.shape[1] for row in rows]}, these have "
                 f"{widths}: load it into the base model it was trained on."
             )
+        rows = tuple(row.clone() for row in rows)
         return Weights(
             name=fine_tune.name, unet=unet, lora=lora, rows=rows, pooled_at_eos=at_eos, token_map=token_map
         )

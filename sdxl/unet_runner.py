@@ -100,7 +100,7 @@ class UNetRunner:
             self._inputs.clear()
             self._graphs.forget()
         self._inputs[key] = {name: value.clone() for name, value in given.items()}
-        if self.compiling and self.compiles:
+        if self.compiling:
             self._compiled.add(key)
 
     def _call(self, given: dict[str, Tensor]) -> Tensor:
@@ -122,9 +122,9 @@ class Runners:
         self._runners: dict[int, UNetRunner] = {}
 
     def __call__(self, unet: UNet2DConditionModel) -> UNetRunner:
-        """What to call in the place of `unet`."""
+        """What to call in the place of `unet`; one that was never warmed is not made ready to be compiled."""
         if id(unet) not in self._runners:
-            self._runners[id(unet)] = UNetRunner(unet, self.speed)
+            self._runners[id(unet)] = UNetRunner(unet, "eager" if self.speed == "eager" else "graphs")
         return self._runners[id(unet)]
 
     def weights_changed(self) -> None:
@@ -135,8 +135,10 @@ class Runners:
     @contextmanager
     def warming(self, unet: UNet2DConditionModel) -> Iterator[None]:
         """Shapes that come for the first time inside are compiled."""
-        runner = self(unet)
-        runner.compiling = True
+        if id(unet) not in self._runners:
+            self._runners[id(unet)] = UNetRunner(unet, self.speed)
+        runner = self._runners[id(unet)]
+        runner.compiling = runner.compiles
         try:
             yield
         finally:

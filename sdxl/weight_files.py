@@ -37,7 +37,9 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LARGEST_HEADER = 100 << 20
+_LARGEST_HEADER = 16 << 20
+"""Bytes; that of SDXL's UNet has 0.2 million."""
+_MOST_SIDES, _LARGEST_SIDE = 8, 2**40
 _PIECE = 32 << 20
 """Bytes that a thread reads at a time."""
 _THREADS = 8
@@ -65,13 +67,23 @@ class WeightFile:
         try:
             with self.path.open("rb") as file:
                 file.seek(self.start)
-                size = self.size if self.size is not None else os.fstat(file.fileno()).st_size - self.start
+                there = os.fstat(file.fileno()).st_size - self.start
+                size = there if self.size is None else min(self.size, there)
                 (length,) = struct.unpack("<Q", file.read(8))
                 if length > min(_LARGEST_HEADER, size - 8):
-                    raise ValueError("its header is longer than the file")
+                    raise ValueError("its header is too long")
                 header = json.loads(file.read(length))
             told = header.pop("__metadata__", {})
-            entries = {name: _entry(entry, size - 8 - length) for name, entry in header.items()}
+            entries = {name: _entry(entry) for name, entry in header.items()}
+            end = (
+                0  # as the format demands it: no holes, nothing twice, so that memory is bounded by the file
+            )
+            for *_, start, stop in sorted(entries.values(), key=lambda entry: entry[2:]):
+                if start != end:
+                    raise ValueError("its tensors overlap, or leave holes")
+                end = stop
+            if end != size - 8 - length:
+                raise ValueError("its tensors do not fill it")
         except (
             OSError,
             ValueError,
@@ -84,7 +96,9 @@ class WeightFile:
             raise WeightsError(
                 f"{self.name} is damaged or no safetensors file: download it again."
             ) from error
-        return self.start + 8 + length, entries, told if isinstance(told, dict) else {}
+        told = told if isinstance(told, dict) else {}
+        told = {name: text for name, text in told.items() if isinstance(text, str)}
+        return self.start + 8 + length, entries, told
 
     @property
     def keys(self) -> set[str]:
@@ -110,8 +124,8 @@ class WeightFile:
         length = max((stop for *_, stop in entries.values()), default=0)
         if not length:
             return {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, *_) in entries.items()}
-        block = mmap.mmap(-1, length)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        block = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # a five-hundredth of the pages to touch
             with contextlib.suppress(OSError):
                 block.madvise(mmap.MADV_HUGEPAGE)
         self._fill(block, begin, length)
@@ -143,13 +157,15 @@ class WeightFile:
             target.release()
 
 
-def _entry(entry: Any, size: int) -> tuple[torch.dtype, list[int], int, int]:
-    """One tensor of a header, of a file with `size` bytes of data."""
+def _entry(entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+    """One tensor of a header."""
     dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
+    if not isinstance(shape, list) or len(shape) > _MOST_SIDES:
+        raise ValueError("a shape is none")
+    if not all(type(number) is int and 0 <= number <= _LARGEST_SIDE for number in (*shape, start, stop)):
         raise ValueError("a size is no whole number")
-    if not start <= stop <= size or stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError("a tensor's place does not fit its shape, or the file")
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError("a tensor's place does not fit its shape")
     return dtype, shape, start, stop
 
 
@@ -166,7 +182,10 @@ def _pin(whole: Tensor, block: mmap.mmap) -> None:
     cudart: Any = torch.cuda.cudart()
     address, length = whole.data_ptr(), whole.nbytes
     if int(cudart.cudaHostRegister(address, length, 0)) != 0:
-        return  # too much is locked already: copies only take longer
+        # Too much is locked already: copies only take longer. CUDA remembers the error for whoever launches next.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
+        return
 
     def release(kept: mmap.mmap = block) -> None:  # the memory must outlast the lock
         torch.cuda.synchronize()  # a copy from it may be under way

@@ -81,11 +81,40 @@ def test_a_folder_and_a_bare_file_are_read_where_they_are(tmp_path: Path):
     assert cache.get(str(tmp_path / "folder")).value == 4.0
 
 
+@pytest.fixture
+def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "_LARGE", 1000)
+
+
+@pytest.mark.usefixtures("small_is_large")
 def test_a_plain_tar_is_read_where_it_is(tmp_path: Path):
     cache = FineTuneCache(tmp_path / "cache", LARGE, load)
-    tar = make_tar(tmp_path / "a.tar", 1.5, size=1_000_000, plain=True)
+    tar = make_tar(tmp_path / "a.tar", 1.5, plain=True)
     assert cache.get(str(tar)).value == 1.5
     assert not entries(tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("small_is_large")
+def test_a_plain_tar_from_elsewhere_is_unpacked(tmp_path: Path, served):
+    folder, url, _ = served
+    tar = make_tar(folder / "a.tar", 1.5, plain=True)
+    uri = "data:application/x-tar;base64," + base64.b64encode(tar.read_bytes()).decode()
+    for source in (f"{url}/a.tar", uri):
+        assert FineTuneCache(tmp_path / "cache", LARGE, load).get(source).value == 1.5
+    assert len(list((tmp_path / "cache").rglob("lora.safetensors"))) == 2
+
+
+@pytest.mark.usefixtures("small_is_large")
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path):
+    tar = make_tar(tmp_path / "a.tar", 1.5, plain=True)
+
+    def load_slowly(fine_tune: artifacts.FineTune) -> Loaded:
+        found = load(fine_tune)
+        make_tar(tar, 2.5, plain=True)
+        return found
+
+    with pytest.raises(UserInputError, match=r"a\.tar changed while it was read"):
+        FineTuneCache(tmp_path / "cache", LARGE, load_slowly).get(str(tar))
 
 
 def test_the_least_recently_used_goes_first(tmp_path: Path):

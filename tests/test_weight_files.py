@@ -84,6 +84,14 @@ def entry(**changes: object) -> dict:
         entry(data_offsets=[8, 0]),
         entry(data_offsets=[-8, 0]),
         entry(data_offsets=[0.0, 8.0]),
+        entry(data_offsets=[0, 4], shape=[1]),
+        entry() | {"b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
+        entry(data_offsets=[4, 8], shape=[1]),
+        entry(shape=""),
+        entry(shape={}),
+        entry(shape=[True, 2]),
+        entry(shape=[2**70, 0], data_offsets=[0, 0]),
+        entry(shape=[2**39] * 9 + [0], data_offsets=[0, 0]),
         {"a": 3},
         ["a"],
         None,
@@ -105,6 +113,12 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes):
     path.write_bytes(content)
     with pytest.raises(WeightsError, match="damaged or no safetensors"):
         WeightFile(path, path.name).read()
+
+
+def test_metadata_is_text(tmp_path: Path):
+    text = json.dumps({"__metadata__": {"a": 3, "b": "c"}}).encode()
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text)
+    assert WeightFile(tmp_path / "x", "x").metadata == {"b": "c"}
 
 
 def test_a_file_that_shrinks_is_refused(file: Path):
