@@ -5,6 +5,7 @@ pass over memory of its own. What they cannot hold is clipped; sums are in highe
 half-precision weights, in which fine-tunes come and go. Knows layers; does not know requests.
 """
 
+from collections.abc import Collection
 from types import MethodType
 
 import torch
@@ -30,13 +31,16 @@ class Fp8Layers:
     """The layers of a UNet that multiply in fp8 from now on: on a GPU where they are compiled, which makes rounding the
     inputs part of the work before."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, *, besides: Collection[nn.Module] = ()) -> None:
+        """All but `besides`."""
         self._layers = [
             layer
             for block in unet.modules()
             if isinstance(block, BasicTransformerBlock)
             for layer in block.modules()
-            if isinstance(layer, nn.Linear) and not any(side % _MULTIPLE for side in layer.weight.shape)
+            if isinstance(layer, nn.Linear)
+            and layer not in besides
+            and not any(side % _MULTIPLE for side in layer.weight.shape)
         ]
         for layer in self._layers:
             values, scale = quantise(layer.weight.detach())

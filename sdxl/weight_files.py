@@ -75,9 +75,8 @@ class WeightFile:
                 header = json.loads(file.read(length))
             told = header.pop("__metadata__", {})
             entries = {name: _entry(entry) for name, entry in header.items()}
-            end = (
-                0  # as the format demands it: no holes, nothing twice, so that memory is bounded by the file
-            )
+            # As the format demands it: no holes, nothing twice, so that memory is bounded by the file.
+            end = 0
             for *_, start, stop in sorted(entries.values(), key=lambda entry: entry[2:]):
                 if start != end:
                     raise ValueError("its tensors overlap, or leave holes")
@@ -170,9 +169,7 @@ def _entry(entry: Any) -> tuple[torch.dtype, list[int], int, int]:
 
 
 def _view(part: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    if (
-        part.storage_offset() % dtype.itemsize
-    ):  # only where a file's tensors are of several sizes, oddly ordered
+    if part.storage_offset() % dtype.itemsize:  # where tensors of several sizes are oddly ordered
         part = part.clone()
     return part.view(dtype).view(shape)
 

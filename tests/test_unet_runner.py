@@ -51,6 +51,32 @@ def test_a_runner_answers_as_the_unet_does_in_tensors_of_its_own(pipeline):
 
 
 @torch.no_grad()
+def test_what_is_made_of_a_prompt_is_kept_for_its_steps_alone(pipeline):
+    unet, runner = pipeline.unet, UNetRunner(pipeline.unet, "graphs")
+    given, when = inputs(unet, 1, 8), torch.tensor(500)
+    plain = unet.state_dict().keys()
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        return runner(timestep=when, **given)[0], unet(timestep=when, **given, return_dict=False)[0]
+
+    first, _ = both()
+    given["encoder_hidden_states"] = torch.randn_like(given["encoder_hidden_states"])
+    other, expected = both()
+    assert torch.equal(other, expected) and not torch.equal(first, other)
+    layer = next(module for name, module in unet.named_modules() if name.endswith("attn2.to_v"))
+    before = layer.weight.detach().clone()
+    try:
+        layer.weight.mul_(2)
+        assert torch.equal(runner(timestep=when, **given)[0], other), "computed once"
+        runner.weights_changed()
+        changed, expected = both()
+        assert torch.equal(changed, expected) and not torch.equal(changed, other)
+    finally:
+        layer.weight.copy_(before)
+    assert unet.state_dict().keys() == plain
+
+
+@torch.no_grad()
 def test_shapes_do_not_pile_up(pipeline):
     runner = UNetRunner(pipeline.unet, "graphs")
     for rows in range(1, MOST_SHAPES + 4):
