@@ -34,17 +34,26 @@ _DRAWN = {
 
 
 def training_table(results: dict[str, Any]) -> str:
-    """Markdown: every row of `training.json`, then what sums it up."""
+    """Markdown: every kind of run of `training.json`, then what sums it up."""
     lines = [
         "| | ms a step before the pivot | after | peak, GiB | share of the ceiling |",
         "|---|---|---|---|---|",
     ]
     for part, what in _TRAINED.items():
+        runs: dict[str, list[dict[str, float]]] = {}
         for name, row in results["table"].get(part, {}).items():
-            share = f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else "–"
-            lines.append(
-                f"| {what}: {name} | {row.get('before_pivot_ms', '–')} | {row['after_pivot_ms']} | {row['peak_gib']} | {share} |"
+            runs.setdefault(name.removesuffix(", again"), []).append(row)
+        for name, rows in runs.items():
+            shown = [_range(rows, key) for key in ("before_pivot_ms", "after_pivot_ms", "peak_gib")]
+            share = _range(
+                [
+                    {"percent": round(100 * row["share_of_ceiling"])}
+                    for row in rows
+                    if "share_of_ceiling" in row
+                ],
+                "percent",
             )
+            lines.append(f"| {what}: {name} | {' | '.join(shown)} | {share}{' %' if share != '–' else ''} |")
     return "\n".join(lines) + "\n\n" + _summary(results, _SUMMARY)
 
 
@@ -72,6 +81,15 @@ def tables(root: Path) -> list[str]:
         for name in ("training", "sampling", "sampling-fp8")
     )
     return [training_table(training), sampling_table(sampling, fp8)]
+
+
+def _range(rows: list[dict[str, float]], key: str) -> str:
+    """The values of `key` in runs of one kind, from the least to the most."""
+    values = sorted({row[key] for row in rows if key in row})
+    if not values:
+        return "–"
+    texts = [f"{value:.0f}" if value >= 50 else f"{value:g}" for value in values]
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
 def _summary(results: dict[str, Any], names: dict[str, str]) -> str:
