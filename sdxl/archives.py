@@ -29,17 +29,17 @@ class Limits:
     """Largest sum of the unpacked sizes."""
 
 
-def in_place(archive: Path, *, files: int = 1000) -> dict[Path, tuple[int, int]] | None:
+def in_place(archive: Path, *, limits: Limits = Limits()) -> dict[Path, tuple[int, int]] | None:
     """Where the regular files of a plain tar lie in it: safe relative path → (first byte, size); None for anything else,
-    and for a tar of more than so many `files`.
+    and for a tar of more files than `limits` allows.
 
     Raises:
         ArchiveError: a member's path is unsafe.
     """
     try:
         with tarfile.open(archive, "r:") as opened:
-            members = list(itertools.islice(opened, files + 1))
-            if len(members) > files:
+            members = list(itertools.islice(opened, limits.files + 1))
+            if len(members) > limits.files:
                 return None
             return {
                 _safe_relative(member.name, archive): (member.offset_data, member.size)

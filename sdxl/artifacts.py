@@ -94,7 +94,7 @@ def read(source: Path, folder: Path) -> FineTune:
     else:
         left = {
             path: WeightFile(source, path.name, start, size)
-            for path, (start, size) in (in_place(source, files=LIMITS.files) or {}).items()
+            for path, (start, size) in (in_place(source, limits=LIMITS) or {}).items()
             if path.suffix == ".safetensors" and size > _LARGE
         }
         if len(left) > _MOST_LEFT:
@@ -192,7 +192,7 @@ def is_safetensors(path: Path) -> bool:
 
 def stays(source: Path) -> bool:
     """Whether the file `source` is read where it is: nothing of it needs to be unpacked but what is small."""
-    return is_safetensors(source) or in_place(source, files=LIMITS.files) is not None
+    return is_safetensors(source) or in_place(source, limits=LIMITS) is not None
 
 
 def run_record(config: Mapping[str, Any], dataset: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _KIND = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_KIND).max
 _MULTIPLE = 16
 """What the matrix units want the sides of a weight to be a multiple of."""
-INPUT_SCALE = 4.0
+_INPUT_SCALE = 4.0
 """Inputs up to 1792 are held; below 1/16, a layer's normalised inputs being about 1, the rounding becomes coarser."""
 
 
@@ -46,7 +46,7 @@ class Fp8Layers:
             values, scale = quantise(layer.weight.detach())
             layer.register_buffer("fp8_weight", values, persistent=False)
             layer.register_buffer("fp8_scale", scale, persistent=False)
-            layer.register_buffer("fp8_input_scale", torch.full_like(scale, INPUT_SCALE), persistent=False)
+            layer.register_buffer("fp8_input_scale", torch.full_like(scale, _INPUT_SCALE), persistent=False)
             layer.forward = MethodType(_forward, layer)
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     if x.is_cuda and not torch.compiler.is_compiling():
         return F.linear(x, layer.weight, layer.bias)
     product = torch._scaled_mm(
-        _rounded(x.flatten(0, -2), INPUT_SCALE),
+        _rounded(x.flatten(0, -2), _INPUT_SCALE),
         layer.fp8_weight.t(),  # type: ignore[operator]
         scale_a=layer.fp8_input_scale,  # type: ignore[arg-type]
         scale_b=layer.fp8_scale,  # type: ignore[arg-type]

@@ -4,10 +4,10 @@ Knows what a request may ask for and the order of the steps; does not know where
 """
 
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 Refine = Literal["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
 
@@ -98,11 +100,6 @@ class GenerationRequest:
             raise UserInputError("mask is given without image: give the picture that the mask belongs to.")
 
 
-def generate(*args: Any, **options: Any) -> list[Image.Image]:
-    """All pictures that `draw` gives."""
-    return list(draw(*args, **options))
-
-
 @torch.no_grad()
 def draw(
     pipeline: "StableDiffusionXLPipeline",
@@ -134,6 +131,17 @@ def draw(
             yield from _draw(pipeline, refiner, request, texts, seeds, runner)
     finally:
         pipeline.maybe_free_model_hooks()
+
+
+def _all_of(drawing: Callable[P, Iterable[Image.Image]]) -> Callable[P, list[Image.Image]]:
+    def pictures(*args: P.args, **kwargs: P.kwargs) -> list[Image.Image]:
+        return list(drawing(*args, **kwargs))
+
+    return pictures
+
+
+generate = _all_of(draw)
+"""All pictures of `draw`, which has the same arguments, in a list."""
 
 
 def _draw(

@@ -45,9 +45,11 @@ def _together(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     plain = [F.linear(x, layer.base_layer.weight, layer.base_layer.bias) for layer in layers]
     if layers[0].disable_adapters:
         return plain
-    downs, ups = zip(*(_matrices(layer, x.dtype) for layer in layers), strict=True)
-    low = F.linear(x, torch.cat(downs)).split([len(down) for down in downs], dim=-1)
-    return [whole + F.linear(part, up) for whole, part, up in zip(plain, low, ups, strict=True)]
+    matrices = [_matrices(layer, x.dtype) for layer in layers]
+    downs = [down for down, _ in matrices]
+    together = torch.cat(downs) if len(downs) > 1 else downs[0]  # of one alone it would be a copy
+    low = F.linear(x, together).split([len(down) for down in downs], dim=-1)
+    return [whole + F.linear(part, up) for whole, part, (_, up) in zip(plain, low, matrices, strict=True)]
 
 
 def _all_lora(attention: Attention) -> bool:

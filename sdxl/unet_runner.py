@@ -14,6 +14,7 @@ that change in place, as fine-tunes do, need nothing made again. Knows UNets and
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -41,6 +42,17 @@ def speed_here(placement: Placement) -> Speed:
     return setting if placement.device.type == "cuda" and not placement.offloaded else "eager"
 
 
+@dataclass(kw_only=True)
+class _Inputs:
+    """Where the calls of one shape find what they are given; overwritten in place."""
+
+    tensors: dict[str, Tensor]
+    known: list[Tensor]
+    """What cross-attention makes of the prompt."""
+    prompt: Tensor | None
+    """The hidden states that `known` was made of, the very tensor; None where it must be made again."""
+
+
 class UNetRunner:
     """Called as the UNet is, with tensors of which only the values differ from call to call of one shape."""
 
@@ -50,12 +62,8 @@ class UNetRunner:
         self.compiling = False
         """Whether shapes that come for the first time are compiled: never in a request, which it would stall."""
         self._compiled: set[tuple] = set()
-        self._inputs: dict[tuple, dict[str, Tensor]] = {}
+        self._inputs: dict[tuple, _Inputs] = {}
         self._prompts = PromptCache(unet)
-        self._known: dict[tuple, list[Tensor]] = {}
-        """What cross-attention makes of the prompt of each shape's last call."""
-        self._asked: dict[tuple, Tensor] = {}
-        """That prompt's hidden states, as they were given."""
         if speed != "eager":
             fuse_blocks(unet)
         self._graphs = GraphedWork(unet.device, enabled=speed != "eager")
@@ -70,7 +78,8 @@ class UNetRunner:
 
     def weights_changed(self) -> None:
         """To be called after a fine-tune has come or gone."""
-        self._asked.clear()
+        for inputs in self._inputs.values():
+            inputs.prompt = None
         if self._fp8 is not None:
             self._fp8.refresh()
 
@@ -94,33 +103,33 @@ class UNetRunner:
         if self.speed == "eager":
             return (self._call(given),)
         key = tuple((name, tuple(value.shape), value.dtype) for name, value in given.items())
-        if key not in self._inputs:
-            self._add(key, given)
+        inputs = self._inputs.get(key) or self._add(key, given)
         for name, value in given.items():
-            self._inputs[key][name].copy_(value)
-        if self._asked.get(key) is not encoder_hidden_states:
-            for known, value in zip(
-                self._known[key], self._prompts.compute(encoder_hidden_states), strict=True
-            ):
+            inputs.tensors[name].copy_(value)
+        if inputs.prompt is not encoder_hidden_states:
+            for known, value in zip(inputs.known, self._prompts.compute(encoder_hidden_states), strict=True):
                 known.copy_(value)
-            self._asked[key] = encoder_hidden_states
-        if self._graphs.holds(key):
-            return (self._graphs(key, lambda: self._call(self._inputs[key])).clone(),)
-        plainly = nullcontext() if key in self._compiled else torch.compiler.set_stance("force_eager")
-        with plainly, self._prompts.known(self._known[key]):
-            return (self._graphs(key, lambda: self._call(self._inputs[key])).clone(),)
+            inputs.prompt = encoder_hidden_states
+        return (self._graphs(key, lambda: self._work(key, inputs)).clone(),)
 
-    def _add(self, key: tuple, given: dict[str, Tensor]) -> None:
+    def _add(self, key: tuple, given: dict[str, Tensor]) -> _Inputs:
         if len(self._inputs) >= MOST_SHAPES:
             self._inputs.clear()
-            self._known.clear()
-            self._asked.clear()
             self._graphs.forget()
-        self._inputs[key] = {name: value.clone() for name, value in given.items()}
-        self._known[key] = self._prompts.compute(given["embeds"])
-        self._asked[key] = given["embeds"]
         if self.compiling:
             self._compiled.add(key)
+        self._inputs[key] = _Inputs(
+            tensors={name: value.clone() for name, value in given.items()},
+            known=self._prompts.compute(given["embeds"]),
+            prompt=given["embeds"],
+        )
+        return self._inputs[key]
+
+    def _work(self, key: tuple, inputs: _Inputs) -> Tensor:
+        """What is captured for a shape."""
+        plainly = nullcontext() if key in self._compiled else torch.compiler.set_stance("force_eager")
+        with plainly, self._prompts.known(inputs.known):
+            return self._call(inputs.tensors)
 
     def _call(self, given: dict[str, Tensor]) -> Tensor:
         extra = {name: value for name, value in given.items() if name in ("text_embeds", "time_ids")}
@@ -142,8 +151,12 @@ class Runners:
 
     def __call__(self, unet: UNet2DConditionModel) -> UNetRunner:
         """What to call in the place of `unet`; one that was never warmed is not made ready to be compiled."""
+        return self._get(unet, "eager" if self.speed == "eager" else "graphs")
+
+    def _get(self, unet: UNet2DConditionModel, speed: Speed) -> UNetRunner:
+        """The runner of `unet`, made for `speed` where there is none yet."""
         if id(unet) not in self._runners:
-            self._runners[id(unet)] = UNetRunner(unet, "eager" if self.speed == "eager" else "graphs")
+            self._runners[id(unet)] = UNetRunner(unet, speed)
         return self._runners[id(unet)]
 
     def weights_changed(self) -> None:
@@ -154,9 +167,7 @@ class Runners:
     @contextmanager
     def warming(self, unet: UNet2DConditionModel) -> Iterator[None]:
         """Shapes that come for the first time inside are compiled."""
-        if id(unet) not in self._runners:
-            self._runners[id(unet)] = UNetRunner(unet, self.speed)
-        runner = self._runners[id(unet)]
+        runner = self._get(unet, self.speed)
         runner.compiling = runner.compiles
         try:
             yield

@@ -16,6 +16,7 @@ _TRAINED = {
     "lora_12gb": "LoRA, 1024×1024, batch 1",
     "full_24gb": "full UNet, 1024×1024, batch 1",
 }
+_MEASURED = ("before_pivot_ms", "after_pivot_ms", "peak_gib")
 _SUMMARY = {
     "speedup_1024": "LoRA at 1024×1024, times as fast as the plain loop",
     "speedup_768": "LoRA at 768×768, times as fast as the plain loop",
@@ -44,14 +45,9 @@ def training_table(results: dict[str, Any]) -> str:
         for name, row in results["table"].get(part, {}).items():
             runs.setdefault(name.removesuffix(", again"), []).append(row)
         for name, rows in runs.items():
-            shown = [_range(rows, key) for key in ("before_pivot_ms", "after_pivot_ms", "peak_gib")]
+            shown = [_range([row[key] for row in rows if key in row]) for key in _MEASURED]
             share = _range(
-                [
-                    {"percent": round(100 * row["share_of_ceiling"])}
-                    for row in rows
-                    if "share_of_ceiling" in row
-                ],
-                "percent",
+                [round(100 * row["share_of_ceiling"]) for row in rows if "share_of_ceiling" in row]
             )
             lines.append(f"| {what}: {name} | {' | '.join(shown)} | {share}{' %' if share != '–' else ''} |")
     return "\n".join(lines) + "\n\n" + _summary(results, _SUMMARY)
@@ -83,12 +79,11 @@ def tables(root: Path) -> list[str]:
     return [training_table(training), sampling_table(sampling, fp8)]
 
 
-def _range(rows: list[dict[str, float]], key: str) -> str:
-    """The values of `key` in runs of one kind, from the least to the most."""
-    values = sorted({row[key] for row in rows if key in row})
-    if not values:
+def _range(values: list[float]) -> str:
+    """What runs of one kind measured, from the least to the most."""
+    texts = [f"{value:.0f}" if value >= 50 else f"{value:g}" for value in sorted(values)]
+    if not texts:
         return "–"
-    texts = [f"{value:.0f}" if value >= 50 else f"{value:g}" for value in values]
     return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
