@@ -28,7 +28,7 @@ from benchmarks.training import ceiling_tflops
 from dataset_and_utils import TokenMap, eos_id, pool_at_eos
 from sdxl import artifacts
 from sdxl.config import keep_compiled_kernels
-from sdxl.generation import GenerationRequest, generate
+from sdxl.generation import GenerationRequest, _decode, generate
 from sdxl.trainable import LORA_TARGETS
 from sdxl.training import TrainedModel
 
@@ -169,6 +169,16 @@ def requests(predictor: Any, eager: Any, folder: Path, turns: int) -> dict[str, 
     return found
 
 
+def stages(pipeline: Any) -> dict[str, float]:
+    """Milliseconds of what a request does beside the UNet's calls: its prompt's encoding, and decoding of four pictures."""
+    latents = torch.randn(4, 4, SIDE // 8, SIDE // 8, device=full_size.DEVICE, dtype=HALF)
+    with torch.no_grad():
+        return {
+            "prompt_ms": milliseconds(lambda: pipeline.encode_prompt(PROMPT), 6),
+            "decode_4_ms": milliseconds(lambda: list(_decode(pipeline, latents)), 6),
+        }
+
+
 def difference(predictor: Any, eager: Any) -> float:
     """Mean difference, in levels of 255, between our picture and that of plain kernels in half precision."""
     request = GenerationRequest(
@@ -247,6 +257,7 @@ def main() -> None:
     found = requests(predictor, eager, args.workdir, args.turns)
     note(
         requests=found,
+        stages=stages(predictor.tuned.pipeline),
         request_speedup=round(found["eager_1_s"] / found["ours_1_s"], 2),
         request4_speedup=round(found["eager_4_s"] / found["ours_4_s"], 2),
     )

@@ -206,7 +206,8 @@ def tier(gib: float, *, is_lora: bool) -> dict[str, Any]:
 
 
 def whole_run(folder: Path, *, steps: int, extra: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`train.py` from archive to tar on the saved base: once short, which fills the caches, then `steps` steps."""
+    """`train.py` from archive to tar on the saved base: once short, which fills the caches, then `steps` steps; their logs,
+    with the seconds, are left in `folder`."""
     base = full_size.save_pipeline(folder / "base")
     environment = os.environ | {"SDXL_BASE": str(base), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     found: dict[str, Any] = {}
@@ -217,13 +218,14 @@ def whole_run(folder: Path, *, steps: int, extra: tuple[str, ...] = ()) -> dict[
         started = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, bufsize=0)
         assert process.stderr is not None
-        text, first = b"", None
-        while part := process.stderr.read(4096):
-            text += part
-            if first is None and re.search(rf"\| [1-9]\d*/{count} ".encode(), text):
+        text, first = "", None
+        while part := process.stderr.read(4096):  # what there is, as it comes
+            text += f"\n[{time.perf_counter() - started:.1f} s] {part.decode(errors='replace').strip()}"
+            if first is None and re.search(rf"\| [1-9]\d*/{count} ", text):
                 first = time.perf_counter() - started
+        (folder / f"{name}.log").write_text(text)
         if process.wait():
-            raise RuntimeError(text.decode()[-3000:])
+            raise RuntimeError(text[-3000:])
         found[f"{name}_first_step_s"] = round(first or float("nan"), 1)
         found[f"{name}_total_s"] = round(time.perf_counter() - started, 1)
     return {"whole_run": found, "archive_to_tar_min": round(found["warm_total_s"] / 60, 2)}

@@ -20,7 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap, read_captions_csv
+from sdxl.compiled_blocks import fuse_blocks
 from sdxl.components import Components, add_placeholder_tokens
+from sdxl.config import speed_setting
 from sdxl.dataset_folder import FRAMING_COLUMNS
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ def cache_examples(
     flip: each of them mirrored too.
     """
     add_placeholder_tokens(components, token_map)
+    if speed_setting() != "eager":
+        fuse_blocks(components.vae)
     table = folder / "captions.csv"
     framings = pd.read_csv(table)[FRAMING_COLUMNS].to_numpy()
     generator = torch.Generator(components.device).manual_seed(seed)
