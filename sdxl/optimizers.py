@@ -87,7 +87,7 @@ def adamw_8bit(groups: Iterable[Group], device: torch.device) -> Optimizer:
     """AdamW with 8-bit state in blocks of 256, computed in fp32; bf16 weights are rounded stochastically.
 
     Takes bf16 gradients. Tensors under 4096 values, or not of whole blocks, have state in their own dtype.
-    Capturable once a first step has compiled its two kernels, which needs a C compiler. On a CPU the same operations run
+    Capturable once a first step has compiled its few kernels, which needs a C compiler. On a CPU the same operations run
     uncompiled, several times slower than AdamW.
     """
     return (_AdamW8bit if device.type == "cuda" else _UncompiledAdamW8bit)(
@@ -132,7 +132,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Group], torch.device], Optimizer]] = {
 
 
 class _AdamW8bit(AdamW8bit):
-    """The library's arithmetic, compiled once for weights of all shapes, which the library compiles for each (44 in
+    """The library's arithmetic, compiled for kinds of shapes, where the library compiles for each (44 in
     SDXL's UNet), in every run anew: weights are seen as rows of a block each, small ones as one row."""
 
     def __init__(self, groups: list[dict[str, Any]], *, bf16_stochastic_round: bool) -> None:
