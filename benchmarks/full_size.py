@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap
+from sdxl import artifacts
 from sdxl.components import Components, add_placeholder_tokens
+from sdxl.trainable import LORA_TARGETS
+from sdxl.training import TrainedModel
 
 DEVICE = "cuda"
 TOKENIZERS = Path("base_models/tiny-sdxl")
@@ -151,3 +156,43 @@ def save_pipeline(folder: Path) -> Path:
         )
         pipeline.save_pretrained(folder, variant="fp16")
     return folder
+
+
+def save_checker(folder: Path) -> Path:
+    """Stable Diffusion's safety checker at its size (CLIP ViT-L/14) with random weights, which passes every picture."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessorPil
+
+    if not (folder / "model_index.json").is_file():
+        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+        vision |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14}
+        config = CLIPConfig(vision_config=vision, projection_dim=768)
+        StableDiffusionSafetyChecker(config).half().save_pretrained(folder / "safety_checker", variant="fp16")
+        CLIPImageProcessorPil(size={"shortest_edge": 224}).save_pretrained(folder / "feature_extractor")
+        (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+def save_fine_tunes(unet: nn.Module, folder: Path) -> dict[str, Path]:
+    """Tars of two whole UNets (5 GB each) and two LoRAs of rank 32 on attention, a little off the base."""
+    made = {}
+    for number in (1, 2):
+        torch.manual_seed(number)
+        whole = {name: (value * (1 + 1e-3 * number)).cpu() for name, value in unet.state_dict().items()}
+        lora = {}
+        for name, layer in unet.named_modules():
+            if isinstance(layer, nn.Linear) and name.endswith(tuple(LORA_TARGETS["attention"])):
+                lora[f"unet.{name}.lora_A.weight"] = torch.randn(32, layer.in_features) * 0.01
+                lora[f"unet.{name}.lora_B.weight"] = torch.randn(layer.out_features, 32) * 0.01
+        rows = [torch.randn(2, 768) * 0.01, torch.randn(2, 1280) * 0.01]
+        for kind, weights in (("unet", whole), ("lora", lora)):
+            target = folder / f"{kind}-{number}.tar"
+            made[f"{kind}-{number}"] = target
+            if not target.is_file():
+                model = TrainedModel(
+                    kind=kind, weights=weights, token_rows=rows, token_map=TokenMap.parse("TOK:2")
+                )
+                artifacts.write(model, folder / f"{kind}-{number}", {})
+                artifacts.pack(folder / f"{kind}-{number}", target)
+                shutil.rmtree(folder / f"{kind}-{number}")
+    return made

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,60 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks import full_size
 from benchmarks.quality import about
 from benchmarks.training import ceiling_tflops
 from dataset_and_utils import TokenMap, eos_id, pool_at_eos
-from sdxl import artifacts
 from sdxl.config import keep_compiled_kernels
 from sdxl.generation import GenerationRequest, _decode, generate
-from sdxl.trainable import LORA_TARGETS
-from sdxl.training import TrainedModel
 
 PROMPT, STEPS, GUIDANCE, SIDE = "a photo of TOK on the moon", 50, 7.5, 1024
 HALF = torch.float16
-
-
-def save_checker(folder: Path) -> Path:
-    """Stable Diffusion's safety checker at its size (CLIP ViT-L/14) with random weights, which passes every picture."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPImageProcessorPil
-
-    if not (folder / "model_index.json").is_file():
-        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
-        vision |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14}
-        config = CLIPConfig(vision_config=vision, projection_dim=768)
-        StableDiffusionSafetyChecker(config).half().save_pretrained(folder / "safety_checker", variant="fp16")
-        CLIPImageProcessorPil(size={"shortest_edge": 224}).save_pretrained(folder / "feature_extractor")
-        (folder / "model_index.json").write_text("{}")
-    return folder
-
-
-def save_fine_tunes(unet: nn.Module, folder: Path) -> dict[str, Path]:
-    """Tars of two whole UNets (5 GB each) and two LoRAs of rank 32 on attention, a little off the base."""
-    made = {}
-    for number in (1, 2):
-        torch.manual_seed(number)
-        whole = {name: (value * (1 + 1e-3 * number)).cpu() for name, value in unet.state_dict().items()}
-        lora = {}
-        for name, layer in unet.named_modules():
-            if isinstance(layer, nn.Linear) and name.endswith(tuple(LORA_TARGETS["attention"])):
-                lora[f"unet.{name}.lora_A.weight"] = torch.randn(32, layer.in_features) * 0.01
-                lora[f"unet.{name}.lora_B.weight"] = torch.randn(layer.out_features, 32) * 0.01
-        rows = [torch.randn(2, 768) * 0.01, torch.randn(2, 1280) * 0.01]
-        for kind, weights in (("unet", whole), ("lora", lora)):
-            target = folder / f"{kind}-{number}.tar"
-            made[f"{kind}-{number}"] = target
-            if not target.is_file():
-                model = TrainedModel(
-                    kind=kind, weights=weights, token_rows=rows, token_map=TokenMap.parse("TOK:2")
-                )
-                artifacts.write(model, folder / f"{kind}-{number}", {})
-                artifacts.pack(folder / f"{kind}-{number}", target)
-                shutil.rmtree(folder / f"{kind}-{number}")
-    return made
+TIERS = {"12gb": 12, "8gb": 8}
+"""Placement → GiB of the GPU that its process may take."""
 
 
 def milliseconds(work: Callable[[], Any], runs: int, skip: int = 3) -> float:
@@ -190,6 +147,16 @@ def difference(predictor: Any, eager: Any) -> float:
     return round(float(np.abs(one - other).mean()), 3)
 
 
+def tier(predictor: Any) -> dict[str, float]:
+    """One picture by a server whose parts take turns on the GPU: its seconds, and the memory that the process held."""
+    torch.cuda.reset_peak_memory_stats()
+    predictor.run_with_defaults(prompt=PROMPT, seed=0)
+    started = time.perf_counter()
+    predictor.run_with_defaults(prompt=PROMPT, seed=0)
+    seconds = round(time.perf_counter() - started, 2)
+    return {"request_s": seconds, "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)}
+
+
 def with_defaults(predictor: Any) -> Any:
     """`predictor` with `run_with_defaults`, which fills in what Cog's server would."""
     from sdxl.command_line import declared_inputs
@@ -207,11 +174,15 @@ def main() -> None:
     base = full_size.save_pipeline(args.workdir / "base")
     os.environ |= {
         "SDXL_BASE": str(base),
-        "SDXL_SAFETY_CHECKER": str(save_checker(args.workdir / "checker")),
+        "SDXL_SAFETY_CHECKER": str(full_size.save_checker(args.workdir / "checker")),
         "HF_HUB_OFFLINE": "1",
         "SDXL_WORKSPACE": str(args.workdir),
         "SDXL_SPEED": args.speed,
+        "SDXL_MEMORY": args.memory,
     }
+    if args.memory != "whole":
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(TIERS[args.memory] / total)
     from diffusers import StableDiffusionXLPipeline
 
     from predict import Predictor
@@ -229,6 +200,9 @@ def main() -> None:
     predictor.setup()
     note(setup_in_process_s=round(time.perf_counter() - started, 1))
     with_defaults(predictor)
+    if args.memory != "whole":
+        note(memory=args.memory, **tier(predictor))
+        return
     eager: Any = StableDiffusionXLPipeline.from_pretrained(
         base, variant="fp16", dtype=HALF, add_watermarker=False
     ).to(full_size.DEVICE)
@@ -262,7 +236,7 @@ def main() -> None:
         request4_speedup=round(found["eager_4_s"] / found["ours_4_s"], 2),
     )
     note(picture_difference_levels=difference(predictor, eager))  # leaves diffusers' autoencoder in bf16
-    tars = save_fine_tunes(eager.unet, args.workdir)
+    tars = full_size.save_fine_tunes(eager.unet, args.workdir)
     del eager
     torch.cuda.empty_cache()
     found = switches(predictor, tars)
@@ -280,16 +254,25 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
     parser.add_argument("--speed", default="compiled", choices=["compiled", "fp8", "graphs", "eager"])
+    parser.add_argument(
+        "--memory",
+        default="whole",
+        choices=["whole", *TIERS],
+        help="a cap in GiB, and parts that take turns below it",
+    )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(
         "--workdir", type=Path, default=Path("runs/sampling"), help="30 GB for the base and the fine-tunes"
     )
     parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/sampling.json, or -SPEED.json"
+        "--output",
+        type=Path,
+        help="default: benchmarks/results/sampling.json, or with what differs in its name",
     )
     args = parser.parse_args()
     if args.output is None:
-        name = "sampling" if args.speed == "compiled" else f"sampling-{args.speed}"
+        changes = [one for one in (args.speed, args.memory) if one not in ("compiled", "whole")]
+        name = "-".join(["sampling", *changes])
         args.output = Path("benchmarks/results") / f"{name}.json"
     return args
 

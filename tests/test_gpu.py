@@ -101,6 +101,45 @@ def test_pictures_are_the_eager_ones_whatever_was_drawn_before(
         assert np.abs(one.astype(int) - other.astype(int)).mean() < 3
 
 
+@pytest.mark.parametrize("memory", ["12gb", "8gb"])
+def test_pictures_of_parts_that_take_turns_on_the_gpu_are_those_of_all_on_it(
+    captioned_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str
+):
+    monkeypatch.setenv("SDXL_SAFETY_CHECKER", str(write_checker(tmp_path)))
+    monkeypatch.setenv("SDXL_SPEED", "eager")
+    tars = [
+        str(call(train.train, input_images=captioned_zip, is_lora=lora, **QUICK)) for lora in (True, False)
+    ]
+    drawn = {}
+    for name in ("whole", memory):
+        monkeypatch.setenv("SDXL_MEMORY", name)
+        predictor = Predictor()
+        predictor.setup()
+
+        def draw(predictor: Predictor = predictor, **inputs) -> list[np.ndarray]:
+            small = {
+                "prompt": "a photo of TOK",
+                "width": 128,
+                "height": 128,
+                "num_inference_steps": 6,
+                "seed": 0,
+            }
+            files = call(predictor.run, **small, num_outputs=2, **inputs)
+            return [np.array(Image.open(file)) for file in files]
+
+        base = draw()
+        tuned = [picture for tar in tars for picture in draw(replicate_weights=tar)]
+        refined = draw(refine="expert_ensemble_refiner")
+        assert np.array_equal(base, draw())
+        drawn[name] = [*base, *tuned, *refined]
+        where = {part.device.type for part in (predictor.tuned.pipeline.unet, predictor.tuned.pipeline.vae)}
+        assert where == {"cuda" if name == "whole" else "cpu"}  # between requests
+    for one, other in zip(
+        *drawn.values(), strict=True
+    ):  # two pictures at once are rounded otherwise than one by one
+        assert np.abs(one.astype(int) - other.astype(int)).mean() < 3
+
+
 @pytest.mark.parametrize(
     ("changes", "rounded"),
     [
