@@ -7,6 +7,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -14,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from dataset_and_utils import TokenMap, add_tokens, eos_id, pool_at_eos
 from sdxl.errors import WeightsError
+from sdxl.weight_files import WeightFile
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,37 @@ def weights_variant(folder: Path) -> str | None:
 
 def weights_variant_of(part: Path) -> str | None:
     """ "fp16" where the folder of one part of a pipeline holds half-precision files, else None for plain names."""
-    return "fp16" if any(part.glob("*.fp16.safetensors")) else None
+    return "fp16" if any(part.glob("*.fp16*.safetensors")) else None
+
+
+def load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+    """The UNet of the base or refiner in `folder`, frozen and in eval mode.
+
+    Raises:
+        OSError, ValueError, KeyError, WeightsError: its files are missing or damaged.
+    """
+    variant = weights_variant(folder)
+    path = folder / "unet" / f"diffusion_pytorch_model.{f'{variant}.' if variant else ''}safetensors"
+    file = WeightFile(path, str(path))
+    with torch.device("meta"):
+        config: Any = UNet2DConditionModel.load_config(folder / "unet")
+        unet: Any = UNet2DConditionModel.from_config(config)
+    if path.is_file() and file.keys == unet.state_dict().keys():
+        # The UNet's are three quarters of all bytes: read so, in a fraction of a second in the place of several.
+        read = file.read(pinned=device.type == "cuda")
+        unet.load_state_dict(
+            {name: value.to(device, non_blocking=True).to(dtype) for name, value in read.items()}, assign=True
+        )
+    else:  # in several files, or under names of old: the library knows how
+        unet = UNet2DConditionModel.from_pretrained(
+            folder,
+            subfolder="unet",
+            variant=variant,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map={"": str(device)},
+        )
+    return unet.requires_grad_(False).eval()
 
 
 def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Components:
@@ -90,7 +122,7 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
         noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         assert isinstance(noise_scheduler, DDPMScheduler)
         components = Components(
-            unet=load(UNet2DConditionModel, "unet", half if is_lora else torch.float32),
+            unet=load_unet(folder, half if is_lora else torch.float32, device),
             vae=load(AutoencoderKL, "vae", half),
             text_encoders=(
                 load(CLIPTextModel, "text_encoder", half),

@@ -20,7 +20,7 @@ from diffusers import (
 )
 
 from dataset_and_utils import eos_id, pool_at_eos
-from sdxl.components import weights_variant
+from sdxl.components import load_unet, weights_variant
 from sdxl.errors import WeightsError
 from sdxl.placement import Placement, place
 
@@ -62,7 +62,12 @@ def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiff
     dtype = torch.float16 if placement.device.type == "cuda" else torch.float32
     try:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
-            folder, variant=weights_variant(folder), dtype=dtype, use_safetensors=True, add_watermarker=False
+            folder,
+            unet=load_unet(folder, dtype, torch.device("cpu") if placement.offloaded else placement.device),
+            variant=weights_variant(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            add_watermarker=False,
         )
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(
@@ -87,19 +92,11 @@ def load_refiner(folder: Path, like: "StableDiffusionXLPipeline") -> UNet2DCondi
         WeightsError: the files are missing or damaged.
     """
     try:
-        unet = UNet2DConditionModel.from_pretrained(
-            folder,
-            subfolder="unet",
-            variant=weights_variant(folder),
-            dtype=like.unet.dtype,
-            use_safetensors=True,
-        )
+        return load_unet(folder, like.unet.dtype, like.unet.device)
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(
             f"{folder} holds no refiner in diffusers' layout ({error}): fetch it again."
         ) from error
-    resting: Any = like.unet.device
-    return unet.requires_grad_(False).eval().to(resting)
 
 
 def make_scheduler(name: str, pipeline: "StableDiffusionXLPipeline") -> SchedulerMixin:

@@ -1,16 +1,22 @@
 """safetensors read by this project's own reader: as the library does, and nothing that a header claims is believed."""
 
 import json
+import shutil
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from sdxl.archives import in_place, pack_tar
+from sdxl.components import load_components, load_unet
 from sdxl.errors import WeightsError
+from sdxl.pipelines import load_pipeline
 from sdxl.weight_files import WeightFile
+from tests.conftest import TINY_BASE
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -127,3 +133,31 @@ def test_a_file_that_shrinks_is_refused(file: Path):
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(WeightsError, match="damaged"):
         weights.read()
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "several"])
+def test_a_unet_is_loaded_as_diffusers_loads_it(tmp_path: Path, shards: bool):
+    theirs = UNet2DConditionModel.from_pretrained(TINY_BASE / "unet", variant="fp16", dtype=torch.bfloat16)
+    folder = TINY_BASE
+    if shards:
+        folder = tmp_path
+        theirs.half().save_pretrained(folder / "unet", max_shard_size="1MB", variant="fp16")
+        assert len(list((folder / "unet").glob("*.safetensors"))) > 2
+        theirs.bfloat16()
+    ours = load_unet(folder, torch.bfloat16, torch.device("cpu"))
+    assert same(ours.state_dict(), theirs.state_dict())
+    assert dict(ours.config).keys() >= dict(theirs.config).keys() - {"_name_or_path"}
+    assert not ours.training and not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+def test_a_damaged_unet_of_the_base_is_named(tmp_path: Path):
+    shutil.copytree(TINY_BASE, tmp_path / "base")
+    file = next((tmp_path / "base" / "unet").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    for load in (load_pipeline, partial(load_components, is_lora=True)):
+        with pytest.raises(WeightsError, match=r"diffusion_pytorch_model.fp16.safetensors is damaged"):
+            load(tmp_path / "base", device=torch.device("cpu"))
+    shutil.rmtree(tmp_path / "base" / "unet")
+    for load in (load_pipeline, partial(load_components, is_lora=True)):
+        with pytest.raises(WeightsError, match="is not a complete SDXL"):
+            load(tmp_path / "base", device=torch.device("cpu"))
