@@ -252,6 +252,7 @@ def one_of_several() -> dict[str, Any]:
     row = ours(settings(1024))
     if data_parallel.rank() == 0:
         sys.stdout.write(json.dumps(row) + "\n")
+    data_parallel.leave()
     raise SystemExit(0)
 
 

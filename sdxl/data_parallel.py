@@ -4,6 +4,7 @@ Started by `torchrun --nproc-per-node 2 train.py …`; without it everything her
 what trains.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -24,16 +25,26 @@ def join() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
+def leave() -> None:
+    """Part from the other processes, once all work with them is done."""
+    if dist.is_initialized():
+        gc.collect()  # graphs that hold exchanges between GPUs must be gone
+        dist.destroy_process_group()
+
+
 def run_in_each(run: Callable[[list[str]], int]) -> int:
     """Run a command line, as the arguments after the program's name, in this process and those beside it; of these only
     the first says and leaves anything. Returns the exit code."""
     join()
     if rank() == 0:
-        return run(sys.argv[1:])
-    logging.disable(logging.WARNING)
-    os.environ["TQDM_DISABLE"] = "1"
-    with tempfile.TemporaryDirectory() as own:
-        return run([*sys.argv[1:], "-o", own])
+        code = run(sys.argv[1:])
+    else:
+        logging.disable(logging.WARNING)
+        os.environ["TQDM_DISABLE"] = "1"
+        with tempfile.TemporaryDirectory() as own:
+            code = run([*sys.argv[1:], "-o", own])
+    leave()
+    return code
 
 
 def rank() -> int:
