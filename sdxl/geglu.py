@@ -23,7 +23,7 @@ _BLOCK = 1024
 
 def geglu(both: Tensor) -> Tensor:
     """a · gelu(b) on CUDA for [..., 2n] = [a, b], with the gradient that is written here."""
-    return _Geglu.apply(both) if torch.is_grad_enabled() else _product(both)  # type: ignore[return-value]
+    return _geglu(both) if torch.is_grad_enabled() else _product(both)
 
 
 def _product(both: Tensor) -> Tensor:
@@ -31,22 +31,36 @@ def _product(both: Tensor) -> Tensor:
     return plain * F.gelu(gate)
 
 
-class _Geglu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        return _product(both)
+# As operators, not as an autograd.Function: what torch has compiled of those it forgets when the process ends.
+@torch.library.triton_op("sdxl::geglu", mutates_args=())
+def _geglu(both: Tensor) -> Tensor:
+    return _product(both)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
-        both, grad = both.contiguous(), grad.contiguous()
-        result = torch.empty_like(both)
-        width = grad.shape[-1]
-        _gradient[(grad.numel() // width, triton.cdiv(width, _BLOCK))](  # CUDA's second axis ends at 65535
-            both, grad, result, width, BLOCK=_BLOCK
-        )
-        return result
+
+@torch.library.triton_op("sdxl::geglu_gradient", mutates_args=())
+def _geglu_gradient(both: Tensor, grad: Tensor) -> Tensor:
+    both, grad = both.contiguous(), grad.contiguous()
+    result = torch.empty_like(both)
+    width = grad.shape[-1]
+    torch.library.wrap_triton(_gradient)[(grad.numel() // width, triton.cdiv(width, _BLOCK))](
+        both,
+        grad,
+        result,
+        width,
+        BLOCK=_BLOCK,  # CUDA's second axis ends at 65535
+    )
+    return result
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    return _geglu_gradient(ctx.saved_tensors[0], grad)
+
+
+_geglu.register_autograd(_backward, setup_context=_keep)
 
 
 @triton.jit

@@ -215,6 +215,22 @@ def test_fused_geglu_has_torchs_gradient():
     assert torch.allclose(one, other, atol=1e-5)
 
 
+def test_compiled_geglu_is_found_again():
+    """With all of its gradient: else every start of a training would trace its blocks again."""
+    from sdxl.geglu import geglu
+
+    x = torch.randn(4, 2 * 40, device="cuda", requires_grad=True)
+    expected = torch.autograd.grad(geglu(x * 2).sum(), x)[0]
+    for run in ("first", "again"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(lambda x: geglu(x * 2).sum())
+        assert torch.allclose(torch.autograd.grad(compiled(x), x)[0], expected, atol=1e-5)
+        counted = torch._dynamo.utils.counters["aot_autograd"]
+        assert not counted["autograd_cache_bypass"]
+        assert run == "first" or counted["autograd_cache_hit"] == 1
+
+
 def test_8_bit_adamw_compiles_for_kinds_of_shapes_and_steps_as_uncompiled():
     from sdxl.optimizers import Group, make_optimizers
 

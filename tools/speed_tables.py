@@ -20,6 +20,7 @@ _MEASURED = ("before_pivot_ms", "after_pivot_ms", "peak_gib")
 _SUMMARY = {
     "speedup_1024": "LoRA at 1024×1024, times as fast as the plain loop",
     "speedup_768": "LoRA at 768×768, times as fast as the plain loop",
+    "warm_first_step_s": "LoRA, from the start of the process to its first step, kernels in the cache, s",
     "archive_to_tar_min": "LoRA, 1000 steps at 1024×1024 from archive to tar, minutes",
     "two_gpus_speedup": "LoRA on two GPUs, pictures a second over those on one",
     "loss_difference_1024": "largest difference of a step's loss from the eager way's, share",
@@ -50,11 +51,11 @@ def training_table(results: dict[str, Any]) -> str:
                 [round(100 * row["share_of_ceiling"]) for row in rows if "share_of_ceiling" in row]
             )
             lines.append(f"| {what}: {name} | {' | '.join(shown)} | {share}{' %' if share != '–' else ''} |")
-    return "\n".join(lines) + "\n\n" + _summary(results, _SUMMARY)
+    return "\n".join(lines) + "\n\n" + _summary(results | results.get("whole_run", {}), _SUMMARY)
 
 
-def sampling_table(results: dict[str, Any], fp8: dict[str, Any]) -> str:
-    """Markdown: calls of the UNet, then whole requests."""
+def sampling_table(results: dict[str, Any], fp8: dict[str, Any], tiers: list[dict[str, Any]]) -> str:
+    """Markdown: calls of the UNet, then whole requests, those where parts take turns on the GPU last."""
     lines = [
         "| | a guided picture, ms a step | four, ms a step | levels of 255 from eager's picture |",
         "|---|---|---|---|",
@@ -67,16 +68,21 @@ def sampling_table(results: dict[str, Any], fp8: dict[str, Any]) -> str:
         calls = found["calls"]
         levels = found["picture_difference_levels"] if whose == "ours" else 0
         lines.append(f"| {name} | {calls[f'{whose}_2_rows_ms']} | {calls[f'{whose}_8_rows_ms']} | {levels} |")
-    return "\n".join(lines) + "\n\n" + _summary(results, _DRAWN)
+    slower = [
+        f"| one picture with `SDXL_MEMORY={tier['memory']}`, s (GPU memory held, GiB) "
+        f"| {tier['request_s']:.3g} ({tier['peak_gib']:.3g}) |"
+        for tier in tiers
+    ]
+    return "\n".join([*lines, "", _summary(results, _DRAWN), *slower])
 
 
 def tables(root: Path) -> list[str]:
     """Both tables, from the results under `root`."""
-    training, sampling, fp8 = (
+    training, sampling, fp8, *tiers = (
         json.loads((root / RESULTS / f"{name}.json").read_text())
-        for name in ("training", "sampling", "sampling-fp8")
+        for name in ("training", "sampling", "sampling-fp8", "sampling-12gb", "sampling-8gb")
     )
-    return [training_table(training), sampling_table(sampling, fp8)]
+    return [training_table(training), sampling_table(sampling, fp8, tiers)]
 
 
 def _range(values: list[float]) -> str:
