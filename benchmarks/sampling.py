@@ -198,7 +198,10 @@ def main() -> None:
     predictor = Predictor()
     started = time.perf_counter()
     predictor.setup()
-    note(setup_in_process_s=round(time.perf_counter() - started, 1))
+    note(
+        setup_in_process_s=round(time.perf_counter() - started, 1),
+        speed=predictor.runners.speed,  # what was taken where "compiled" cannot be
+    )
     with_defaults(predictor)
     if args.memory != "whole":
         note(memory=args.memory, **tier(predictor))

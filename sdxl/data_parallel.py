@@ -43,7 +43,8 @@ def run_in_each(run: Callable[[list[str]], int]) -> int:
         os.environ["TQDM_DISABLE"] = "1"
         with tempfile.TemporaryDirectory() as own:
             code = run([*sys.argv[1:], "-o", own])
-    leave()
+    if code == 0:  # one that failed must end at once: parting waits for the others, who may wait for it
+        leave()
     return code
 
 

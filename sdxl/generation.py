@@ -299,11 +299,14 @@ def _decode(pipeline: Any, latents: Tensor) -> Iterator[Image.Image]:
         raise WeightsError(
             "These weights give no picture, only overflowing numbers: lower lora_scale, or train with lower rates."
         )
-    # All are under way before the first is waited for: a GPU decodes on while the first pictures are worked on.
-    under_way = [
+    under_way = (
         _to_host(vae.decode(one, return_dict=False)[0])
         for one in (latents.to(vae.dtype) / vae.config.scaling_factor).split(1)
-    ]
+    )
+    if (
+        latents.is_cuda
+    ):  # all are begun before the first is waited for: it decodes on while those are worked on
+        under_way = list(under_way)
     for levels, arrived in under_way:
         arrived()
         yield Image.fromarray(levels.numpy())

@@ -79,7 +79,7 @@ def local_folder(name: str, *, setting: str = "SDXL_BASE", parts: Sequence[str] 
                 f"{setting}={name} holds no model_index.json: name a folder in diffusers' layout."
             )
         return folder
-    kinds: list[str] = ["*.json", "*.txt", "*.fp16.safetensors"]
+    kinds: list[str] = ["*.json", "*.txt", "*.fp16*.safetensors"]
     patterns = (
         [f"{part}/{kind}" for part in parts for kind in kinds] + ["model_index.json"] if parts else kinds
     )

@@ -175,7 +175,10 @@ class _AdamW8bit(AdamW8bit):
 
     def _seen(self, values: Tensor, p: nn.Parameter) -> Tensor:
         """`values` of the weight `p` in the order in which it lies in memory: [blocks, 256], or [n] where not of whole blocks."""
-        row = values.permute(sorted(range(p.dim()), key=p.stride, reverse=True)).reshape(-1)
+        row = values.permute(sorted(range(p.dim()), key=p.stride, reverse=True))
+        row = (
+            row.view(-1) if values.data_ptr() == p.data_ptr() else row.reshape(-1)
+        )  # the weight itself, no copy
         whole = row.numel() >= 4096 and row.numel() % self.block_size == 0
         return row.view(-1, self.block_size) if whole else row
 

@@ -69,6 +69,8 @@ def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiff
             use_safetensors=True,
             add_watermarker=False,
         )
+    except WeightsError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(
             f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
@@ -91,12 +93,7 @@ def load_refiner(folder: Path, like: "StableDiffusionXLPipeline") -> UNet2DCondi
     Raises:
         WeightsError: the files are missing or damaged.
     """
-    try:
-        return load_unet(folder, like.unet.dtype, like.unet.device)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(
-            f"{folder} holds no refiner in diffusers' layout ({error}): fetch it again."
-        ) from error
+    return load_unet(folder, like.unet.dtype, like.unet.device)
 
 
 def make_scheduler(name: str, pipeline: "StableDiffusionXLPipeline") -> SchedulerMixin:

@@ -206,7 +206,7 @@ def test_the_refiner_changes_what_it_is_given_and_only_that(pipeline, refiner):
 def test_a_refiner_of_another_base_is_refused(pipeline):
     with pytest.raises(WeightsError, match="set SDXL_REFINER"):
         draw(pipeline, request(refine="base_image_refiner"), pipeline.unet)
-    with pytest.raises(WeightsError, match="holds no refiner"):
+    with pytest.raises(WeightsError, match="is not a complete UNet"):
         load_refiner(REPOSITORY / "docs", pipeline)
 
 

@@ -159,5 +159,22 @@ def test_a_damaged_unet_of_the_base_is_named(tmp_path: Path):
             load(tmp_path / "base", device=torch.device("cpu"))
     shutil.rmtree(tmp_path / "base" / "unet")
     for load in (load_pipeline, partial(load_components, is_lora=True)):
-        with pytest.raises(WeightsError, match="is not a complete SDXL"):
+        with pytest.raises(WeightsError, match="is not a complete UNet"):
             load(tmp_path / "base", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "several"])
+@pytest.mark.parametrize("wrong", ["widened", "missing"])
+def test_another_models_unet_is_refused(tmp_path: Path, wrong: str, shards: bool):
+    unet = UNet2DConditionModel.from_pretrained(TINY_BASE / "unet", variant="fp16")
+    shutil.copytree(TINY_BASE, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    if wrong == "widened":
+        unet.conv_in.weight = torch.nn.Parameter(torch.zeros(*unet.conv_in.weight.shape[:1], 9, 3, 3))
+    else:
+        unet.conv_in.bias = None
+    config = (TINY_BASE / "unet" / "config.json").read_text()
+    unet.save_pretrained(tmp_path / "base" / "unet", max_shard_size="1MB" if shards else "10GB")
+    (tmp_path / "base" / "unet" / "config.json").write_text(config)
+    with pytest.raises(WeightsError, match="base/unet is not a complete UNet") as refused:
+        load_unet(tmp_path / "base", torch.float32, torch.device("cpu"))
+    assert "\n" not in str(refused.value)

@@ -141,7 +141,7 @@ class Trainer:
             loss = float(running) / period
             running.zero_()
             self.losses.append(loss)
-            if self.step % (5 * period) == 0:
+            if self.step == period or self.step % (5 * period) == 0:
                 rate = self.step / max(self.elapsed, 1e-9)
                 self.run.record(
                     stage,

@@ -69,7 +69,7 @@ def sampling_table(results: dict[str, Any], fp8: dict[str, Any], tiers: list[dic
         levels = found["picture_difference_levels"] if whose == "ours" else 0
         lines.append(f"| {name} | {calls[f'{whose}_2_rows_ms']} | {calls[f'{whose}_8_rows_ms']} | {levels} |")
     slower = [
-        f"| one picture with `SDXL_MEMORY={tier['memory']}`, s (GPU memory held, GiB) "
+        f"| one picture with `SDXL_MEMORY={tier['memory']}` ({tier['speed']}), s (GPU memory held, GiB) "
         f"| {tier['request_s']:.3g} ({tier['peak_gib']:.3g}) |"
         for tier in tiers
     ]
