@@ -26,8 +26,9 @@ from sdxl.contact_sheet import dataset_sheet
 from sdxl.dataset_folder import ADVICE, SHEET, open_source, write_captions
 from sdxl.errors import UserInputError
 from sdxl.fetching import fetch
+from sdxl.framed_pictures import frame_all
 from sdxl.logs import configure_logging
-from sdxl.preparing import PreprocessConfig, find_salience, frame_all, upscale_small, write_missing_captions
+from sdxl.preparing import PreprocessConfig, find_salience, upscale_small, write_missing_captions
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,14 @@ def prepare_dataset(
             require_token(given, config.token_map, files.root)
         folder.mkdir(parents=True, exist_ok=True)
         salience = find_salience(files, config)
-        pictures = frame_all(files, salience, folder, config)
+        pictures = frame_all(
+            files,
+            salience,
+            folder,
+            side=config.target_size,
+            bucketing=config.bucketing,
+            around_salience=config.crop_based_on_salience,
+        )
         upscale_small(pictures, folder)
         texts = write_missing_captions(pictures, given, folder, config)
         if config.token_map is not None:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from dataset_and_utils import TokenMap
 from sdxl.canvas import MULTIPLE, SIDES, latent_mask, padded, put_back
+from sdxl.conditioning import for_base, for_refiner
 from sdxl.errors import UserInputError, WeightsError
 from sdxl.pipelines import SCHEDULERS, make_scheduler
 from sdxl.placement import lent
-from sdxl.sampling import Conditioning, Kept, begin, course, denoise, intervals_above, noise_like
+from sdxl.sampling import Kept, begin, course, denoise, intervals_above, noise_like
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -32,8 +33,6 @@ Refine = Literal["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
 
 REFINER_STRENGTH = 0.3
 """Share of `refine_steps` that base_image_refiner runs on the finished picture."""
-AESTHETIC_SCORES = (2.5, 6.0)
-"""What the refiner is told of the negative prompt's picture and of the prompt's (arXiv:2307.01952 trains it so)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +156,14 @@ def _draw(
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     image = None if request.image is None else padded(request.image)
     width, height = image.size if image is not None else (request.width, request.height)
-    conditioning = _conditioning(pipeline, request, texts, len(seeds), (height, width), device)
+    told = {
+        "texts": texts,
+        "guidance_scale": request.guidance_scale,
+        "count": len(seeds),
+        "size": (height, width),
+        "device": device,
+    }
+    conditioning = for_base(pipeline, **told)
     image_latents = None
     if image is not None:
         image_latents = _encode(pipeline, image, device, conditioning.embeds.dtype, len(seeds))
@@ -181,13 +187,11 @@ def _draw(
     passes = [(pipeline.unet, conditioning, steps, start, split)]
     if request.refine != "no_refiner":
         assert refiner is not None, "the caller loads the refiner"
-        refining = _refiner_conditioning(
-            pipeline, refiner, request, texts, len(seeds), (height, width), device
-        )
+        refining = for_refiner(pipeline, refiner, **told)
         n = steps if request.refine == "expert_ensemble_refiner" else request.refine_steps or steps
         begins = split if request.refine == "expert_ensemble_refiner" else n - _share(n, REFINER_STRENGTH)
         passes.append((refiner, refining, n, begins, n))
-    for unet, told, n, first, last in passes:
+    for unet, conditions, n, first, last in passes:
         scheduler = _schedule(pipeline, request, n, device)
         planned = course(scheduler, first, last)
         if request.refine == "base_image_refiner" and unet is refiner:
@@ -199,7 +203,7 @@ def _draw(
                 scheduler,
                 planned,
                 latents,
-                told,
+                conditions,
                 generators=generators,
                 kept=kept,
                 on_call=bar.update,
@@ -217,69 +221,6 @@ def _schedule(pipeline: Any, request: GenerationRequest, steps: int, device: tor
     scheduler: Any = make_scheduler(request.scheduler, pipeline)
     scheduler.set_timesteps(steps, device=device)
     return scheduler
-
-
-def _conditioning(
-    pipeline: Any,
-    request: GenerationRequest,
-    texts: tuple[str, str],
-    count: int,
-    size: tuple[int, int],
-    device: torch.device,
-) -> Conditioning:
-    """The base's, of `count` equal pictures of `size` (height, width)."""
-    guided = request.guidance_scale > 1
-    embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
-        texts[0],
-        device=device,
-        num_images_per_prompt=count,
-        do_classifier_free_guidance=guided,
-        negative_prompt=texts[1] or None,
-    )
-    time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=embeds.dtype).repeat(count, 1)
-    return Conditioning(
-        embeds=torch.cat([negative, embeds]) if guided else embeds,
-        pooled=torch.cat([negative_pooled, pooled]) if guided else pooled,
-        time_ids=(torch.cat([time_ids, time_ids]) if guided else time_ids).to(embeds.device),
-        guidance_scale=request.guidance_scale,
-    )
-
-
-def _refiner_conditioning(
-    pipeline: Any,
-    refiner: UNet2DConditionModel,
-    request: GenerationRequest,
-    texts: tuple[str, str],
-    count: int,
-    size: tuple[int, int],
-    device: torch.device,
-) -> Conditioning:
-    """The refiner's: the hidden states of the second text encoder alone, and a score of beauty in the size's place.
-
-    The refiner knows no zeroed prompt: an empty negative prompt is encoded as text.
-    """
-    guided = request.guidance_scale > 1
-    embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
-        texts[0],
-        device=device,
-        num_images_per_prompt=count,
-        do_classifier_free_guidance=guided,
-        negative_prompt=texts[1],
-    )
-    width = int(refiner.config["cross_attention_dim"])
-    if width != pipeline.text_encoder_2.config.hidden_size:
-        raise WeightsError(
-            f"The refiner reads prompts of width {width}, this base gives {pipeline.text_encoder_2.config.hidden_size}: "
-            "set SDXL_REFINER to the refiner of this base."
-        )
-    time_ids = torch.tensor([[*size, 0, 0, score] for score in AESTHETIC_SCORES], dtype=embeds.dtype)
-    rows = time_ids.repeat_interleave(count, 0) if guided else time_ids[1:].repeat(count, 1)
-    return Conditioning(
-        embeds=(torch.cat([negative, embeds]) if guided else embeds)[..., -width:],
-        pooled=torch.cat([negative_pooled, pooled]) if guided else pooled,
-        time_ids=rows.to(embeds.device),
-        guidance_scale=request.guidance_scale,
-    )
 
 
 def _encode(
