@@ -218,14 +218,16 @@ def whole_run(folder: Path, *, steps: int, extra: tuple[str, ...] = ()) -> dict[
         started = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, bufsize=0)
         assert process.stderr is not None
-        text, first = "", None
+        text, spoke, first = "", None, None
         while part := process.stderr.read(4096):  # what there is, as it comes
+            spoke = spoke or time.perf_counter() - started  # of the call: all is imported
             text += f"\n[{time.perf_counter() - started:.1f} s] {part.decode(errors='replace').strip()}"
             if first is None and re.search(rf"\| [1-9]\d*/{count} ", text):
                 first = time.perf_counter() - started
         (folder / f"{name}.log").write_text(text)
         if process.wait():
             raise RuntimeError(text[-3000:])
+        found[f"{name}_imported_s"] = round(spoke or float("nan"), 1)
         found[f"{name}_first_step_s"] = round(first or float("nan"), 1)
         found[f"{name}_total_s"] = round(time.perf_counter() - started, 1)
     return {"whole_run": found, "archive_to_tar_min": round(found["warm_total_s"] / 60, 2)}

@@ -21,6 +21,7 @@ _SUMMARY = {
     "speedup_1024": "LoRA at 1024×1024, times as fast as the plain loop",
     "speedup_768": "LoRA at 768×768, times as fast as the plain loop",
     "warm_first_step_s": "LoRA, from the start of the process to its first step, kernels in the cache, s",
+    "warm_imported_s": "of which Python's imports, s",
     "archive_to_tar_min": "LoRA, 1000 steps at 1024×1024 from archive to tar, minutes",
     "two_gpus_speedup": "LoRA on two GPUs, pictures a second over those on one",
     "loss_difference_1024": "largest difference of a step's loss from the eager way's, share",
