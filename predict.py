@@ -245,8 +245,8 @@ class Predictor(BaseRunner):
             log.info("Seed: %d", request.seed)
             refiner = None if request.refine == "no_refiner" else self._refiner()
             layers = self._layers(replicate_weights, lora_scale, extra_lora or [], extra_lora_scale)
-            if self.tuned.apply(layers):
-                self.runners.weights_changed()
+            self.tuned.apply(layers)
+            self.runners.follow(self.tuned.changes)
             judge = None if disable_safety_checker else self.judge
 
             def deliver(index: int, picture: Image.Image) -> Optional[Path]:

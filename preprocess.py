@@ -138,9 +138,9 @@ class Preprocessor(BaseRunner):
                 use_face_detection_instead=use_face_detection_instead,
                 mask_temperature=temp,
             )
-            folder = prepare_dataset(
-                fetch(str(files), workspace), workspace / "dataset", config=config, report=workspace
-            )
+            archive = fetch(str(files), workspace / "fetched")
+            folder = prepare_dataset(archive, workspace / "dataset", config=config, report=workspace)
+            shutil.rmtree(workspace / "fetched", ignore_errors=True)
             members = {path.name: path for path in (*folder.iterdir(), workspace / SHEET, workspace / ADVICE)}
             pack_tar(members, workspace / "data.tar")
             shutil.rmtree(folder)

@@ -236,7 +236,7 @@ def train(
     except BaseException as error:
         if isinstance(error, Exception) and not isinstance(error, UserInputError):
             log.exception("The training stopped.")
-        discard_workspace(workspace, but=workspace / "training_out" / "checkpoints")
+        discard_workspace(workspace, but=workspace / "training_out" / artifacts.CHECKPOINTS)
         raise
 
 
@@ -246,7 +246,7 @@ def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
     base = hosted_models.local_folder(hosted_models.base_name())
     resolution = native_resolution(base) if inputs["resolution"] is None else inputs["resolution"]
 
-    archive = fetch(str(inputs["input_images"]), workspace)
+    archive = fetch(str(inputs["input_images"]), workspace / "fetched")
     preprocess_config = PreprocessConfig(
         target_size=resolution,
         global_caption=inputs["global_caption"],
@@ -259,6 +259,7 @@ def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
         mask_temperature=inputs["clipseg_temperature"],
     )
     dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config)
+    shutil.rmtree(workspace / "fetched", ignore_errors=True)
     config = _config(inputs, resolution, images=len(read_captions_csv(dataset_folder / "captions.csv")))
     record = artifacts.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder)
     _announce(config)
@@ -277,7 +278,7 @@ def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
     output = workspace / "training_out"
 
     def save_checkpoint(step: int, model: TrainedModel) -> None:
-        artifacts.write_atomically(model, output / "checkpoints" / f"step-{step:06d}", record)
+        artifacts.write_atomically(model, output / artifacts.CHECKPOINTS / f"step-{step:06d}", record)
 
     trained = fine_tune(
         components, examples, config, prior=prior, on_step=_record_metrics, on_checkpoint=save_checkpoint
@@ -295,7 +296,9 @@ def _config(inputs: dict[str, Any], resolution: int, *, images: int) -> Training
         max_train_steps=inputs["max_train_steps"],
         epochs=inputs["num_train_epochs"],
         images=images,
-        batch_size=inputs["train_batch_size"],
+        batch_size=inputs["train_batch_size"]
+        * inputs["gradient_accumulation_steps"]
+        * data_parallel.world_size(),
     )
     same = {field.name for field in fields(TrainingConfig)} & inputs.keys()
     return TrainingConfig(

@@ -4,11 +4,13 @@ Knows zip and tar; does not know what is inside them.
 """
 
 import itertools
+import lzma
 import os
 import stat
 import tarfile
 import zipfile
-from collections.abc import Collection, Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -51,24 +53,30 @@ def in_place(archive: Path, *, limits: Limits = Limits()) -> dict[Path, tuple[in
 
 
 def unpack(
-    archive: Path, folder: Path, *, limits: Limits = Limits(), leave: Collection[Path] = ()
+    archive: Path,
+    folder: Path,
+    *,
+    limits: Limits = Limits(),
+    leave: Callable[[Path], bool] = lambda path: False,
 ) -> list[Path]:
     """Unpack a zip or tar (plain or compressed; told by content, not by name) into `folder`.
 
-    Only regular files are written, under relative paths that stay inside `folder`; folders, links, devices and the paths
-    to `leave` are skipped. Returns the written files in the archive's order.
+    Only regular files are written, under relative paths that stay inside `folder`; folders, links, devices and what
+    to `leave`, by its path in the archive, are skipped. Returns the written files in the archive's order.
 
     Raises:
         ArchiveError: not an archive, damaged, encrypted, empty, over `limits`, or a member's path leaves `folder`.
     """
     written: list[Path] = []
+    left = False
     budget = limits.total_bytes
     try:
         for name, source in _members(archive):
             if len(written) == limits.files:
                 raise ArchiveError(f"{archive.name} holds more than {limits.files} files: split it.")
             relative = _safe_relative(name, archive)
-            if relative in leave:
+            if leave(relative):
+                left = True
                 continue
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,17 +90,23 @@ def unpack(
                         )
                     sink.write(chunk)
             written.append(target)
+    except ArchiveError:
+        raise
     except (
         zipfile.BadZipFile,
         tarfile.TarError,
+        zlib.error,
+        lzma.LZMAError,
         EOFError,
         OSError,
+        ValueError,
         RuntimeError,
         NotImplementedError,
     ) as error:
-        # zipfile answers RuntimeError for encrypted members and NotImplementedError for unknown compression
+        # zipfile answers RuntimeError for encrypted members and NotImplementedError for unknown compression, tarfile
+        # ValueError for some damaged headers
         raise ArchiveError(f"{archive.name} cannot be unpacked ({error}): pack the files again.") from error
-    if not written and not leave:
+    if not written and not left:
         raise ArchiveError(f"{archive.name} is empty: put files into it and pack it again.")
     return written
 

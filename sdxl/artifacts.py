@@ -26,6 +26,8 @@ from sdxl.weight_files import WeightFile
 
 UNET, LORA = "unet.safetensors", "lora.safetensors"
 EMBEDDINGS, TOKENS, RECORD = "embeddings.pti", "special_params.json", "training.json"
+CHECKPOINTS = "checkpoints"
+"""Folder of a training's fine-tunes at earlier steps."""
 
 LIMITS = Limits(files=1000, total_bytes=32 << 30)
 """What the archive of a fine-tune may unpack to."""
@@ -74,32 +76,40 @@ def pack(folder: Path, target: Path) -> None:
     pack_tar({str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}, target)
 
 
-def read(source: Path, folder: Path) -> FineTune:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file of a fine-tune's archive is of an earlier step of its training: never read from there."""
+    return path.parts[0] == CHECKPOINTS
+
+
+def read(source: Path, folder: Path, *, name: str | None = None) -> FineTune:
     """Open the fine-tune `source`: a folder, a .safetensors file, or an archive, which is unpacked into `folder`; large
     files in a plain tar are left there and read where they lie.
 
     Besides this project's files, those of other tools are told by their content: LoRAs under any name, and embeddings
     for both CLIP encoders.
 
+    name: what messages call it; by default its file name.
+
     Raises:
         ArchiveError: the archive cannot be unpacked.
         WeightsError: the files are not a fine-tune.
         ContractError: special_params.json is malformed.
     """
+    name = name or source.name
     left: dict[Path, WeightFile] = {}
     if source.is_dir():
         folder = source
     elif is_safetensors(source):
-        return _classify(source.name, [WeightFile(source, source.name)], TokenMap({}))
+        return _classify(name, [WeightFile(source, source.name)], TokenMap({}))
     else:
         left = {
             path: WeightFile(source, path.name, start, size)
             for path, (start, size) in (in_place(source, limits=LIMITS) or {}).items()
-            if path.suffix == ".safetensors" and size > _LARGE
+            if path.suffix == ".safetensors" and size > _LARGE and not is_checkpoint(path)
         }
         if len(left) > _MOST_LEFT:
             left = {}
-        unpack(source, folder, limits=LIMITS, leave=left)
+        unpack(source, folder, limits=LIMITS, leave=lambda path: path in left or is_checkpoint(path))
     folders = [Path(), *(Path(path.name) for path in sorted(folder.iterdir()) if path.is_dir())]
     for root in dict.fromkeys([*folders, *sorted(path.parent for path in left)]):
         files = {path.name: file for path, file in left.items() if path.parent == root}
@@ -109,9 +119,9 @@ def read(source: Path, folder: Path) -> FineTune:
         if files:
             tokens = folder / root / TOKENS
             token_map = TokenMap.read(tokens) if tokens.is_file() else TokenMap({})
-            return _classify(source.name, [files[name] for name in sorted(files)], token_map)
+            return _classify(name, [files[one] for one in sorted(files)], token_map)
     raise WeightsError(
-        f"{source.name} holds neither {UNET} nor {LORA} nor {EMBEDDINGS}: give the trained_model.tar of a training."
+        f"{name} holds neither {UNET} nor {LORA} nor {EMBEDDINGS}: give the trained_model.tar of a training."
     )
 
 

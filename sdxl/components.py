@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dataset_and_utils import TokenMap, add_tokens, eos_id, pool_at_eos
@@ -73,8 +74,8 @@ def load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> UNet2DC
     """
     try:
         return _load_unet(folder, dtype, device).requires_grad_(False).eval()
-    except (torch.OutOfMemoryError, WeightsError):
-        raise
+    except (torch.AcceleratorError, torch.OutOfMemoryError, WeightsError):
+        raise  # a GPU's errors, which are RuntimeErrors too, are not the files' fault
     except (
         OSError,
         ValueError,
@@ -154,7 +155,7 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
         )
     except WeightsError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise WeightsError(
             f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
         ) from error

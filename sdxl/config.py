@@ -169,7 +169,8 @@ class TrainingConfig:
 
 
 def resolve_steps(*, max_train_steps: int | None, epochs: int | None, images: int, batch_size: int) -> int:
-    """Number of optimizer steps: as given, else from `epochs` over `images`, else `DEFAULT_STEPS`."""
+    """Number of optimizer steps, each of `batch_size` pictures in all: as given, else from `epochs` over `images`, else
+    `DEFAULT_STEPS`."""
     if max_train_steps is not None:
         return max_train_steps
     if epochs is not None:
@@ -265,5 +266,6 @@ def discard_workspace(workspace: Path, *, but: Path) -> None:
     if not but.is_dir():
         shutil.rmtree(workspace, ignore_errors=True)
         return
-    shutil.rmtree(workspace / "dataset", ignore_errors=True)
+    for left in ("fetched", "dataset"):
+        shutil.rmtree(workspace / left, ignore_errors=True)
     log.info("The checkpoints so far lie in %s", but)

@@ -10,10 +10,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 
 def join() -> None:
@@ -40,7 +42,8 @@ def run_in_each(run: Callable[[list[str]], int]) -> int:
         code = run(sys.argv[1:])
     else:
         logging.disable(logging.WARNING)
-        os.environ["TQDM_DISABLE"] = "1"
+        # Its own setting is asked on import alone.
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment]
         with tempfile.TemporaryDirectory() as own:
             code = run([*sys.argv[1:], "-o", own])
     if code == 0:  # one that failed must end at once: parting waits for the others, who may wait for it

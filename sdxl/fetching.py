@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import requests
+from urllib3.exceptions import LocationParseError
 
 from sdxl.archives import atomic_path
 from sdxl.errors import DownloadError, UserInputError
@@ -41,12 +42,25 @@ def fetch(source: str, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:
         fetched = download(source, folder, max_bytes=max_bytes)
         assert fetched is not None
         return fetched.path
-    path = Path(source)
-    if not path.exists():
+    path = existing(source)
+    if path is None:
         raise UserInputError(
-            f"{source} does not exist: give an existing file, a data: URI or an http(s) URL."
+            f"{shortened(source)} does not exist: give an existing file, a data: URI or an http(s) URL."
         )
     return path
+
+
+def existing(source: str) -> Path | None:
+    """The path `source`, if there is anything."""
+    try:
+        return Path(source) if Path(source).exists() else None
+    except (OSError, ValueError):  # longer than a name may be, or of characters that no name has
+        return None
+
+
+def shortened(source: str) -> str:
+    """A source as messages show it: what was pasted by mistake may be megabytes."""
+    return source if len(source) <= 300 else f"{source[:60]}…"
 
 
 def decode_data_uri(uri: str, folder: Path) -> Path:
@@ -82,20 +96,23 @@ class Fetched:
 def download(
     url: str, folder: Path, *, max_bytes: int = MAX_BYTES, known: Mapping[str, str] | None = None
 ) -> Fetched | None:
-    """Save what is at `url` in `folder`; None where the server says that it is what the validators `known` are of, or
-    cannot be reached while there are any.
+    """Save what is at `url` in `folder`; None where it was fetched before, with the validators `known`, and the server says
+    that it is the same or cannot be reached.
 
     Raises:
         DownloadError: it cannot be fetched, or is larger than `max_bytes`.
     """
-    parts = urllib.parse.urlsplit(url)
-    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"  # without query and login: both can hold secrets
+    try:
+        parts = urllib.parse.urlsplit(url)
+        shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"  # without query and login, which can be secrets
+    except ValueError as error:
+        raise DownloadError(f"{shortened(url)} is no URL ({error}): check the address.") from error
     target = folder / "download.bin"
     received = 0
     try:
         with requests.get(url, stream=True, timeout=TIMEOUT_S, headers=dict(known or {})) as response:
             response.raise_for_status()
-            if known and response.status_code == requests.codes.not_modified:
+            if known is not None and response.status_code == requests.codes.not_modified:
                 return None
             with atomic_path(target) as partial, partial.open("wb") as sink:
                 for chunk in response.iter_content(1 << 20):
@@ -110,12 +127,14 @@ def download(
                 ask: response.headers[has] for ask, has in offered.items() if has in response.headers
             }
     except requests.RequestException as error:
-        if known and isinstance(error, requests.ConnectionError | requests.Timeout):
+        if known is not None and isinstance(error, requests.ConnectionError | requests.Timeout):
             log.warning("%s cannot be reached: what was fetched before is used", shown)
             return None
         reason = f"HTTP {error.response.status_code}" if error.response is not None else type(error).__name__
         raise DownloadError(
             f"{shown} could not be fetched ({reason}): check the address and that it is public."
         ) from error
+    except LocationParseError as error:  # which requests lets through
+        raise DownloadError(f"{shown} is no URL ({error}): check the address.") from error
     log.info("Fetched %s (%.1f MB)", shown, received / 1e6)
     return Fetched(path=target, validators=validators)

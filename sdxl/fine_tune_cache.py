@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ from typing import Generic, Protocol, TypeVar
 from sdxl import artifacts, hosted_models
 from sdxl.archives import unpack
 from sdxl.errors import UserInputError
-from sdxl.fetching import decode_data_uri, download, is_remote
+from sdxl.fetching import decode_data_uri, download, existing, is_remote, shortened
 
 log = logging.getLogger(__name__)
 
 _MANIFEST = ".entry.json"
 _PARTIAL = ".partial-"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_EMBEDDING = re.compile(r"\w[\w .-]{0,100}\.safetensors")
 _SWEEP_AGE_S = 60
 
 
@@ -96,23 +98,25 @@ class FineTuneCache(Generic[T]):
         """
         if is_remote(source):
             return self._from_remote(source)
-        path = Path(source)
-        if not path.exists():
+        path, name = existing(source), None
+        if path is None:
             if not _HUB_NAME.fullmatch(source):
                 raise UserInputError(
-                    f"{source} does not exist: give an existing file, a data: URI, an http(s) URL or the name of a "
+                    f"{shortened(source)} does not exist: give an existing file, a data: URI, an http(s) URL or the name of a "
                     "repository on the hub."
                 )
-            path = hosted_models.fine_tune_folder(source)
+            path, name = hosted_models.fine_tune_folder(source), source
         if path.is_dir():
             files = sorted(path.rglob("*"))
             key = _key("folder", str(path.resolve()), *(_state(file) for file in files if file.is_file()))
-            return self._remember(key, lambda: self._load(artifacts.read(path, path)))
+            return self._remember(key, lambda: self._load(artifacts.read(path, path, name=name)))
         key = _key("file", str(path.resolve()), _state(path))
 
         def make() -> T:
             return (
-                self._in_place(path) if artifacts.stays(path) else self._from_disk(key, lambda folder: path)
+                self._in_place(path)
+                if artifacts.stays(path)
+                else self._from_disk(key, path.name, lambda folder: path)
             )
 
         return self._remember(key, make)
@@ -129,40 +133,44 @@ class FineTuneCache(Generic[T]):
     def _from_remote(self, source: str) -> T:
         if source.startswith("data:"):
             key = _key("data", hashlib.sha256(source.encode()).hexdigest())
-            return self._remember(key, lambda: self._from_disk(key, lambda to: decode_data_uri(source, to)))
-        key = _key("url", source)
+            name = "The data: URI"
+            return self._remember(
+                key, lambda: self._from_disk(key, name, lambda to: decode_data_uri(source, to))
+            )
+        key, name = _key("url", source), _name_of(source)
         with self._locked(key):
             known = self._manifest(key)
             with self._partial() as partial:
-                fetched = download(source, partial, known=known.get("validators", {}) if known else {})
+                fetched = download(source, partial, known=known.get("validators", {}) if known else None)
                 if fetched is not None:
-                    with self._mutex:
-                        self._memory.pop(key, None)
-                    self._build(key, partial, fetched.path, fetched.validators)
-            return self._remember(key, lambda: self._read(key))
+                    self._build(key, name, partial, fetched.path, fetched.validators)
+            # Another process may have fetched a later one: what is in memory is that of this very entry.
+            return self._remember(
+                _key(key, _state(self._folder / key / _MANIFEST)), lambda: self._read(key, name)
+            )
 
-    def _from_disk(self, key: str, bring: Callable[[Path], Path]) -> T:
+    def _from_disk(self, key: str, name: str, bring: Callable[[Path], Path]) -> T:
         """The entry of `key`, built first where it is missing from what `bring` brings into a folder."""
         with self._locked(key):
             if self._manifest(key) is None:
                 with self._partial() as partial:
-                    self._build(key, partial, bring(partial), {})
-            return self._read(key)
+                    self._build(key, name, partial, bring(partial), {})
+            return self._read(key, name)
 
-    def _read(self, key: str) -> T:
+    def _read(self, key: str, name: str) -> T:
         entry = self._folder / key
         os.utime(entry)
-        return self._load(artifacts.read(entry, entry))
+        return self._load(artifacts.read(entry, entry, name=name))
 
-    def _build(self, key: str, partial: Path, archive: Path, validators: dict[str, str]) -> None:
+    def _build(self, key: str, name: str, partial: Path, archive: Path, validators: dict[str, str]) -> None:
         """Unpack `archive`, check it, and let the entry appear; another's bytes make room for it."""
         content = partial / "content"
         content.mkdir()
         if artifacts.is_safetensors(archive):
-            shutil.copyfile(archive, content / _file_name(archive))
+            shutil.copyfile(archive, content / _file_name(name))
         else:
-            unpack(archive, content, limits=artifacts.LIMITS)
-        artifacts.read(content, content)
+            unpack(archive, content, limits=artifacts.LIMITS, leave=artifacts.is_checkpoint)
+        artifacts.read(content, content, name=name)
         sizes = {str(file.relative_to(content)): file.stat().st_size for file in _files(content)}
         manifest = {"files": sizes, "bytes": sum(sizes.values()), "validators": validators}
         (content / _MANIFEST).write_text(json.dumps(manifest))
@@ -280,6 +288,14 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def _file_name(path: Path) -> str:
-    """A bare file's name, which is the word of an embedding; a download has none worth keeping."""
-    return path.name if path.suffix == ".safetensors" else "weights.safetensors"
+def _name_of(url: str) -> str:
+    """What messages call the file at `url`: the last part of its path."""
+    with contextlib.suppress(ValueError):  # no URL: fetching says so
+        if name := Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name:
+            return name
+    return "The file"
+
+
+def _file_name(name: str) -> str:
+    """Of a bare file, which is the word of an embedding."""
+    return name if _EMBEDDING.fullmatch(name) else "weights.safetensors"

@@ -181,7 +181,7 @@ def _draw(
     split = steps
     if request.refine == "expert_ensemble_refiner":
         split = max(start, min(steps, intervals_above(fresh, request.high_noise_frac)))
-    whole = kept is not None and start == 0  # nothing of what was under the white stays
+    whole = image is not None and request.prompt_strength == 1  # nothing of the picture stays
     latents = begin(fresh, course(fresh, start, steps), None if whole else image_latents, noise)
 
     passes = [(pipeline.unet, conditioning, steps, start, split)]

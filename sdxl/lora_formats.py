@@ -161,11 +161,18 @@ def read_lora(
     for layer, matrices in found.items():
         if not {"down", "up"} <= matrices.keys():
             raise WeightsError(f"{file} holds only half of the LoRA of {layer}: download it again.")
-        rank = matrices["down"].shape[0]
-        alpha = matrices["alpha"].item() if "alpha" in matrices else alphas.of(layer, rank)
+        down, up, told = matrices["down"], matrices["up"], matrices.get("alpha")
+        if (
+            min(down.ndim, up.ndim) < 2
+            or not (len(down) and len(up))
+            or (told is not None and told.numel() != 1)
+        ):
+            raise WeightsError(f"{file} holds no LoRA's matrices for {layer}: download it again.")
+        rank = len(down)
+        alpha = float(told) if told is not None else alphas.of(layer, rank)
         layers[layer] = LoraLayer(
-            down=matrices["down"],
-            up=matrices["up"],
+            down=down,
+            up=up,
             scale=alpha / rank,
             magnitude=matrices.get("magnitude"),
         )

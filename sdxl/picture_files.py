@@ -29,6 +29,8 @@ _SAMPLERS = {
 }
 """Public name of a sampler → its name in AUTOMATIC1111's web UI."""
 _EXIF, _USER_COMMENT = 0x8769, 0x9286
+_LONGEST_COMMENT = 60_000
+"""Bytes; a jpg's EXIF holds 65 thousand in all."""
 
 
 def check_format(output_format: str, quality: int) -> None:
@@ -84,7 +86,8 @@ def save(picture: Image.Image, path: Path, *, quality: int, parameters: str | No
         add("parameters", parameters)
     elif parameters is not None:
         exif = Image.Exif()
-        exif.get_ifd(_EXIF)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+        comment = parameters.encode("utf-16-be")[:_LONGEST_COMMENT].decode("utf-16-be", errors="ignore")
+        exif.get_ifd(_EXIF)[_USER_COMMENT] = b"UNICODE\0" + comment.encode("utf-16-be")
         options["exif"] = exif
     with atomic_path(path) as partial:
         picture.save(partial, format=kind, **options)

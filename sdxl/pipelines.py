@@ -18,6 +18,7 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
+from safetensors import SafetensorError
 
 from dataset_and_utils import eos_id, pool_at_eos
 from sdxl.components import load_unet, weights_variant
@@ -71,7 +72,7 @@ def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiff
         )
     except WeightsError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise WeightsError(
             f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
         ) from error

@@ -24,7 +24,7 @@ from sdxl.batches import Batches
 from sdxl.components import Components, add_placeholder_tokens
 from sdxl.config import Schedule, TrainingConfig
 from sdxl.cuda_graphs import GraphedWork
-from sdxl.data_parallel import average, rank
+from sdxl.data_parallel import average, rank, world_size
 from sdxl.diffusion import (
     drop_prompts,
     encode_prompt,
@@ -115,7 +115,12 @@ def fine_tune(  # noqa: PLR0915 - the recipe is one text
     )
     sources = [(subject, 1.0)]
     if prior is not None:
-        kept = Batches(prior, config.train_batch_size, micro_batches=micro_batches, seed=config.seed + 1)
+        kept = Batches(
+            prior,
+            config.train_batch_size,
+            micro_batches=micro_batches,
+            seed=config.seed + world_size() + rank(),
+        )
         sources.append((kept, config.prior_weight))
         _fix_prompts(components, kept)
     graphed = GraphedWork(device, generator, enabled=config.cuda_graph)

@@ -63,6 +63,8 @@ class TunedPipeline:
     def __init__(self, pipeline: "StableDiffusionXLPipeline") -> None:
         self.pipeline = pipeline
         self.token_map = TokenMap({})
+        self.changes = 0
+        """Rises whenever weights may have changed, also where that failed: who keeps what was made of them compares it."""
         parts = {
             "unet": pipeline.unet,
             "text_encoder": pipeline.text_encoder,
@@ -137,16 +139,14 @@ class TunedPipeline:
         self.apply(() if fine_tune is None else ((self.load(fine_tune), lora_scale),))
 
     @torch.no_grad()
-    def apply(self, layers: Layers) -> bool:
+    def apply(self, layers: Layers) -> None:
         """Make the pipeline the base with exactly `layers` on top; whatever fails or interrupts it, the base remains.
-
-        Returns whether anything had to change.
 
         Raises:
             WeightsError: a whole UNet is not the first of them.
         """
         if layers == self._active:
-            return False
+            return
         for weights, _ in layers[1:]:
             if weights.unet:
                 raise WeightsError(
@@ -162,12 +162,12 @@ class TunedPipeline:
         except BaseException:
             self.restore()
             raise
-        return True
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back as the base has it; may be called, and interrupted, at any time."""
         self._active = None
+        self.changes += 1
         self.token_map = TokenMap({})
         for name in self._changed:
             self._parameters[name].copy_(self._kept[name], non_blocking=True)

@@ -147,6 +147,7 @@ class Runners:
 
     def __init__(self, speed: Speed) -> None:
         self.speed: Speed = speed
+        self._followed = 0
         self._runners: dict[int, UNetRunner] = {}
 
     def __call__(self, unet: UNet2DConditionModel) -> UNetRunner:
@@ -159,10 +160,12 @@ class Runners:
             self._runners[id(unet)] = UNetRunner(unet, speed)
         return self._runners[id(unet)]
 
-    def weights_changed(self) -> None:
-        """To be called after a fine-tune has come or gone."""
-        for runner in self._runners.values():
-            runner.weights_changed()
+    def follow(self, changes: int) -> None:
+        """Make anew what was made of weights, unless that was done, to its end, for this count of `TunedPipeline.changes`."""
+        if changes != self._followed:
+            for runner in self._runners.values():
+                runner.weights_changed()
+            self._followed = changes
 
     @contextmanager
     def warming(self, unet: UNet2DConditionModel) -> Iterator[None]:

@@ -11,6 +11,7 @@ from predict import Predictor
 from sdxl import watermark
 from sdxl.errors import DownloadError, UserInputError, WithheldError
 from sdxl.framing import read_image
+from sdxl.picture_files import read_parameters, save
 from sdxl.placement import choose_placement
 from sdxl.safety import OpenNsfwJudge, load_checker, load_judge
 from tests.conftest import REPOSITORY, TINY_BASE, call
@@ -145,6 +146,15 @@ def test_inpainting_keeps_pixels_under_the_watermark_too(predictor: Predictor, t
 
 
 # Files and places -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp", "jpg"])
+def test_a_prompt_longer_than_metadata_may_be_is_cut(tmp_path: Path, output_format: str):
+    text = "a very long \N{DRAGON} prompt, " * 3000
+    file = tmp_path / f"a.{output_format}"
+    save(Image.new("RGB", (8, 8)), file, quality=80, parameters=text)
+    found = read_parameters(file)
+    assert found and text.startswith(found) and len(found) > 20_000
 
 
 def test_metadata_can_be_left_out(predictor: Predictor):

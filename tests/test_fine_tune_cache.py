@@ -3,6 +3,7 @@
 import base64
 import gzip
 import http.server
+import json
 import os
 import signal
 import subprocess
@@ -18,9 +19,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dataset_and_utils import TokenMap
 from sdxl import artifacts
 from sdxl.archives import pack_tar
 from sdxl.errors import UserInputError
+from sdxl.fetching import fetch
 from sdxl.fine_tune_cache import CacheLimits, FineTuneCache
 from tests.conftest import REPOSITORY
 
@@ -33,6 +36,15 @@ class Loaded:
 
     value: float
     nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """What a fine-tune is called, and its words."""
+
+    name: str
+    token_map: TokenMap
+    nbytes: int = 0
 
 
 def load(fine_tune: artifacts.FineTune) -> Loaded:
@@ -92,6 +104,24 @@ def test_a_plain_tar_is_read_where_it_is(tmp_path: Path):
     tar = make_tar(tmp_path / "a.tar", 1.5, plain=True)
     assert cache.get(str(tar)).value == 1.5
     assert not entries(tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("small_is_large")
+@pytest.mark.parametrize("plain", [True, False])
+def test_checkpoints_stay_in_the_archive(tmp_path: Path, plain: bool):
+    """However many there are: together they may be over every limit."""
+    files = {"lora.safetensors": tmp_path / "last.safetensors"}
+    files |= {f"checkpoints/step-{i}/lora.safetensors": tmp_path / "early.safetensors" for i in range(20)}
+    save_file({"unet.x.lora_A.weight": torch.full((1000,), 1.5)}, tmp_path / "last.safetensors")
+    save_file({"unet.x.lora_A.weight": torch.full((1000,), 0.5)}, tmp_path / "early.safetensors")
+    pack_tar(files, tmp_path / "a.tar")
+    if not plain:
+        (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    assert FineTuneCache(tmp_path / "cache", LARGE, load).get(str(tmp_path / "a.tar")).value == 1.5
+    (tmp_path / "unpacked").mkdir()
+    artifacts.read(tmp_path / "a.tar", tmp_path / "unpacked")
+    unpacked = [*(tmp_path / "cache").rglob("*.safetensors"), *(tmp_path / "unpacked").rglob("*.safetensors")]
+    assert len(unpacked) == (0 if plain else 2)
 
 
 @pytest.mark.usefixtures("small_is_large")
@@ -236,6 +266,46 @@ def test_urls_are_asked_whether_they_changed(tmp_path: Path, served):
         cache.get(f"{url}/b.tar")
 
 
+def test_processes_that_share_a_folder_see_each_others_news(tmp_path: Path, served):
+    folder, url, _ = served
+    caches = [FineTuneCache(tmp_path / "cache", LARGE, load) for _ in range(2)]
+    for when, value in ((1_000_000_000, 1.0), (1_000_000_100, 2.0)):
+        os.utime(make_tar(folder / "a.tar", value), (when, when))
+        assert [cache.get(f"{url}/a.tar").value for cache in caches] == [value, value]
+
+
+def test_a_fine_tune_by_url_keeps_its_name(tmp_path: Path, served):
+    folder, url, _ = served
+    words = {name: torch.zeros(2, 8) for name in ("clip_l", "clip_g")}
+    save_file(words, folder / "my cat.safetensors")
+    save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
+    found = FineTuneCache(
+        tmp_path / "cache", LARGE, lambda tune: Named(tune.name, artifacts.read_rows(tune)[2])
+    )
+    cat = found.get(f"{url}/my%20cat.safetensors?secret=1")
+    assert cat.name == "my cat.safetensors" and cat.token_map.placeholders == {"my cat": "<s0><s1>"}
+    with pytest.raises(UserInputError, match=r"^other\.safetensors holds no UNet"):
+        found.get(f"{url}/other.safetensors")
+    with pytest.raises(UserInputError, match="The data: URI holds no UNet"):
+        found.get("data:;base64," + base64.b64encode((folder / "other.safetensors").read_bytes()).decode())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("http://[::1/a.tar", "is no URL"),
+        ("https://my..host/a.tar", "check the address"),
+        (base64.b64encode(bytes(9000)).decode(), "^AAAAAAAA[A]*… does not exist"),
+        ("a\0b", "does not exist"),
+    ],
+)
+def test_what_is_no_source_is_refused_in_a_sentence(tmp_path: Path, source: str, message: str):
+    with pytest.raises(UserInputError, match=message):
+        FineTuneCache(tmp_path / "cache", LARGE, load).get(source)
+    with pytest.raises(UserInputError, match=message):
+        fetch(source, tmp_path)
+
+
 def test_a_url_out_of_reach_is_served_from_the_cache(tmp_path: Path, served):
     folder, url, _ = served
     make_tar(folder / "a.tar", 1.0)
@@ -251,6 +321,9 @@ def test_a_url_out_of_reach_is_served_from_the_cache(tmp_path: Path, served):
             raise requests.ConnectionError(f"no route to {port}")
 
         patch.setattr(requests, "get", unreachable)
+        assert cache.get(f"{url}/a.tar").value == 1.0
+        told = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(told | {"validators": {}}))  # of a server that offers none
         assert cache.get(f"{url}/a.tar").value == 1.0
         manifest.unlink()
         with pytest.raises(UserInputError, match="could not be fetched"):

@@ -249,6 +249,17 @@ def test_several_loras_add_up_and_keep_their_words_apart(tuned, attention: Matri
             "no plain LoRA",
         ),
         (lambda keys: {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+        (lambda keys: {key: value[:0] for key, value in keys.items()}, "no LoRA's matrices"),
+        (lambda keys: {key: value.flatten() for key, value in keys.items()}, "no LoRA's matrices"),
+        (lambda keys: {key: torch.tensor(1.0) for key in keys}, "no LoRA's matrices"),
+        (
+            lambda keys: {
+                "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(1, 4),
+                "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.ones(4, 1),
+                "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.ones(2),
+            },
+            "no LoRA's matrices",
+        ),
         (lambda keys: {"something.weight": torch.ones(2, 2)}, "holds no UNet, LoRA or embeddings"),
     ],
 )

@@ -190,6 +190,8 @@ def test_strength_decides_how_much_of_the_picture_stays(pipeline, picture):
     distances = [distance(strength) for strength in (0.0, 0.3, 1.0)]
     assert distances == sorted(distances)
     assert distances[0] < 12, "nothing is drawn, only the autoencoder passed"
+    anew = draw(pipeline, request(image=picture, prompt_strength=1.0))[0]
+    assert np.array_equal(anew, draw(pipeline, request())[0]), "nothing of the picture stays"
 
 
 def test_the_refiner_changes_what_it_is_given_and_only_that(pipeline, refiner):

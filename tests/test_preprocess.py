@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,26 @@ def test_empty_and_truncated_archives_are_refused(tmp_path: Path):
     (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ArchiveError, match=r"cut\.zip"):
         unpack(tmp_path / "cut.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["zip", "gz", "bz2", "xz"])
+def test_damaged_archives_are_refused(tmp_path: Path, kind: str):
+    noise = np.random.default_rng(0).integers(0, 8, 50_000, dtype=np.uint8).tobytes()
+    file = tmp_path / f"x.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("1.png", noise)
+    else:
+        with tarfile.open(file, f"w:{kind}") as archive:  # pyright: ignore[reportCallIssue]
+            entry = tarfile.TarInfo("1.png")
+            entry.size = len(noise)
+            archive.addfile(entry, io.BytesIO(noise))
+    content = bytearray(file.read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 400):
+        content[place] ^= 0xA5
+    file.write_bytes(content)
+    with pytest.raises(ArchiveError, match=r"x\.\w+ (cannot be unpacked|is neither)"):
+        unpack(file, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The training door as a function: inputs old and new, artifacts, bad input."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def test_two_tokens_go_on_counting(tmp_path: Path):
     expected = {"CLOCK_TOK": "<s0><s1>", "MT_TOK": "<s2><s3><s4>"}
     assert json.loads((out / "special_params.json").read_text()) == expected
     assert len(load_file(out / "embeddings.pti")["text_encoders_1"]) == 5
+
+
+def test_epochs_count_pictures_however_many_a_step_takes(captioned_zip: Path, tmp_path: Path):
+    uri = "data:application/zip;base64," + base64.b64encode(captioned_zip.read_bytes()).decode()
+    quick = {name: value for name, value in QUICK.items() if name != "max_train_steps"}
+    took = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    out = run(tmp_path, **quick | took | {"input_images": uri, "num_train_epochs": 3})
+    settings = json.loads((out / "training.json").read_text())["settings"]
+    assert settings["max_train_steps"] == 3  # 3 epochs × 4 pictures ÷ 2 × 2 a step
 
 
 def test_the_call_of_the_first_years_works(tmp_path: Path):

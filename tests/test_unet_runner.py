@@ -13,6 +13,7 @@ from sdxl.fp8 import Fp8Layers, quantise
 from sdxl.generation import GenerationRequest, generate
 from sdxl.pipelines import load_pipeline
 from sdxl.placement import choose_placement
+from sdxl.tuned_weights import TunedPipeline, Weights
 from sdxl.unet_runner import MOST_SHAPES, Runners, UNetRunner, speed_here
 from tests.conftest import TINY_BASE
 
@@ -74,6 +75,25 @@ def test_what_is_made_of_a_prompt_is_kept_for_its_steps_alone(pipeline):
     finally:
         layer.weight.copy_(before)
     assert unet.state_dict().keys() == plain
+
+
+@torch.no_grad()
+def test_what_was_made_of_weights_is_made_anew_after_a_switch_that_failed(pipeline):
+    tuned, runners = TunedPipeline(pipeline), Runners("graphs")
+    given, when = inputs(pipeline.unet, 1, 8), torch.tensor(500)
+    plain = pipeline.unet(timestep=when, **given, return_dict=False)[0]
+    name = next(name for name in tuned._parameters if name.endswith("attn2.to_v.weight"))
+    doubled = {name: tuned._parameters[name].detach() * 2}
+    good = Weights(name="good", unet=doubled, token_map=TokenMap({}))
+    wrong = Weights(name="wrong", unet={name: torch.zeros(3)}, token_map=TokenMap({}))
+    tuned.apply(((good, 1.0),))
+    runners.follow(tuned.changes)
+    assert not torch.equal(runners(pipeline.unet)(timestep=when, **given)[0], plain)
+    with pytest.raises(RuntimeError):
+        tuned.apply(((wrong, 1.0),))
+    tuned.apply(())
+    runners.follow(tuned.changes)
+    assert torch.equal(runners(pipeline.unet)(timestep=when, **given)[0], plain)
 
 
 @torch.no_grad()

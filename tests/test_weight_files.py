@@ -163,6 +163,16 @@ def test_a_damaged_unet_of_the_base_is_named(tmp_path: Path):
             load(tmp_path / "base", device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
+def test_other_damaged_parts_of_the_base_are_named(tmp_path: Path, part: str):
+    shutil.copytree(TINY_BASE, tmp_path / "base")
+    file = next((tmp_path / "base" / part).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    for load in (load_pipeline, partial(load_components, is_lora=True)):
+        with pytest.raises(WeightsError, match="is not a complete SDXL"):
+            load(tmp_path / "base", device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "several"])
 @pytest.mark.parametrize("wrong", ["widened", "missing"])
 def test_another_models_unet_is_refused(tmp_path: Path, wrong: str, shards: bool):
