@@ -12,11 +12,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from cog import BaseRunner, Input, Path
-from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from sdxl import hosted_models, watermark
@@ -35,8 +34,11 @@ from sdxl.picture_files import check_format, describe, save
 from sdxl.pipelines import load_pipeline, load_refiner
 from sdxl.placement import placement_here, share_heaps
 from sdxl.safety import load_judge
-from sdxl.tuned_weights import Layers, TunedPipeline
+from sdxl.tuned_weights import Layers, TunedPipeline, require_loras
 from sdxl.unet_runner import Runners, speed_here
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel  # before sdxl, which quietens it, it would speak up
 
 log = logging.getLogger(__name__)
 
@@ -298,7 +300,7 @@ class Predictor(BaseRunner):
         folder.mkdir()
         return read_image(fetch(str(given), folder, max_bytes=MAX_PICTURE_BYTES))[0]
 
-    def _refiner(self) -> UNet2DConditionModel:
+    def _refiner(self) -> "UNet2DConditionModel":
         """The refiner, loaded when it is first asked for."""
         if self.refiner is None:
             name = hosted_models.refiner_name()
@@ -320,7 +322,10 @@ class Predictor(BaseRunner):
             if not 0 <= value <= 1:
                 raise UserInputError(f"{name} is {value}, but must be from 0 to 1.")
         main = self.fine_tunes.get(source) if source else self.setup_weights
-        others = [(self.fine_tunes.get(one), float(value)) for one, value in zip(extra, scales, strict=True)]
+        others = tuple(
+            (self.fine_tunes.get(one), float(value)) for one, value in zip(extra, scales, strict=True)
+        )
+        require_loras(others)
         return (*(((main, float(scale)),) if main else ()), *others)
 
 

@@ -106,6 +106,10 @@ def advise(facts: Sequence[Facts], captions: Sequence[str], tokens: Sequence[str
         small = float(np.mean(faces)) < _SMALL_FACE
         remedy = "add close-ups, or crop nearer by hand" if small else "good"
         advice.append(f"Faces are on average {np.mean(faces):.0%} of the pictures' height: {remedy}.")
+    if len(captions) > 1 and len(set(captions)) == 1:
+        advice.append(
+            f'All captions are "{captions[0]}": say what else each picture shows, or it becomes part of the subject.'
+        )
     advice += _shapes(facts)
     for index, (fact, caption) in enumerate(zip(facts, captions, strict=True)):
         advice += [f"{fact.name} {finding}" for finding in _on_one(fact, caption, tokens)]

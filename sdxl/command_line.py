@@ -9,6 +9,7 @@ import difflib
 import inspect
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import types
@@ -16,7 +17,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NoReturn
 
 from sdxl.archives import atomic_path
 from sdxl.errors import UserInputError
@@ -136,7 +137,7 @@ def run_command_line(
 
     The run's own folder is made in the output folder too (`SDXL_WORKSPACE`, unless it is set), so that checkpoints of
     a killed run lie where the user looks. Returns the exit code: 0, 1 for a failed run, 2 for wrong inputs, 130 for
-    Ctrl-C.
+    Ctrl-C or SIGTERM.
     """
     inputs = declared_inputs(door)
     parser = argparse.ArgumentParser(
@@ -165,6 +166,7 @@ def run_command_line(
         return 2
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("SDXL_WORKSPACE", str(arguments.output))
+    before = signal.signal(signal.SIGTERM, _stop)  # as `kill` and `docker stop` ask
     try:
         setup()
         for path in _deliver(door(**values), arguments.output):
@@ -175,7 +177,13 @@ def run_command_line(
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _parse_all(given: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[str, Any]:

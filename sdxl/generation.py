@@ -121,6 +121,10 @@ def draw(
     prompt = token_map.substitute(request.prompt)
     if prompt != request.prompt:
         log.info("Prompt with the trained tokens put in: %s", prompt)
+    elif "<s" not in prompt and (words := ", ".join(token_map.placeholders)):
+        log.info(
+            "The prompt names nothing that the fine-tune knows by name: write %s, in the same case", words
+        )
     texts = (prompt, token_map.substitute(request.negative_prompt))
     if pipeline.vae.config["force_upcast"] and pipeline.vae.dtype == torch.float16:
         pipeline.vae.to(dtype=torch.bfloat16)  # SDXL's overflows in fp16, to black pictures

@@ -57,6 +57,20 @@ Layers = tuple[tuple[Weights, float], ...]
 """Fine-tunes and their LoRA scales, in order; at most the first is a whole UNet."""
 
 
+def require_loras(layers: Layers) -> None:
+    """Refuse whole UNets.
+
+    Raises:
+        WeightsError: one of `layers` is.
+    """
+    for weights, _ in layers:
+        if weights.unet:
+            raise WeightsError(
+                f"{weights.name} is a whole UNet, which replaces all others: give it as replicate_weights, and "
+                "only LoRAs beside it."
+            )
+
+
 class TunedPipeline:
     """A pipeline whose base weights are kept, and any fine-tunes on top of them."""
 
@@ -147,12 +161,7 @@ class TunedPipeline:
         """
         if layers == self._active:
             return
-        for weights, _ in layers[1:]:
-            if weights.unet:
-                raise WeightsError(
-                    f"{weights.name} is a whole UNet, which replaces all others: give it as replicate_weights, and "
-                    "only LoRAs beside it."
-                )
+        require_loras(layers[1:])
         self.restore()
         self._active = None
         try:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,9 @@ def door(
         raise UserInputError("words is wrong: choose others.")
     if words == "stop":
         raise KeyboardInterrupt
+    if words == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
     workspace = Path(os.environ["SDXL_WORKSPACE"]) / "run"
     workspace.mkdir()
     (workspace / "out.txt").write_text(words)
@@ -108,8 +113,9 @@ def test_wrong_inputs_are_told_in_one_line(
 def test_failures_and_ctrl_c_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run(tmp_path, "words=wrong") == 1
     assert capsys.readouterr().err == "Error: words is wrong: choose others.\n"
-    assert run(tmp_path, "words=stop") == 130
-    assert capsys.readouterr().err == "Stopped.\n"
+    for words in ("stop", "terminate"):
+        assert run(tmp_path, f"words={words}") == 130
+        assert capsys.readouterr().err == "Stopped.\n"
 
 
 def test_help_lists_every_declared_input(capsys: pytest.CaptureFixture[str]):

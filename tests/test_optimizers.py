@@ -309,7 +309,7 @@ def test_what_would_lose_updates_is_refused():
 
 
 def test_the_libraries_of_optimizers_say_nothing_on_import():
-    code = "import train, sdxl.optimizers"
+    code = "import predict, train, sdxl.optimizers"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
     )

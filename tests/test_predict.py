@@ -88,6 +88,22 @@ def test_a_fine_tune_that_does_not_fit_leaves_the_base(
     assert equal(draw(predictor), base)
 
 
+def test_a_whole_unet_is_no_extra_lora(predictor: Predictor, tars: dict[str, Path]):
+    for main in (None, str(tars["lora"])):
+        with pytest.raises(UserInputError, match=r"full\.tar is a whole UNet"):
+            draw(predictor, replicate_weights=main, extra_lora=[str(tars["full"])], extra_lora_scale=[0.3])
+
+
+def test_a_prompt_without_the_fine_tunes_words_is_remarked(
+    predictor: Predictor, tars: dict[str, Path], caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    for prompt, remarks in (("a photo of tok", 1), ("a photo of TOK", 0), ("a photo of <s0><s1>", 0)):
+        caplog.clear()
+        draw(predictor, replicate_weights=str(tars["lora"]), prompt=prompt)
+        assert caplog.text.count("write TOK, in the same case") == remarks, prompt
+
+
 def test_lora_scale_zero_is_nearly_the_embeddings_alone(predictor: Predictor, tars: dict[str, Path]):
     off = draw(predictor, replicate_weights=str(tars["lora"]), lora_scale=0.0, prompt="a red circle")
     assert equal(off, draw(predictor, prompt="a red circle"))

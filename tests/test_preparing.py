@@ -277,3 +277,6 @@ def test_advice_names_the_file_and_the_remedy(tmp_path: Path):
     assert 'sharp.png has the caption "a cup" without TOK' in advice
     assert "tiny.png (60×60), wide.png (1024×512) differ in shape from the rest" in advice
     assert len(advice.splitlines()) == 7, advice
+    same = {name: content for name, content in files.items() if name != "captions.csv"}
+    advice = run(tmp_path, write_zip(tmp_path / "y.zip", same), target_size=512) / "advice.txt"
+    assert 'All captions are "a photo of TOK"' in advice.read_text()
