@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
+    DryRunError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
 """The revision of the default base that is fetched: a moved branch must not change results."""
+LARGEST_FINE_TUNE = 12 << 30
+"""Bytes that are fetched of a hub's repository: SDXL's UNet has 10.3 GB in fp32. What is fetched stays in the hub's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,14 +154,29 @@ def _fetched(
     return folder
 
 
+def _refuse_large(name: str, wanted: Mapping[str, Any]) -> None:
+    with contextlib.suppress(DryRunError):  # out of reach: fetching says so
+        files: Any = snapshot_download(name, **wanted, dry_run=True)
+        size = sum(file.file_size or 0 for file in files)
+        if size > LARGEST_FINE_TUNE:
+            raise DownloadError(
+                f"{name} on the hub holds {size / 2**30:.0f} GiB of weights, more than a fine-tune: name the repository of "
+                "a LoRA or of a UNet alone."
+            )
+
+
 def fine_tune_folder(name: str) -> Path:
     """The folder of the fine-tune in the hub's repository `name`: its safetensors, embeddings and JSON files.
 
     Raises:
-        DownloadError: the hub cannot be reached or does not have `name`.
+        DownloadError: the hub cannot be reached or does not have `name`, or it has more than `LARGEST_FINE_TUNE`.
     """
     wanted = {"allow_patterns": ["*.safetensors", "*.pti", "*.json"], "ignore_patterns": ["*/*"]}
     try:
+        try:
+            snapshot_download(name, **wanted, local_files_only=True)  # type: ignore[call-overload]
+        except LocalEntryNotFoundError:  # asked for the first time
+            _refuse_large(name, wanted)
         return Path(snapshot_download(name, **wanted))  # type: ignore[arg-type]
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DownloadError(

@@ -346,6 +346,52 @@ def test_a_repository_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         cache.get("someone/else")
 
 
+def test_a_repository_of_more_than_a_fine_tune_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A hub that answers as huggingface_hub asks: which commit, which files, how large each is."""
+    fetched = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "/resolve/" in self.path:
+                fetched.append(self.path)
+            tree = [
+                {"type": "file", "path": f"{name}.safetensors", "size": 7 << 30, "oid": "1"} for name in "ab"
+            ]
+            answer = tree if "/tree/" in self.path else {"id": "big/base", "sha": "0" * 40, "siblings": []}
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            for name, value in {"x-repo-commit": "0" * 40, "etag": '"1"', "content-length": 7 << 30}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+
+        def log_message(self, *given) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        constants = "huggingface_hub.constants"
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(f"{constants}.ENDPOINT", url)
+        monkeypatch.setattr(
+            f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+        with pytest.raises(UserInputError, match="big/base on the hub holds 14 GiB of weights"):
+            FineTuneCache(tmp_path / "cache", LARGE, load).get("big/base")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not fetched
+
+
 @pytest.mark.parametrize(("name", "text"), [("SDXL_CACHE_DISK_GB", "much"), ("SDXL_CACHE_MEMORY_GB", "-1")])
 def test_limits_are_numbers(monkeypatch: pytest.MonkeyPatch, name: str, text: str):
     monkeypatch.setenv(name, "2.5")
