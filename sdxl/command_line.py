@@ -164,6 +164,7 @@ def run_command_line(
     except UserInputError as error:
         print(f"{error} See --help.", file=sys.stderr)
         return 2
+    ours = not arguments.output.exists()
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("SDXL_WORKSPACE", str(arguments.output))
     before = signal.signal(signal.SIGTERM, _stop)  # as `kill` and `docker stop` ask
@@ -179,6 +180,8 @@ def run_command_line(
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+        if ours and not any(arguments.output.iterdir()):
+            arguments.output.rmdir()
     return 0
 
 

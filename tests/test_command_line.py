@@ -112,6 +112,7 @@ def test_wrong_inputs_are_told_in_one_line(
 
 def test_failures_and_ctrl_c_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run(tmp_path, "words=wrong") == 1
+    assert not (tmp_path / "out").exists()
     assert capsys.readouterr().err == "Error: words is wrong: choose others.\n"
     for words in ("stop", "terminate"):
         assert run(tmp_path, f"words={words}") == 130
