@@ -12,15 +12,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdxl import artifacts, hosted_models
-from sdxl.archives import unpack
-from sdxl.components import default_device
-from sdxl.contact_sheet import Row, contact_sheet
-from sdxl.framing import IMAGE_SUFFIXES, read_image
-from sdxl.generation import GenerationRequest, generate
-from sdxl.logs import configure_logging
-from sdxl.pipelines import load_pipeline
-from sdxl.tuned_weights import TunedPipeline
+from sdxl import settings
+from sdxl.data.contact_sheet import Row, contact_sheet
+from sdxl.data.framing import IMAGE_SUFFIXES, read_image
+from sdxl.files import hub
+from sdxl.files.archives import unpack
+from sdxl.model import fine_tune_files
+from sdxl.model.components import default_device
+from sdxl.process import configure_logging
+from sdxl.serving.generation import GenerationRequest, generate
+from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.tuned_pipeline import TunedPipeline
 
 EXAMPLES = Path("example_datasets/crowny.zip")
 # The rates are for a UNet of 7 million parameters; the defaults of train.py are for SDXL. So short a run sees no views.
@@ -77,7 +79,7 @@ def main() -> None:
 
 def draw(tar: Path) -> tuple[list[Image.Image], list[Image.Image]]:
     """The prompts' pictures by the base, and by the fine-tune in `tar`, from the same seeds."""
-    base = hosted_models.local_folder(hosted_models.base_name())
+    base = hub.local_folder(settings.base_name())
     tuned = TunedPipeline(load_pipeline(base, default_device()))
     side = tuned.pipeline.default_sample_size * tuned.pipeline.vae_scale_factor
 
@@ -92,7 +94,7 @@ def draw(tar: Path) -> tuple[list[Image.Image], list[Image.Image]]:
 
     before = draw_all()
     with tempfile.TemporaryDirectory() as unpacked:
-        tuned.activate(artifacts.read(tar, Path(unpacked)))
+        tuned.activate(fine_tune_files.read(tar, Path(unpacked)))
     return before, draw_all()
 
 

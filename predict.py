@@ -18,24 +18,32 @@ import torch
 from cog import BaseRunner, Input, Path
 from PIL import Image
 
-from sdxl import hosted_models, watermark
-from sdxl.canvas import keep_outside, lay_out
+from sdxl import settings
 from sdxl.command_line import run_command_line
-from sdxl.compiled_blocks import fuse_blocks
-from sdxl.components import native_resolution
-from sdxl.config import cache_folder, keep_compiled_kernels, new_workspace, resolve_seed
+from sdxl.data.framing import read_image
 from sdxl.errors import UserInputError, WithheldError
-from sdxl.fetching import fetch
-from sdxl.fine_tune_cache import CacheLimits, FineTuneCache
-from sdxl.framing import read_image
-from sdxl.generation import GenerationRequest, draw, generate
-from sdxl.logs import configure_logging
-from sdxl.picture_files import check_format, describe, save
-from sdxl.pipelines import load_pipeline, load_refiner
-from sdxl.placement import placement_here, share_heaps
-from sdxl.safety import load_judge
-from sdxl.tuned_weights import Layers, TunedPipeline, require_loras
-from sdxl.unet_runner import Runners, speed_here
+from sdxl.files import hub
+from sdxl.files.fetching import fetch
+from sdxl.model.components import native_resolution
+from sdxl.process import (
+    configure_logging,
+    keep_compiled_kernels,
+    repeat_on_cpu,
+    share_heaps,
+    workspace_of_run,
+)
+from sdxl.serving import watermark
+from sdxl.serving.canvas import keep_outside, lay_out
+from sdxl.serving.fine_tune_cache import FineTuneCache
+from sdxl.serving.generation import GenerationRequest, draw, generate
+from sdxl.serving.picture_files import check_format, describe, save
+from sdxl.serving.pipeline import load_pipeline, load_refiner
+from sdxl.serving.placement import placement_here
+from sdxl.serving.safety import load_judge
+from sdxl.serving.tuned_pipeline import Layers, TunedPipeline, require_loras
+from sdxl.serving.unet_runner import Runners, speed_here
+from sdxl.settings import cache_folder, cache_limits, resolve_seed
+from sdxl.speed.compiled_blocks import fuse_blocks
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel  # before sdxl, which quietens it, it would speak up
@@ -55,15 +63,16 @@ class Predictor(BaseRunner):
 
     def setup(self, weights: Optional[Path] = None) -> None:
         """Load the base, and the fine-tune `weights` (as `replicate_weights`; `COG_WEIGHTS`) for requests that name none."""
+        repeat_on_cpu()
         configure_logging()
         share_heaps()
-        base = hosted_models.local_folder(hosted_models.base_name())
+        base = hub.local_folder(settings.base_name())
         self.native_resolution = native_resolution(base)
-        self.model_name = pathlib.Path(hosted_models.base_name()).name
+        self.model_name = pathlib.Path(settings.base_name()).name
         self.placement = placement_here()
         self.tuned = TunedPipeline(load_pipeline(base, self.placement))
         self.refiner: Optional[UNet2DConditionModel] = None
-        self.fine_tunes = FineTuneCache(cache_folder(), CacheLimits.from_environment(), self.tuned.load)
+        self.fine_tunes = FineTuneCache(cache_folder(), cache_limits(), self.tuned.load)
         real = self.native_resolution >= SMALLEST_REAL_BASE
         checker_device = self.placement.device if not self.placement.offloaded else torch.device("cpu")
         self.judge = load_judge(checker_device, real_base=real)
@@ -71,7 +80,7 @@ class Predictor(BaseRunner):
         self.runners = Runners(speed_here(self.placement))
         if self.runners.speed != "eager":
             fuse_blocks(self.tuned.pipeline.vae)
-        log.info("Serving %s: %s", hosted_models.base_name(), self.placement.describe())
+        log.info("Serving %s: %s", settings.base_name(), self.placement.describe())
         log.info("Pictures are judged by %s", self.judge.name)
         self._warm()
 
@@ -220,8 +229,7 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Draw pictures; returns their files."""
-        workspace = new_workspace("predict")
-        try:
+        with workspace_of_run("predict") as workspace:
             check_format(output_format, output_quality)
             request = GenerationRequest(
                 prompt=prompt,
@@ -283,11 +291,6 @@ class Predictor(BaseRunner):
                 raise WithheldError(
                     "All pictures were withheld as not safe for work: try another prompt or seed."
                 )
-        except BaseException as error:
-            if isinstance(error, Exception) and not isinstance(error, UserInputError):
-                log.exception("The prediction stopped.")
-            shutil.rmtree(workspace, ignore_errors=True)
-            raise
         for part in ("image", "mask"):
             shutil.rmtree(workspace / part, ignore_errors=True)
         return files
@@ -303,8 +306,8 @@ class Predictor(BaseRunner):
     def _refiner(self) -> "UNet2DConditionModel":
         """The refiner, loaded when it is first asked for."""
         if self.refiner is None:
-            name = hosted_models.refiner_name()
-            folder = hosted_models.local_folder(name, setting="SDXL_REFINER", parts=["unet"])
+            name = settings.refiner_name()
+            folder = hub.local_folder(name, setting="SDXL_REFINER", parts=["unet"])
             self.refiner = load_refiner(folder, self.tuned.pipeline)
             log.info("Loaded the refiner %s", name)
         return self.refiner

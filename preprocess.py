@@ -16,19 +16,17 @@ from typing import Any, Optional
 
 from cog import BaseRunner, Input, Path
 
-from sdxl import hosted_models
-from sdxl.advice import advise
-from sdxl.archives import pack_tar
-from sdxl.captioning import find_captions, require_token, tokens_in
+from sdxl import settings
 from sdxl.command_line import run_command_line
-from sdxl.config import new_workspace
-from sdxl.contact_sheet import dataset_sheet
-from sdxl.dataset_folder import ADVICE, SHEET, open_source, write_captions
-from sdxl.errors import UserInputError
-from sdxl.fetching import fetch
-from sdxl.framed_pictures import frame_all
-from sdxl.logs import configure_logging
-from sdxl.preparing import PreprocessConfig, find_salience, upscale_small, write_missing_captions
+from sdxl.data.advice import advise
+from sdxl.data.captioning import find_captions, require_token, tokens_in
+from sdxl.data.contact_sheet import dataset_sheet
+from sdxl.data.dataset_folder import ADVICE, SHEET, open_source, write_captions
+from sdxl.data.framed_pictures import frame_all
+from sdxl.data.preparing import PreprocessConfig, find_salience, upscale_small, write_missing_captions
+from sdxl.files.archives import pack_tar
+from sdxl.files.fetching import fetch
+from sdxl.process import configure_logging, workspace_of_run
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +125,7 @@ class Preprocessor(BaseRunner):
         ),
     ) -> Path:
         configure_logging()
-        workspace = new_workspace("preprocess")
-        try:
+        with workspace_of_run("preprocess") as workspace:
             config = PreprocessConfig(
                 target_size=target_size or _base_size(),
                 bucketing=bucketing,
@@ -144,20 +141,15 @@ class Preprocessor(BaseRunner):
             members = {path.name: path for path in (*folder.iterdir(), workspace / SHEET, workspace / ADVICE)}
             pack_tar(members, workspace / "data.tar")
             shutil.rmtree(folder)
-        except BaseException as error:
-            if isinstance(error, Exception) and not isinstance(error, UserInputError):
-                log.exception("The preprocessing stopped.")
-            shutil.rmtree(workspace, ignore_errors=True)
-            raise
         return Path(workspace / "data.tar")
 
 
 def _base_size() -> int:
     """The size of the base's pictures: 1024 unless `SDXL_BASE` names another that lies here as a folder."""
-    folder = pathlib.Path(hosted_models.base_name()).expanduser()
+    folder = pathlib.Path(settings.base_name()).expanduser()
     if not folder.is_dir():
         return 1024
-    from sdxl.components import native_resolution
+    from sdxl.model.components import native_resolution
 
     return native_resolution(folder)
 

@@ -16,25 +16,20 @@ from cog import Input, Path, current_scope
 
 from dataset_and_utils import ExampleDataset, TokenMap, read_captions_csv
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl import artifacts, data_parallel, hosted_models
+from sdxl import settings
 from sdxl.command_line import run_command_line
-from sdxl.components import Components, default_device, load_components, native_resolution
-from sdxl.config import (
-    TrainingConfig,
-    canonical_inputs,
-    discard_workspace,
-    keep_compiled_kernels,
-    new_workspace,
-    resolve_seed,
-    resolve_steps,
-    speed_setting,
-)
-from sdxl.errors import UserInputError
-from sdxl.examples import cache_examples
-from sdxl.fetching import fetch
-from sdxl.logs import configure_logging
-from sdxl.prior import PriorConfig, prior_dataset
-from sdxl.training import StepReport, TrainedModel, fine_tune
+from sdxl.files import hub
+from sdxl.files.fetching import fetch
+from sdxl.model import fine_tune_files
+from sdxl.model.components import Components, default_device, load_components, native_resolution
+from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu, workspace_of_run
+from sdxl.settings import resolve_seed
+from sdxl.training import data_parallel
+from sdxl.training.config import TrainingConfig, canonical_inputs, resolve_steps
+from sdxl.training.examples import cache_examples
+from sdxl.training.prior import PriorConfig, prior_dataset
+from sdxl.training.recipe import StepReport, fine_tune
 
 log = logging.getLogger(__name__)
 
@@ -229,21 +224,16 @@ def train(
 ) -> Path:
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
     inputs = canonical_inputs(locals())
+    repeat_on_cpu()
     configure_logging()
-    workspace = new_workspace("train")
-    try:
+    with workspace_of_run("train", keep=f"training_out/{fine_tune_files.CHECKPOINTS}") as workspace:
         return Path(run(inputs, workspace))
-    except BaseException as error:
-        if isinstance(error, Exception) and not isinstance(error, UserInputError):
-            log.exception("The training stopped.")
-        discard_workspace(workspace, but=workspace / "training_out" / artifacts.CHECKPOINTS)
-        raise
 
 
 def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
     """The stages of a training, one line each; everything of the run lies in `workspace`. Returns the tar."""
     token_map = TokenMap.parse(inputs["token_map"])
-    base = hosted_models.local_folder(hosted_models.base_name())
+    base = hub.local_folder(settings.base_name())
     resolution = native_resolution(base) if inputs["resolution"] is None else inputs["resolution"]
 
     archive = fetch(str(inputs["input_images"]), workspace / "fetched")
@@ -261,7 +251,7 @@ def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
     dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config)
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
     config = _config(inputs, resolution, images=len(read_captions_csv(dataset_folder / "captions.csv")))
-    record = artifacts.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder)
+    record = fine_tune_files.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder)
     _announce(config)
 
     keep_compiled_kernels()
@@ -277,14 +267,16 @@ def run(inputs: dict[str, Any], workspace: pathlib.Path) -> pathlib.Path:
     prior = _prior(config, components) if config.prior_prompts else None
     output = workspace / "training_out"
 
-    def save_checkpoint(step: int, model: TrainedModel) -> None:
-        artifacts.write_atomically(model, output / artifacts.CHECKPOINTS / f"step-{step:06d}", record)
+    def save_checkpoint(step: int, model: TrainedFineTune) -> None:
+        fine_tune_files.write_atomically(
+            model, output / fine_tune_files.CHECKPOINTS / f"step-{step:06d}", record
+        )
 
     trained = fine_tune(
         components, examples, config, prior=prior, on_step=_record_metrics, on_checkpoint=save_checkpoint
     )
-    artifacts.write(trained, output, record)
-    artifacts.pack(output, workspace / "trained_model.tar")
+    fine_tune_files.write(trained, output, record)
+    fine_tune_files.pack(output, workspace / "trained_model.tar")
     shutil.rmtree(dataset_folder)
     shutil.rmtree(output)
     log.info("Done: trained_model.tar holds the fine-tune.")
@@ -304,12 +296,12 @@ def _config(inputs: dict[str, Any], resolution: int, *, images: int) -> Training
     return TrainingConfig(
         **{name: inputs[name] for name in same}
         | {
-            "base": hosted_models.base_name(),
+            "base": settings.base_name(),
             "resolution": resolution,
             "max_train_steps": steps,
             "seed": data_parallel.agreed(resolve_seed(inputs["seed"])),
-            "cuda_graph": speed_setting() != "eager",
-            "compile_blocks": speed_setting() in ("compiled", "fp8"),
+            "cuda_graph": settings.speed() != "eager",
+            "compile_blocks": settings.speed() in ("compiled", "fp8"),
         }
     )
 

@@ -24,8 +24,8 @@ from benchmarks.quality import METHODS, about, add_job_arguments
 from benchmarks.scores import cosine_of_different, fidelity
 from benchmarks.subject_job import BASE, Method, draw, learn, real_pictures, write_renders
 from benchmarks.workers import in_processes
-from sdxl.pipelines import load_pipeline
-from sdxl.tuned_weights import TunedPipeline
+from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.tuned_pipeline import TunedPipeline
 from tiny_world.following import following, shares
 from tiny_world.parts import pad
 from tiny_world.raster import render

@@ -26,9 +26,9 @@ from transformers import CLIPModel, CLIPTokenizer, ViTModel
 from benchmarks.scores import cosine_of_different
 from benchmarks.subject_job import Method, draw, learn, write_raw
 from sdxl.errors import UserInputError
-from sdxl.hosted_models import local_folder
-from sdxl.pipelines import load_pipeline
-from sdxl.tuned_weights import TunedPipeline
+from sdxl.files.hub import local_folder
+from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.tuned_pipeline import TunedPipeline
 
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-base-patch32"
 _LORA = {"is_lora": True, "lora_lr": 1e-4}

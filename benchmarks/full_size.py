@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap
-from sdxl import artifacts
-from sdxl.components import Components, add_placeholder_tokens
-from sdxl.trainable import LORA_TARGETS
-from sdxl.training import TrainedModel
+from sdxl.model import fine_tune_files
+from sdxl.model.components import Components, add_placeholder_tokens
+from sdxl.training.recipe import TrainedFineTune
+from sdxl.training.trainable import LORA_TARGETS
 
 DEVICE = "cuda"
 TOKENIZERS = Path("base_models/tiny-sdxl")
@@ -189,10 +189,10 @@ def save_fine_tunes(unet: nn.Module, folder: Path) -> dict[str, Path]:
             target = folder / f"{kind}-{number}.tar"
             made[f"{kind}-{number}"] = target
             if not target.is_file():
-                model = TrainedModel(
+                model = TrainedFineTune(
                     kind=kind, weights=weights, token_rows=rows, token_map=TokenMap.parse("TOK:2")
                 )
-                artifacts.write(model, folder / f"{kind}-{number}", {})
-                artifacts.pack(folder / f"{kind}-{number}", target)
+                fine_tune_files.write(model, folder / f"{kind}-{number}", {})
+                fine_tune_files.pack(folder / f"{kind}-{number}", target)
                 shutil.rmtree(folder / f"{kind}-{number}")
     return made

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sdxl.framing import Salience, crop_box, place_crop
+from sdxl.data.framing import Salience, crop_box, place_crop
 
 RESULTS = Path(__file__).parent / "results" / "preprocess.json"
 

@@ -30,7 +30,7 @@ from benchmarks.base import autoencoder_identity
 from benchmarks.scores import fidelity
 from benchmarks.subject_job import BASE, Method, run_job, training_pictures
 from benchmarks.workers import in_processes
-from sdxl.contact_sheet import Row, contact_sheet
+from sdxl.data.contact_sheet import Row, contact_sheet
 from tiny_world.sheets import to_pil
 
 _LORA = {"is_lora": True, "lora_targets": "all", "lora_lr": 2e-3}

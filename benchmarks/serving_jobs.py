@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from sdxl.archives import pack_tar
-from sdxl.pipelines import SCHEDULERS
+from sdxl.files.archives import pack_tar
+from sdxl.serving.pipeline import SCHEDULERS
 
 BASE = Path("base_models/tiny-sdxl")
 

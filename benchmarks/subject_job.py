@@ -19,14 +19,14 @@ from benchmarks import prompts as P
 from benchmarks.scores import cosine_of_different
 from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl import artifacts
-from sdxl.components import load_components
-from sdxl.config import TrainingConfig
-from sdxl.examples import cache_examples
-from sdxl.pipelines import load_pipeline
-from sdxl.prior import PriorConfig, prior_dataset
-from sdxl.training import fine_tune
-from sdxl.tuned_weights import TunedPipeline
+from sdxl.model import fine_tune_files
+from sdxl.model.components import load_components
+from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.tuned_pipeline import TunedPipeline
+from sdxl.training.config import TrainingConfig
+from sdxl.training.examples import cache_examples
+from sdxl.training.prior import PriorConfig, prior_dataset
+from sdxl.training.recipe import fine_tune
 from tiny_world.following import following, shares
 from tiny_world.parts import pad
 from tiny_world.raster import Rendered, render
@@ -126,7 +126,7 @@ def learn(
     batch_size: int,
     device: str,
     gradient_checkpointing: bool = False,
-) -> artifacts.FineTune:
+) -> fine_tune_files.FineTuneFiles:
     """Fine-tune `base` on the pictures and captions in `raw` with the project's own stages, in the empty `folder`."""
     settings = {
         **SETTINGS,
@@ -155,8 +155,8 @@ def learn(
         wanted = PriorConfig.parse(method.prior, base=str(base), images=PRIOR_IMAGES, resolution=resolution)
         prior = cache_examples(prior_dataset(wanted, components), components, TokenMap({}), seed=0)
     model = fine_tune(components, examples, config, prior=prior)
-    artifacts.write(model, folder / "tuned", {})
-    return artifacts.read(folder / "tuned", folder / "unpacked")
+    fine_tune_files.write(model, folder / "tuned", {})
+    return fine_tune_files.read(folder / "tuned", folder / "unpacked")
 
 
 def _token_init(token_map: str, word: str) -> str:
@@ -192,7 +192,7 @@ def write_renders(folder: Path, images: Tensor, captions: list[str], masks: Tens
 
 def _learn(
     seed: int, method: Method, folder: Path, steps: int, batch_size: int, device: str
-) -> artifacts.FineTune:
+) -> fine_tune_files.FineTuneFiles:
     shown = training_pictures(seed)
     write_renders(
         folder / "raw",

@@ -27,11 +27,10 @@ from peft import LoraConfig
 
 from benchmarks import full_size
 from benchmarks.quality import about
-from sdxl import data_parallel
-from sdxl.config import TrainingConfig, keep_compiled_kernels
-from sdxl.diffusion import sample_timesteps
-from sdxl.trainable import LORA_TARGETS
-from sdxl.training import StepReport, fine_tune
+from sdxl.training.config import TrainingConfig, keep_compiled_kernels
+from sdxl.training.diffusion import sample_timesteps
+from sdxl.training.recipe import StepReport, data_parallel, fine_tune
+from sdxl.training.trainable import LORA_TARGETS
 
 BATCH, RANK, PICTURES = 4, 32, 8
 STEPS, SETTLED = 60, 12

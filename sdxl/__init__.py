@@ -1,8 +1,5 @@
-"""Fine-tuning and serving of SDXL, without the doors: nothing in this package imports cog."""
+"""The work behind the entry points, in rooms: `files`, `model`, `speed`, `data`, `training`, `serving`.
 
-import logging
-
-# diffusers imports torchao where it is installed, and on a machine without CUDA they would begin every log with
-# kernels that could not be loaded: of torchao only an optimizer is used here, which has none.
-for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+Imports point one way: training and serving → data, model and speed → files → settings and errors. Training and serving
+never import each other. `tests/test_structure.py` checks this.
+"""

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
-from sdxl.archives import atomic_path
 from sdxl.errors import UserInputError
-from sdxl.fetching import is_remote
+from sdxl.files.archives import atomic_path
+from sdxl.files.fetching import is_remote
+from sdxl.process import repeat_on_cpu
 
 _REQUIRED = object()
 
@@ -139,6 +140,7 @@ def run_command_line(
     a killed run lie where the user looks. Returns the exit code: 0, 1 for a failed run, 2 for wrong inputs, 130 for
     Ctrl-C or SIGTERM.
     """
+    repeat_on_cpu()
     inputs = declared_inputs(door)
     parser = argparse.ArgumentParser(
         prog=f"python {Path(sys.argv[0]).name}",

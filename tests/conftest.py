@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl.logs import configure_logging
+from sdxl.process import configure_logging, repeat_on_cpu
+
+repeat_on_cpu()  # before torch multiplies anything
 
 REPOSITORY = Path(__file__).parent.parent
 TINY_BASE = REPOSITORY / "base_models" / "tiny-sdxl"

@@ -9,7 +9,7 @@ import torch
 from benchmarks import ablation, cases
 from benchmarks import prompts as P
 from benchmarks.subject_job import SETTINGS
-from sdxl.config import TrainingConfig
+from sdxl.training.config import TrainingConfig
 from tiny_world.parts import pad
 from tiny_world.raster import render
 from tiny_world.scorer import Scorer

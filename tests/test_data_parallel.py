@@ -12,10 +12,10 @@ import torch.multiprocessing
 
 from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl import data_parallel
-from sdxl.components import load_components
-from sdxl.examples import cache_examples
-from sdxl.training import fine_tune
+from sdxl.model.components import load_components
+from sdxl.training import data_parallel
+from sdxl.training.examples import cache_examples
+from sdxl.training.recipe import fine_tune
 from tests.conftest import QUICK, REPOSITORY, TINY_BASE
 from tests.test_training import CONFIG
 

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from predict import Predictor
-from sdxl import watermark
+from sdxl.data.framing import read_image
 from sdxl.errors import DownloadError, UserInputError, WithheldError
-from sdxl.framing import read_image
-from sdxl.picture_files import read_parameters, save
-from sdxl.placement import choose_placement
-from sdxl.safety import OpenNsfwJudge, load_checker, load_judge
+from sdxl.serving import watermark
+from sdxl.serving.picture_files import read_parameters, save
+from sdxl.serving.placement import choose_placement
+from sdxl.serving.safety import OpenNsfwJudge, load_checker, load_judge
 from tests.conftest import REPOSITORY, TINY_BASE, call
 from tests.tiny_helpers import write_checker
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 import train
-from sdxl.archives import unpack
+from sdxl.files.archives import unpack
 from tests.conftest import QUICK, REPOSITORY, TINY_BASE, call
 
 SCRIPT = """

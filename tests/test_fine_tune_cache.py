@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import save_file
 
 from dataset_and_utils import TokenMap
-from sdxl import artifacts
-from sdxl.archives import pack_tar
 from sdxl.errors import UserInputError
-from sdxl.fetching import fetch
-from sdxl.fine_tune_cache import CacheLimits, FineTuneCache
+from sdxl.files.archives import pack_tar
+from sdxl.files.fetching import fetch
+from sdxl.model import fine_tune_files
+from sdxl.serving.fine_tune_cache import CacheLimits, FineTuneCache
 from tests.conftest import REPOSITORY
 
 LARGE = CacheLimits(disk=10**9, memory=10**9)
@@ -47,7 +47,7 @@ class Named:
     nbytes: int = 0
 
 
-def load(fine_tune: artifacts.FineTune) -> Loaded:
+def load(fine_tune: fine_tune_files.FineTuneFiles) -> Loaded:
     assert fine_tune.lora is not None
     tensors = fine_tune.lora.read()
     return Loaded(
@@ -95,7 +95,7 @@ def test_a_folder_and_a_bare_file_are_read_where_they_are(tmp_path: Path):
 
 @pytest.fixture
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "_LARGE", 1000)
+    monkeypatch.setattr(fine_tune_files, "_LARGE", 1000)
 
 
 @pytest.mark.usefixtures("small_is_large")
@@ -119,7 +119,7 @@ def test_checkpoints_stay_in_the_archive(tmp_path: Path, plain: bool):
         (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     assert FineTuneCache(tmp_path / "cache", LARGE, load).get(str(tmp_path / "a.tar")).value == 1.5
     (tmp_path / "unpacked").mkdir()
-    artifacts.read(tmp_path / "a.tar", tmp_path / "unpacked")
+    fine_tune_files.read(tmp_path / "a.tar", tmp_path / "unpacked")
     unpacked = [*(tmp_path / "cache").rglob("*.safetensors"), *(tmp_path / "unpacked").rglob("*.safetensors")]
     assert len(unpacked) == (0 if plain else 2)
 
@@ -138,7 +138,7 @@ def test_a_plain_tar_from_elsewhere_is_unpacked(tmp_path: Path, served):
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path):
     tar = make_tar(tmp_path / "a.tar", 1.5, plain=True)
 
-    def load_slowly(fine_tune: artifacts.FineTune) -> Loaded:
+    def load_slowly(fine_tune: fine_tune_files.FineTuneFiles) -> Loaded:
         found = load(fine_tune)
         make_tar(tar, 2.5, plain=True)
         return found
@@ -167,7 +167,7 @@ def test_what_is_larger_than_all_limits_is_served_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_lock: bool
 ):
     if one_lock:  # as keys that begin alike have it
-        monkeypatch.setattr("sdxl.fine_tune_cache._lock_of", lambda key: "one")
+        monkeypatch.setattr("sdxl.serving.fine_tune_cache._lock_of", lambda key: "one")
     cache = FineTuneCache(tmp_path / "cache", CacheLimits(disk=0, memory=0), load)
     tar = str(make_tar(tmp_path / "a.tar", 1.0))
     assert cache.get(tar).value == 1.0
@@ -280,7 +280,7 @@ def test_a_fine_tune_by_url_keeps_its_name(tmp_path: Path, served):
     save_file(words, folder / "my cat.safetensors")
     save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
     found = FineTuneCache(
-        tmp_path / "cache", LARGE, lambda tune: Named(tune.name, artifacts.read_rows(tune)[2])
+        tmp_path / "cache", LARGE, lambda tune: Named(tune.name, fine_tune_files.read_rows(tune)[2])
     )
     cat = found.get(f"{url}/my%20cat.safetensors?secret=1")
     assert cat.name == "my cat.safetensors" and cat.token_map.placeholders == {"my cat": "<s0><s1>"}

@@ -16,11 +16,11 @@ from benchmarks.full_size import examples
 from dataset_and_utils import TokenMap
 from predict import Predictor
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl.compiled_blocks import fuse_blocks
-from sdxl.components import load_components
-from sdxl.examples import cache_examples
-from sdxl.pipelines import load_pipeline
-from sdxl.training import StepReport, fine_tune
+from sdxl.model.components import load_components
+from sdxl.serving.pipeline import load_pipeline
+from sdxl.speed.compiled_blocks import fuse_blocks
+from sdxl.training.examples import cache_examples
+from sdxl.training.recipe import StepReport, fine_tune
 from tests.conftest import QUICK, TINY_BASE, call
 from tests.test_training import CONFIG
 from tests.tiny_helpers import write_checker
@@ -162,7 +162,9 @@ def test_a_captured_step_is_the_eager_step(
     """
     if not rounded:
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        monkeypatch.setattr("sdxl.training._autocast", lambda device, enabled: contextlib.nullcontext())
+        monkeypatch.setattr(
+            "sdxl.training.recipe._autocast", lambda device, enabled: contextlib.nullcontext()
+        )
     curves = []
     for graph in (True, False):
         config = dataclasses.replace(
@@ -184,7 +186,7 @@ def test_a_captured_step_is_the_eager_step(
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_group_norm_is_torchs(shape: tuple[int, ...], silu: bool, dtype: torch.dtype):
-    from sdxl.group_norm import group_norm
+    from sdxl.speed.group_norm import group_norm
 
     torch.manual_seed(0)
     norm = torch.nn.GroupNorm(32, shape[1], eps=1e-5).cuda()
@@ -205,7 +207,7 @@ def test_fused_group_norm_is_torchs(shape: tuple[int, ...], silu: bool, dtype: t
 
 
 def test_fused_geglu_has_torchs_gradient():
-    from sdxl.geglu import geglu
+    from sdxl.speed.geglu import geglu
 
     x = torch.randn(3, 30_000, 2 * 40, device="cuda", requires_grad=True)
     plain, gate = x.chunk(2, -1)
@@ -217,7 +219,7 @@ def test_fused_geglu_has_torchs_gradient():
 
 def test_compiled_geglu_is_found_again():
     """With all of its gradient: else every start of a training would trace its blocks again."""
-    from sdxl.geglu import geglu
+    from sdxl.speed.geglu import geglu
 
     x = torch.randn(4, 2 * 40, device="cuda", requires_grad=True)
     expected = torch.autograd.grad(geglu(x * 2).sum(), x)[0]
@@ -232,7 +234,7 @@ def test_compiled_geglu_is_found_again():
 
 
 def test_8_bit_adamw_compiles_for_kinds_of_shapes_and_steps_as_uncompiled():
-    from sdxl.optimizers import Group, make_optimizers
+    from sdxl.training.optimizers import Group, make_optimizers
 
     torch.manual_seed(0)
     start = [torch.randn(n, 64) for n in (64, 128, 320, 3, 5, 7)]

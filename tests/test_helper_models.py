@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from sdxl.captioning import captioner, join_caption, tokens_in
+from sdxl.data.captioning import captioner, join_caption, tokens_in
+from sdxl.data.faces import find_faces
+from sdxl.data.masking import face_salience, segmenter, split_prompts
+from sdxl.data.upscaling import TILE, upscaler
 from sdxl.errors import DownloadError, UserInputError, WeightsError
-from sdxl.faces import find_faces
-from sdxl.hosted_models import CAPTIONER, UPSCALER, helper_folder
-from sdxl.masking import face_salience, segmenter, split_prompts
-from sdxl.upscaling import TILE, upscaler
+from sdxl.files.hub import CAPTIONER, UPSCALER, helper_folder
 from tests.tiny_helpers import write_captioner, write_segmenter
 
 

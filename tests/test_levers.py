@@ -13,17 +13,18 @@ from safetensors.torch import load_file
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl import artifacts
-from sdxl.batches import Batches
-from sdxl.components import load_components
-from sdxl.config import cache_folder
-from sdxl.diffusion import drop_prompts, masked_mse, sample_noise
 from sdxl.errors import TrainingDivergedError, UserInputError
-from sdxl.examples import LARGEST_ZOOM, cache_examples
-from sdxl.pipelines import load_pipeline
-from sdxl.prior import PriorConfig, prior_dataset
-from sdxl.training import StepReport, TrainedModel, fine_tune, learning_rate_share
-from sdxl.tuned_weights import TunedPipeline
+from sdxl.model import fine_tune_files
+from sdxl.model.components import load_components
+from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.tuned_pipeline import TunedPipeline
+from sdxl.settings import cache_folder
+from sdxl.training.batches import Batches
+from sdxl.training.diffusion import drop_prompts, masked_mse, sample_noise
+from sdxl.training.examples import LARGEST_ZOOM, cache_examples
+from sdxl.training.prior import PriorConfig, prior_dataset
+from sdxl.training.recipe import StepReport, fine_tune, learning_rate_share
 from tests.conftest import TINY_BASE
 from tests.test_training import CONFIG, run  # noqa: F401 - a fixture
 
@@ -191,10 +192,10 @@ def test_alpha_is_in_the_stored_matrices(run):  # noqa: F811
 def test_dora_draws_as_it_trained(run, tmp_path: Path, reader: str):  # noqa: F811
     components, dataset, trained = run(is_lora=True, use_dora=True, lora_targets="all", lora_alpha=8)
     assert any("lora_magnitude_vector" in name for name in trained.weights)
-    artifacts.write(trained, tmp_path / "tuned", {})
+    fine_tune_files.write(trained, tmp_path / "tuned", {})
     if reader == "ours":
         tuned = TunedPipeline(load_pipeline(TINY_BASE, CPU))
-        tuned.activate(artifacts.read(tmp_path / "tuned", tmp_path / "unpacked"))
+        tuned.activate(fine_tune_files.read(tmp_path / "tuned", tmp_path / "unpacked"))
         unet = tuned.pipeline.unet
     else:
         unet = load_components(TINY_BASE, is_lora=False, device=CPU).unet
@@ -212,7 +213,7 @@ def test_dora_draws_as_it_trained(run, tmp_path: Path, reader: str):  # noqa: F8
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy"])
 def test_every_optimizer_trains_in_the_recipe(run, name: str):  # noqa: F811
     rates = {"unet_learning_rate": 1.0} if name == "prodigy" else {}
-    seen: list[TrainedModel] = []
+    seen: list[TrainedFineTune] = []
     run(
         optimizer=name,
         checkpointing_steps=1,
@@ -227,7 +228,7 @@ def test_every_optimizer_trains_in_the_recipe(run, name: str):  # noqa: F811
 
 
 def test_a_run_that_diverges_hands_on_the_weights_before(run):  # noqa: F811
-    kept: list[tuple[int, TrainedModel]] = []
+    kept: list[tuple[int, TrainedFineTune]] = []
     with pytest.raises(TrainingDivergedError, match="are kept"):
         run(unet_learning_rate=1e30, on_checkpoint=lambda step, model: kept.append((step, model)))
     (step, model) = kept[-1]

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dataset_and_utils import write_embeddings
-from sdxl import artifacts
 from sdxl.errors import WeightsError
-from sdxl.generation import GenerationRequest, generate
-from sdxl.lora_formats import sgm_names
-from sdxl.pipelines import load_pipeline
-from sdxl.tuned_weights import TunedPipeline
+from sdxl.model import fine_tune_files
+from sdxl.model.lora_formats import sgm_names
+from sdxl.serving.generation import GenerationRequest, generate
+from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.tuned_pipeline import TunedPipeline
 from tests.conftest import TINY_BASE
 
 RANK = 3
@@ -76,7 +76,7 @@ def picture(pipeline: Any, token_map: Any, prompt: str = "a red fish on a blue b
 
 
 def draw(tuned: TunedPipeline, source: Path, folder: Path, scale: float = 1.0, **given: str) -> np.ndarray:
-    tuned.activate(artifacts.read(source, folder / "unpacked"), lora_scale=scale)
+    tuned.activate(fine_tune_files.read(source, folder / "unpacked"), lora_scale=scale)
     try:
         return picture(tuned.pipeline, tuned.token_map, **given)
     finally:
@@ -227,7 +227,7 @@ def test_several_loras_add_up_and_keep_their_words_apart(tuned, attention: Matri
         ]
         write_embeddings(folder / "embeddings.pti", rows)
         (folder / "special_params.json").write_text(json.dumps({"TOK": "<s0>"}))
-        sources.append(tuned.load(artifacts.read(folder, folder)))
+        sources.append(tuned.load(fine_tune_files.read(folder, folder)))
     tuned.apply(((sources[0], 1.0), (sources[1], 1.0)))
     assert tuned.token_map.placeholders == {"TOK": "<s0>", "TOK_2": "<s1>"}
     both = picture(tuned.pipeline, tuned.token_map)

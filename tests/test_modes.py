@@ -14,10 +14,10 @@ from diffusers import (
 from PIL import Image, ImageDraw, ImageFilter
 
 from dataset_and_utils import TokenMap
-from sdxl.canvas import feather, lay_out, mask_like
 from sdxl.errors import UserInputError, WeightsError
-from sdxl.generation import GenerationRequest, generate
-from sdxl.pipelines import SCHEDULERS, load_pipeline, load_refiner, make_scheduler
+from sdxl.serving.canvas import feather, lay_out, mask_like
+from sdxl.serving.generation import GenerationRequest, generate
+from sdxl.serving.pipeline import SCHEDULERS, load_pipeline, load_refiner, make_scheduler
 from tests.conftest import REPOSITORY, TINY_BASE
 
 REFINER = REPOSITORY / "base_models" / "tiny-sdxl-refiner"
@@ -292,7 +292,7 @@ def test_weights_that_overflow_are_told_not_drawn_black(pipeline):
 
 
 def test_files_tell_the_request(tmp_path: Path, picture: Image.Image):
-    from sdxl.picture_files import describe, read_parameters, save
+    from sdxl.serving.picture_files import describe, read_parameters, save
 
     text = describe(
         request(negative_prompt="schlecht, häßlich", scheduler="KarrasDPM", image=picture), 2, model="tiny"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdxl.errors import NotEnoughMemoryError, UserInputError
-from sdxl.optimizers import CAPTURABLE, OPTIMIZERS, Group, make_optimizers
-from sdxl.precision import (
+from sdxl.training.optimizers import CAPTURABLE, OPTIMIZERS, Group, make_optimizers
+from sdxl.training.precision import (
     BF16_ADAMW_8BIT,
     FP32_ADAFACTOR,
     FP32_ADAMW,
@@ -309,7 +309,7 @@ def test_what_would_lose_updates_is_refused():
 
 
 def test_the_libraries_of_optimizers_say_nothing_on_import():
-    code = "import predict, train, sdxl.optimizers"
+    code = "import predict, train, sdxl.training.optimizers"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
     )

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import train
 from predict import Predictor
-from sdxl import artifacts
-from sdxl.archives import unpack
 from sdxl.errors import UserInputError
-from sdxl.pipelines import SCHEDULERS
+from sdxl.files.archives import unpack
+from sdxl.model import fine_tune_files
+from sdxl.serving.pipeline import SCHEDULERS
 from tests.conftest import QUICK, TINY_BASE, call, png, write_zip
 
 SMALL = {
@@ -82,7 +82,7 @@ def test_a_fine_tune_that_does_not_fit_leaves_the_base(
     weights = load_file(tmp_path / "broken" / "unet.safetensors")
     weights["conv_in.weight"] = torch.zeros(3, 3)
     save_file(weights, tmp_path / "broken" / "unet.safetensors")
-    artifacts.pack(tmp_path / "broken", tmp_path / "broken.tar")
+    fine_tune_files.pack(tmp_path / "broken", tmp_path / "broken.tar")
     with pytest.raises(UserInputError, match=r"unet\.safetensors does not fit"):
         draw(predictor, replicate_weights=str(tmp_path / "broken.tar"))
     assert equal(draw(predictor), base)
@@ -152,7 +152,7 @@ def test_unmarked_fine_tunes_are_read_the_old_way_and_leave_no_trace(
     base, marked = draw(predictor), draw(predictor, replicate_weights=str(tars["full"]))
     unpack(tars["full"], tmp_path / "old")
     save_file(load_file(tmp_path / "old" / "embeddings.pti"), tmp_path / "old" / "embeddings.pti")
-    artifacts.pack(tmp_path / "old", tmp_path / "old.tar")
+    fine_tune_files.pack(tmp_path / "old", tmp_path / "old.tar")
     old = {"replicate_weights": str(tmp_path / "old.tar"), "prompt": "TOK on a red background"}
     assert not equal(
         draw(predictor, **old), draw(predictor, **{**old, "replicate_weights": str(tars["full"])})

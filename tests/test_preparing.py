@@ -13,10 +13,10 @@ from skimage import data
 import preprocess
 from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl.archives import unpack
-from sdxl.components import load_components
 from sdxl.errors import DatasetError, DownloadError, UserInputError
-from sdxl.examples import cache_examples
+from sdxl.files.archives import unpack
+from sdxl.model.components import load_components
+from sdxl.training.examples import cache_examples
 from tests.conftest import TINY_BASE, call, png, write_zip
 from tests.tiny_helpers import write_captioner, write_segmenter, write_upscaler
 

@@ -13,9 +13,9 @@ from PIL import Image, ImageCms
 
 from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl.archives import Limits, pack_tar, unpack
+from sdxl.data.framing import cut, place_crop, read_image
 from sdxl.errors import ArchiveError, DatasetError, UserInputError
-from sdxl.framing import cut, place_crop, read_image
+from sdxl.files.archives import Limits, pack_tar, unpack
 from tests.conftest import REPOSITORY, png, write_zip
 
 TOK = TokenMap.parse("TOK:2")

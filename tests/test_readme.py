@@ -19,12 +19,6 @@ def test_the_tables_of_speed_are_those_of_the_results():
         assert speeds in README, "run `python -m tools.speed_tables` and paste its tables"
 
 
-def test_every_module_has_its_line():
-    modules = [path for pattern in ("*.py", "sdxl/*.py") for path in REPOSITORY.glob(pattern)]
-    missing = [path.name for path in modules if path.name != "__init__.py" and f"{path.name} " not in README]
-    assert missing == []
-
-
 def test_commands_and_files_it_names_exist():
     makefile = (REPOSITORY / "Makefile").read_text()
     for target in ("demo", "test", "serve", "serve-train"):

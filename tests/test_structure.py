@@ -1,4 +1,4 @@
-"""The rules of the house, held on the syntax trees."""
+"""The structure of the code, checked on the syntax trees."""
 
 import ast
 from pathlib import Path
@@ -7,49 +7,112 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-DOORS = {"train.py", "predict.py", "preprocess.py"}
-SOURCES = sorted(
-    path
-    for pattern in ("*.py", "sdxl/*.py", "tools/*.py", "tiny_world/*.py", "benchmarks/*.py")
-    for path in REPOSITORY.glob(pattern)
-)
-LAYERS = ["dataset_and_utils", "sdxl", "preprocess", "train", "predict", "demo"]
-"""A module may import those before it in this list, and its own layer."""
+ENTRY_POINTS = {"train", "predict", "preprocess"}
+ROOMS = {
+    "errors": {"dataset_and_utils"},
+    "settings": {"errors"},
+    "process": {"errors", "settings"},
+    "command_line": {"errors", "files", "process"},
+    "files": {"errors", "settings"},
+    "speed": {"errors", "settings"},
+    "model": {"dataset_and_utils", "errors", "settings", "files"},
+    "data": {"dataset_and_utils", "errors", "settings", "files"},
+    "training": {"dataset_and_utils", "errors", "settings", "files", "model", "data", "speed"},
+    "serving": {"dataset_and_utils", "errors", "settings", "files", "model", "data", "speed"},
+}
+"""Room, or module directly in `sdxl` → what it may import of this project beside itself."""
+TOP = {
+    "dataset_and_utils": set(),
+    "preprocess": {"dataset_and_utils", "sdxl"},
+    "train": {"dataset_and_utils", "sdxl", "preprocess"},
+    "predict": {"dataset_and_utils", "sdxl"},
+    "demo": {"dataset_and_utils", "sdxl"},
+}
+"""File at the top level → what it may import of this project."""
+OUTSIDE = {"tiny_world", "benchmarks", "tools"}
+"""Packages that may import anything of the project, and that the product never imports."""
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
+
+
+PRODUCT = sorted(REPOSITORY.glob("*.py")) + sources("sdxl")
+ALL = PRODUCT + sources(*OUTSIDE)
+
+
+def by_name(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level packages that a source imports, anywhere in it."""
+    """The modules that a source imports anywhere in it, by their full names."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are written in full"
-            names.add((node.module or "").split(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def layer(path: Path) -> str:
-    return path.stem if path.parent == REPOSITORY else path.parent.name
+def packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_only_the_doors_know_cog(path: Path):
-    assert ("cog" in imported(path)) == (path.name in DOORS and path.parent == REPOSITORY)
+def room_of(module: str) -> str:
+    """The room of a module of sdxl, such as "files" of "sdxl.files.archives.unpack"."""
+    return module.split(".")[1]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_imports_point_one_way(path: Path):
-    ours = imported(path) & {*LAYERS, "tiny_world", "benchmarks", "tools", "tests"}
-    name = layer(path)
-    if name in LAYERS:
-        above = set(LAYERS[LAYERS.index(name) + 1 :]) | {"tiny_world", "benchmarks", "tools", "tests"}
-        assert not ours & above
-    if name == "dataset_and_utils":
-        assert not ours
+@pytest.mark.parametrize("path", ALL, ids=by_name)
+def test_only_the_entry_points_know_cog(path: Path):
+    assert ("cog" in packages(path)) == (path.stem in ENTRY_POINTS and path.parent == REPOSITORY)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("path", sources("sdxl"), ids=by_name)
+def test_rooms_import_what_the_table_allows(path: Path):
+    module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    if module == "sdxl.__init__":
+        assert imported(path) == set()
+        return
+    room = room_of(module)
+    assert room in ROOMS, "a new room needs a row in the table and a docstring that says what it knows"
+    project = {*TOP, *OUTSIDE, "sdxl", "tests"}
+    found = {room_of(name) if name.startswith("sdxl.") else name.split(".")[0] for name in imported(path)}
+    ours = found & (set(ROOMS) | project)
+    assert ours - {room} <= ROOMS[room]
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*.py")), ids=by_name)
+def test_top_level_files_import_what_the_table_allows(path: Path):
+    ours = packages(path) & {*TOP, *OUTSIDE, "sdxl", "tests"}
+    assert ours <= TOP[path.stem]
+
+
+def test_the_table_names_every_room():
+    there = {path.stem for path in (REPOSITORY / "sdxl").glob("*.py")} - {"__init__"}
+    there |= {path.parent.name for path in (REPOSITORY / "sdxl").glob("*/__init__.py")}
+    assert there == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", sources("sdxl"), ids=by_name)
+def test_settings_alone_read_the_environment(path: Path):
+    """`data_parallel` reads torchrun's own variables, and `process` and `command_line` set some."""
+    names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    allowed = path.stem in ("settings", "process", "command_line", "data_parallel")
+    assert allowed or not names & {"environ", "getenv"}
+
+
+@pytest.mark.parametrize("path", ALL, ids=by_name)
 def test_files_stay_readable(path: Path):
     assert len(path.read_text().splitlines()) <= 350, "a file this long knows a second thing"
     assert ast.get_docstring(ast.parse(path.read_text())), "a module says what it knows"
+
+
+@pytest.mark.parametrize("room", sorted(path.parent for path in (REPOSITORY / "sdxl").glob("*/__init__.py")))
+def test_a_room_says_what_it_knows_and_what_not(room: Path):
+    docstring = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    assert "Knows" in docstring
+    assert "does not know" in docstring

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from dataset_and_utils import TokenMap
-from sdxl import artifacts
 from sdxl.errors import WeightsError
-from sdxl.generation import GenerationRequest, generate
-from sdxl.pipelines import load_pipeline
-from sdxl.tuned_weights import Layers, TunedPipeline, Weights
+from sdxl.model import fine_tune_files
+from sdxl.serving.generation import GenerationRequest, generate
+from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.tuned_pipeline import Layers, LoadedFineTune, TunedPipeline
 from tests.conftest import TINY_BASE
 
 
@@ -48,14 +48,16 @@ def fine_tunes(tuned: TunedPipeline, tmp_path_factory: pytest.TempPathFactory) -
             lora[f"unet.{name}.lora_B.weight"] = 0.1 * torch.randn(module.out_features, 2)  # type: ignore[arg-type]
     save_file(lora, folder / "lora.safetensors")
 
-    def load(name: str) -> Weights:
-        return tuned.load(artifacts.read(folder / name, folder))
+    def load(name: str) -> LoadedFineTune:
+        return tuned.load(fine_tune_files.read(folder / name, folder))
 
     full, small = load("unet.safetensors"), load("lora.safetensors")
     rows = tuple(
         torch.randn(2, encoder.get_input_embeddings().weight.shape[1]) for encoder in tuned._encoders
     )
-    words = Weights(name="words", rows=rows, pooled_at_eos=False, token_map=TokenMap({"TOK": "<s0><s1>"}))
+    words = LoadedFineTune(
+        name="words", rows=rows, pooled_at_eos=False, token_map=TokenMap({"TOK": "<s0><s1>"})
+    )
     return {
         "base": (),
         "full": ((full, 1.0), (words, 1.0)),
@@ -133,5 +135,5 @@ def test_an_unfit_file_is_refused_before_anything_changes(tuned: TunedPipeline, 
         tmp_path / "x.safetensors",
     )
     with pytest.raises(WeightsError, match="does not fit this base"):
-        tuned.activate(artifacts.read(tmp_path / "x.safetensors", tmp_path))
+        tuned.activate(fine_tune_files.read(tmp_path / "x.safetensors", tmp_path))
     assert all(torch.equal(before[key], value) for key, value in tuned._parameters.items())

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
-from sdxl.archives import unpack
 from sdxl.errors import UserInputError
+from sdxl.files.archives import unpack
 from tests.conftest import QUICK, call, png, write_zip
 
 

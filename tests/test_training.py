@@ -12,14 +12,14 @@ from torch import Tensor
 
 from dataset_and_utils import ExampleDataset, TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl import token_rows
-from sdxl.components import Components, add_placeholder_tokens, load_components
-from sdxl.config import TrainingConfig
-from sdxl.diffusion import encode_prompt, masked_mse, min_snr_weights
 from sdxl.errors import TrainingDivergedError, UserInputError
-from sdxl.examples import cache_examples
-from sdxl.token_rows import TokenRows
-from sdxl.training import StepReport, TrainedModel, fine_tune
+from sdxl.model.components import Components, add_placeholder_tokens, load_components
+from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.training.config import TrainingConfig
+from sdxl.training.diffusion import encode_prompt, masked_mse, min_snr_weights
+from sdxl.training.examples import cache_examples
+from sdxl.training.recipe import StepReport, fine_tune, token_rows
+from sdxl.training.token_rows import TokenRows
 from tests.conftest import TINY_BASE
 
 CONFIG = TrainingConfig(
@@ -45,7 +45,7 @@ def run(captioned_zip: Path, tmp_path: Path):
     """Train with the config's changes; returns the components, the data set and the trained model."""
     folders: Iterator[Path] = (tmp_path / f"dataset-{index}" for index in range(100))
 
-    def train(**changes) -> tuple[Components, ExampleDataset, TrainedModel]:
+    def train(**changes) -> tuple[Components, ExampleDataset, TrainedFineTune]:
         callbacks = {name: changes.pop(name) for name in ("on_step", "on_checkpoint") if name in changes}
         config = dataclasses.replace(CONFIG, **changes)
         folder = prepare_dataset(
@@ -121,7 +121,7 @@ def test_lora_targets_name_the_layers_that_learn(run, tmp_path: Path, targets: s
 
 @pytest.mark.parametrize("is_lora", [False, True])
 def test_rows_change_up_to_the_pivot_and_not_after(run, is_lora: bool):
-    seen: list[TrainedModel] = []
+    seen: list[TrainedFineTune] = []
     reports: list[StepReport] = []
     run(
         is_lora=is_lora,
@@ -144,7 +144,7 @@ def test_after_the_pivot_prompts_are_those_of_the_frozen_rows(run):
     """Encoding every caption once must give what encoding it in each step gave."""
     kept = {}
 
-    def keep(step: int, model: TrainedModel) -> None:
+    def keep(step: int, model: TrainedFineTune) -> None:
         kept[step] = model.weights["conv_in.weight"]
 
     run(pivot_fraction=1.0, ti_lr=1e-12, checkpointing_steps=6, on_checkpoint=keep)

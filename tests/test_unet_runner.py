@@ -9,12 +9,12 @@ from diffusers import UNet2DConditionModel
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import UserInputError
-from sdxl.fp8 import Fp8Layers, quantise
-from sdxl.generation import GenerationRequest, generate
-from sdxl.pipelines import load_pipeline
-from sdxl.placement import choose_placement
-from sdxl.tuned_weights import TunedPipeline, Weights
-from sdxl.unet_runner import MOST_SHAPES, Runners, UNetRunner, speed_here
+from sdxl.serving.generation import GenerationRequest, generate
+from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.placement import choose_placement
+from sdxl.serving.tuned_pipeline import LoadedFineTune, TunedPipeline
+from sdxl.serving.unet_runner import MOST_SHAPES, Runners, UNetRunner, speed_here
+from sdxl.speed.fp8 import Fp8Layers, quantise
 from tests.conftest import TINY_BASE
 
 CPU = torch.device("cpu")
@@ -84,8 +84,8 @@ def test_what_was_made_of_weights_is_made_anew_after_a_switch_that_failed(pipeli
     plain = pipeline.unet(timestep=when, **given, return_dict=False)[0]
     name = next(name for name in tuned._parameters if name.endswith("attn2.to_v.weight"))
     doubled = {name: tuned._parameters[name].detach() * 2}
-    good = Weights(name="good", unet=doubled, token_map=TokenMap({}))
-    wrong = Weights(name="wrong", unet={name: torch.zeros(3)}, token_map=TokenMap({}))
+    good = LoadedFineTune(name="good", unet=doubled, token_map=TokenMap({}))
+    wrong = LoadedFineTune(name="wrong", unet={name: torch.zeros(3)}, token_map=TokenMap({}))
     tuned.apply(((good, 1.0),))
     runners.follow(tuned.changes)
     assert not torch.equal(runners(pipeline.unet)(timestep=when, **given)[0], plain)

@@ -11,11 +11,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from sdxl.archives import in_place, pack_tar
-from sdxl.components import load_components, load_unet
 from sdxl.errors import WeightsError
-from sdxl.pipelines import load_pipeline
-from sdxl.weight_files import WeightFile
+from sdxl.files.archives import in_place, pack_tar
+from sdxl.files.weight_files import WeightFile
+from sdxl.model.components import load_components, load_unet
+from sdxl.serving.pipeline import load_pipeline
 from tests.conftest import TINY_BASE
 
 TENSORS = {

@@ -1,0 +1,241 @@
+"""A fine-tune on disk: `unet.safetensors` or `lora.safetensors`, `embeddings.pti`, `special_params.json`.
+
+The only place that writes or reads the format, and that tells other tools' files apart; knows nothing of training or
+pipelines.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dataset_and_utils import TokenMap, read_embeddings, write_embeddings
+from sdxl.errors import WeightsError
+from sdxl.files.archives import Limits, in_place, pack_tar, unpack
+from sdxl.files.weight_files import WeightFile
+from sdxl.model.lora_formats import is_lora
+
+UNET, LORA = "unet.safetensors", "lora.safetensors"
+EMBEDDINGS, TOKENS, RECORD = "embeddings.pti", "special_params.json", "training.json"
+CHECKPOINTS = "checkpoints"
+"""Folder of a training's fine-tunes at earlier steps."""
+
+LIMITS = Limits(files=1000, total_bytes=32 << 30)
+"""What the archive of a fine-tune may unpack to."""
+_LARGE, _MOST_LEFT = 16 << 20, 16
+"""Bytes from which a file in a tar is left there, and of how many."""
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedFineTune:
+    """What a training gives: tensors on the CPU, in the dtypes in which they are stored."""
+
+    kind: str
+    """"unet" or "lora"."""
+    weights: dict[str, Tensor]
+    """UNet parameter name → tensor, or `unet.….lora_A.weight` and `…lora_B.weight` → tensor."""
+    token_rows: list[Tensor]
+    """[tokens, dim] for each text encoder."""
+    token_map: TokenMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneFiles:
+    """A fine-tune's files, checked: at most one of `unet` and `lora` is there, and anything of it is."""
+
+    name: str
+    """What messages call it."""
+    unet: WeightFile | None
+    lora: WeightFile | None
+    embeddings: Path | None
+    """Rows under `text_encoders_0` and `text_encoders_1`."""
+    clip_embeddings: tuple[WeightFile, ...] = ()
+    """Embeddings of other tools, each with its rows under `clip_l` and `clip_g` and its word as its name."""
+    token_map: TokenMap
+
+
+def write(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> dict[str, Path]:
+    """Write `model` and the run's `record` into `folder`; return name → file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / (LORA if model.kind == "lora" else UNET)
+    save_file(model.weights, weights, metadata={"format": "pt"})
+    write_embeddings(folder / EMBEDDINGS, model.token_rows)
+    model.token_map.write(folder / TOKENS)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return {path.name: path for path in (weights, folder / EMBEDDINGS, folder / TOKENS, folder / RECORD)}
+
+
+def write_atomically(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> None:
+    """`write`, but `folder` appears only when it is complete; one that is there already stays."""
+    if folder.exists():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    write(model, partial, record)
+    partial.replace(folder)
+
+
+def pack(folder: Path, target: Path) -> None:
+    """Pack everything under `folder` into the tar `target`, atomically."""
+    pack_tar({str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}, target)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file of a fine-tune's archive is of an earlier step of its training: never read from there."""
+    return path.parts[0] == CHECKPOINTS
+
+
+def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFiles:
+    """Open the fine-tune `source`: a folder, a .safetensors file, or an archive, which is unpacked into `folder`; large
+    files in a plain tar are left there and read where they lie.
+
+    Besides this project's files, those of other tools are told by their content: LoRAs under any name, and embeddings
+    for both CLIP encoders.
+
+    name: what messages call it; by default its file name.
+
+    Raises:
+        ArchiveError: the archive cannot be unpacked.
+        WeightsError: the files are not a fine-tune.
+        ContractError: special_params.json is malformed.
+    """
+    name = name or source.name
+    left: dict[Path, WeightFile] = {}
+    if source.is_dir():
+        folder = source
+    elif is_safetensors(source):
+        return _classify(name, [WeightFile(source, source.name)], TokenMap({}))
+    else:
+        left = {
+            path: WeightFile(source, path.name, start, size)
+            for path, (start, size) in (in_place(source, limits=LIMITS) or {}).items()
+            if path.suffix == ".safetensors" and size > _LARGE and not is_checkpoint(path)
+        }
+        if len(left) > _MOST_LEFT:
+            left = {}
+        unpack(source, folder, limits=LIMITS, leave=lambda path: path in left or is_checkpoint(path))
+    folders = [Path(), *(Path(path.name) for path in sorted(folder.iterdir()) if path.is_dir())]
+    for root in dict.fromkeys([*folders, *sorted(path.parent for path in left)]):
+        files = {path.name: file for path, file in left.items() if path.parent == root}
+        for path in (folder / root).glob("*"):
+            if path.is_file() and (path.suffix == ".safetensors" or path.name == EMBEDDINGS):
+                files[path.name] = WeightFile(path, path.name)
+        if files:
+            tokens = folder / root / TOKENS
+            token_map = TokenMap.read(tokens) if tokens.is_file() else TokenMap({})
+            return _classify(name, [files[one] for one in sorted(files)], token_map)
+    raise WeightsError(
+        f"{name} holds neither {UNET} nor {LORA} nor {EMBEDDINGS}: give the trained_model.tar of a training."
+    )
+
+
+def _classify(name: str, files: list[WeightFile], token_map: TokenMap) -> FineTuneFiles:
+    """Tell each file's part in the fine-tune by its name, or else by its keys."""
+    parts: dict[str, list[WeightFile]] = {"unet": [], "lora": [], "embeddings": [], "clip": []}
+    for file in files:
+        keys = file.keys
+        if not keys:
+            raise WeightsError(f"{file.name} holds no tensors: take it from a finished training.")
+        if file.name == UNET or "conv_in.weight" in keys:
+            parts["unet"].append(file)
+        elif file.name == EMBEDDINGS or "text_encoders_0" in keys:
+            if file.size is not None:
+                raise WeightsError(f"{file.name} is too large for rows of tokens: take it from a training.")
+            parts["embeddings"].append(file)
+        elif {"clip_l", "clip_g"} <= keys:
+            parts["clip"].append(file)
+        elif file.name == LORA or is_lora(keys):
+            parts["lora"].append(file)
+    weights = parts["unet"] + parts["lora"]
+    if len(weights) > 1:
+        listed = " and ".join(sorted(file.name for file in weights))
+        raise WeightsError(f"{name} holds both {listed}: keep the one that you trained.")
+    if not weights and not parts["embeddings"] and not parts["clip"]:
+        raise WeightsError(f"{name} holds no UNet, LoRA or embeddings of SDXL: give the file of a fine-tune.")
+    return FineTuneFiles(
+        name=name,
+        unet=next(iter(parts["unet"]), None),
+        lora=next(iter(parts["lora"]), None),
+        embeddings=next((file.path for file in parts["embeddings"]), None),
+        clip_embeddings=tuple(parts["clip"]) if not parts["embeddings"] else (),
+        token_map=token_map,
+    )
+
+
+def read_rows(fine_tune: FineTuneFiles) -> tuple[tuple[Tensor, ...], bool, TokenMap]:
+    """A fine-tune's token rows [tokens, dim_i] for text encoder i, whether its prompts are pooled at the end of text,
+    and its token map; of other tools' embeddings each file is a word.
+
+    Raises:
+        ContractError: malformed.
+        WeightsError: the two encoders' rows are not of one number.
+    """
+    if fine_tune.embeddings is not None:
+        rows, at_eos = read_embeddings(fine_tune.embeddings)
+        if len(rows) != 2:
+            raise WeightsError(f"{fine_tune.embeddings.name} needs rows for two text encoders: train again.")
+        return tuple(rows), at_eos, fine_tune.token_map
+    pairs = []
+    placeholders: dict[str, str] = {}
+    count = 0
+    for file in fine_tune.clip_embeddings:
+        tensors = file.read()
+        pair = [tensors[key] for key in ("clip_l", "clip_g")]
+        pair = [rows[None] if rows.ndim == 1 else rows for rows in pair]
+        if any(rows.ndim != 2 or len(rows) != len(pair[0]) or not len(rows) for rows in pair):
+            raise WeightsError(
+                f"{file.name} must hold as many rows of clip_l as of clip_g: download it again."
+            )
+        placeholders[Path(file.name).stem] = "".join(f"<s{count + row}>" for row in range(len(pair[0])))
+        count += len(pair[0])
+        pairs.append(pair)
+    if not pairs:
+        return (), True, fine_tune.token_map
+    joined = TokenMap({**placeholders, **fine_tune.token_map.placeholders})
+    return tuple(torch.cat([pair[i] for pair in pairs]) for i in range(2)), True, joined
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether it is a safetensors file, whatever its name."""
+    try:
+        _ = WeightFile(path, path.name).keys
+    except WeightsError:
+        return False
+    return True
+
+
+def stays(source: Path) -> bool:
+    """Whether the file `source` is read where it is: nothing of it needs to be unpacked but what is small."""
+    return is_safetensors(source) or in_place(source, limits=LIMITS) is not None
+
+
+def run_record(config: Mapping[str, Any], dataset: Path) -> dict[str, Any]:
+    """What is needed to reproduce a run: its settings, the data set's digest, the versions and the machine."""
+    return {
+        "format": "sdxl-fine-tune/1",
+        "pooled_at": "eos",
+        "settings": dict(config),
+        "dataset_sha256": digest(dataset),
+        "dataset_files": len(list(dataset.iterdir())),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
+        | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
+    }
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of the files directly in `folder`, in the names' order."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        whole.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()

@@ -1,0 +1,129 @@
+"""The environment variables that configure a process, and the folders they name.
+
+Knows every `SDXL_*` variable, its default and its range; does not know the inputs of a run, or any model.
+"""
+
+import logging
+import os
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from sdxl.errors import UserInputError
+
+log = logging.getLogger(__name__)
+
+VARIABLES = {
+    "SDXL_BASE": "The base model: a folder in diffusers' layout or the name of a hub repository. Default: SDXL 1.0.",
+    "SDXL_REFINER": "The refiner, named in the same ways. Default: the refiner of SDXL 1.0.",
+    "SDXL_CAPTIONER": "The captioning model: a folder in transformers' layout or a hub repository. Default: BLIP.",
+    "SDXL_SEGMENTER": "The segmentation model, named in the same ways. Default: CLIPSeg.",
+    "SDXL_UPSCALER": "The upscaling model, named in the same ways. Default: Swin2SR.",
+    "SDXL_SAFETY_CHECKER": "The pipeline whose safety checker judges pictures. Default: that of Stable Diffusion 1.4.",
+    "SDXL_SPEED": "How a GPU runs the UNet: compiled (default), fp8, graphs or eager.",
+    "SDXL_MEMORY": "Where serving keeps the model: auto (default), whole, 12gb, 8gb or cpu.",
+    "SDXL_CACHE": "Folder for what is kept between runs. Default: ~/.cache/sdxl-subject-tuning.",
+    "SDXL_CACHE_DISK_GB": "Disk space for cached fine-tunes, in gigabytes. Default: 50.",
+    "SDXL_CACHE_MEMORY_GB": "Memory for cached fine-tunes, in gigabytes. Default: a quarter of the machine's memory.",
+    "SDXL_WORKSPACE": "Folder in which each run makes its own folder. Default: the system's temporary folder.",
+}
+"""Variable → what it sets. No other file reads the environment for a setting of this project."""
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
+
+Speed = Literal["compiled", "graphs", "eager", "fp8"]
+
+
+def variable(name: str) -> str | None:
+    """The value of one of `VARIABLES`; None where it is unset or empty."""
+    assert name in VARIABLES
+    return os.environ.get(name) or None
+
+
+def base_name() -> str:
+    """The base model: a folder in diffusers' layout or a hub name (`SDXL_BASE`)."""
+    return variable("SDXL_BASE") or SDXL
+
+
+def refiner_name() -> str:
+    """The refiner: a folder in diffusers' layout or a hub name (`SDXL_REFINER`)."""
+    return variable("SDXL_REFINER") or REFINER
+
+
+def speed() -> Speed:
+    """How a GPU runs the UNet (`SDXL_SPEED`).
+
+    - "compiled": CUDA graphs of compiled blocks.
+    - "fp8": the same, and drawing multiplies in 8 bits where the GPU can.
+    - "graphs": CUDA graphs without compiling.
+    - "eager": kernels launched one by one, for debugging.
+
+    Raises:
+        UserInputError: no such setting.
+    """
+    setting = variable("SDXL_SPEED") or "compiled"
+    if setting not in get_args(Speed):
+        raise UserInputError(f"SDXL_SPEED is {setting!r}, but must be one of {', '.join(get_args(Speed))}.")
+    return setting  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLimits:
+    """The size that the cache of fine-tunes may reach, in bytes."""
+
+    disk: int
+    memory: int
+
+
+def cache_limits() -> CacheLimits:
+    """The limits that `SDXL_CACHE_DISK_GB` and `SDXL_CACHE_MEMORY_GB` set.
+
+    Raises:
+        UserInputError: not a number, or below 0.
+    """
+    quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4e9
+    return CacheLimits(
+        disk=_gigabytes("SDXL_CACHE_DISK_GB", 50), memory=_gigabytes("SDXL_CACHE_MEMORY_GB", quarter)
+    )
+
+
+def _gigabytes(name: str, default: float) -> int:
+    text = variable(name)
+    try:
+        value = float(text) if text else default
+        if not 0 <= value < 1e9:
+            raise ValueError
+    except ValueError:
+        raise UserInputError(f"{name} is {text!r}, but must be a number of gigabytes, such as 50.") from None
+    return int(value * 1e9)
+
+
+def cache_folder() -> Path:
+    """The folder for what is kept between runs (`SDXL_CACHE`)."""
+    return Path(variable("SDXL_CACHE") or "~/.cache/sdxl-subject-tuning").expanduser()
+
+
+def new_workspace(name: str) -> Path:
+    """Create a folder for one run, in the folder that `SDXL_WORKSPACE` names."""
+    parent = Path(variable("SDXL_WORKSPACE") or tempfile.gettempdir())
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
+
+
+def discard_workspace(workspace: Path, *, keep: Path | None = None) -> None:
+    """Remove the folder of a failed run, except for the checkpoints in its subfolder `keep`."""
+    if keep is None or not keep.is_dir():
+        shutil.rmtree(workspace, ignore_errors=True)
+        return
+    for unneeded in ("fetched", "dataset"):
+        shutil.rmtree(workspace / unneeded, ignore_errors=True)
+    log.info("The checkpoints saved so far are in %s", keep)
+
+
+def resolve_seed(seed: int | None) -> int:
+    """The given seed (0 is a seed too), or a random one for None."""
+    return random.SystemRandom().randrange(2**32) if seed is None else seed

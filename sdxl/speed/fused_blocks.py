@@ -1,0 +1,89 @@
+"""diffusers' residual and transformer blocks on CUDA, with fewer passes over memory.
+
+A UNet's residual blocks come in a dozen shapes, which would take most of the time that compiling takes; these kernels fit
+all. Knows diffusers' blocks; does not know training or requests.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from sdxl.speed.geglu import geglu
+from sdxl.speed.group_norm import group_norm
+
+
+def fuse(model: nn.Module) -> None:
+    """Have a UNet or an autoencoder take its convolutions with channels last, and the kernels of `group_norm` and `geglu`;
+    modules, parameters and names stay."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # peft's DoRA wants those of convolutions as they were
+            parameter.data = parameter.data.contiguous()
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D) and _is_plain(module):
+            module.forward = MethodType(_residual_block, module)
+        elif isinstance(module, Transformer2DModel) and isinstance(
+            getattr(module, "norm", None), nn.GroupNorm
+        ):
+            module.norm.forward = MethodType(_norm_alone, module.norm)
+            if module.use_linear_projection:
+                module._get_output_for_continuous_inputs = MethodType(_transformer_output, module)
+        elif isinstance(module, GEGLU):
+            module.forward = MethodType(_geglu, module)
+
+
+def _is_plain(block: ResnetBlock2D) -> bool:
+    """Whether the block is of the kind that SDXL is made of."""
+    return (
+        block.upsample is None
+        and not block.skip_time_act
+        and block.downsample is None
+        and (block.time_emb_proj is None or block.time_embedding_norm == "default")
+        and isinstance(block.nonlinearity, nn.SiLU)
+    )
+
+
+def _residual_block(block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor:
+    hidden, added = group_norm(x, block.norm1, silu=True), None
+    if temb is not None and block.time_emb_proj is not None:
+        added = block.time_emb_proj(block.nonlinearity(temb))
+    if isinstance(block.conv1, nn.Conv2d) and block.conv1.bias is not None:  # and not a LoRA around it
+        hidden = block.conv1._conv_forward(hidden, block.conv1.weight, None)
+        added = block.conv1.bias.expand(len(x), -1) if added is None else added + block.conv1.bias
+    else:
+        hidden = block.conv1(hidden)
+    hidden = block.conv2(block.dropout(group_norm(hidden, block.norm2, silu=True, added=added)))
+    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
+    return (
+        (shortcut + hidden) / block.output_scale_factor
+        if block.output_scale_factor != 1
+        else shortcut + hidden
+    )
+
+
+def _norm_alone(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return group_norm(x, norm, silu=False)
+
+
+def _transformer_output(
+    block: Any,
+    *,
+    hidden_states: Tensor,
+    residual: Tensor,
+    batch_size: int,
+    height: int,
+    width: int,
+    inner_dim: int,
+) -> Tensor:
+    """diffusers' own makes a copy with channels first."""
+    hidden = block.proj_out(hidden_states)
+    return hidden.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2) + residual
+
+
+def _geglu(layer: Any, x: Tensor) -> Tensor:
+    return geglu(layer.proj(x))

@@ -1,0 +1,17 @@
+"""How much memory a GPU has left.
+
+Knows CUDA's allocator; does not know what the memory is for.
+"""
+
+import torch
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory in bytes that this process can still allocate on a GPU; on a CPU no limit is assumed."""
+    if device.type != "cuda":
+        return 2**62
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    unused = reserved - torch.cuda.memory_allocated(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+    return min(free, allowed) + unused
