@@ -2,7 +2,11 @@
 
 This file imports nothing else of this project: copied alone beside a plain diffusers pipeline it is enough to use a
 fine-tune. It knows how a fine-tune's tokens are named, written and read; it does not know how they are trained.
+
+torch and pandas are imported where they are used: inputs are checked and `--help` answers without waiting for them.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -12,14 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import Dataset
-
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 POOLED_AT_EOS = {"pooled_at": "eos"}
@@ -51,7 +50,7 @@ class TokenMap:
     placeholders: Mapping[str, str]
 
     @classmethod
-    def parse(cls, text: str) -> "TokenMap":
+    def parse(cls, text: str) -> TokenMap:
         """Read `NAME:SIZE,NAME:SIZE`: names of letters and underscores, sizes of at least 1.
 
         Raises:
@@ -114,7 +113,7 @@ class TokenMap:
         path.write_text(json.dumps(dict(self.placeholders), indent=2) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> "TokenMap":
+    def read(cls, path: Path) -> TokenMap:
         """Read `special_params.json`.
 
         Raises:
@@ -151,6 +150,8 @@ def read_captions_csv(path: Path) -> dict[str, str]:
     Raises:
         ContractError: unreadable, columns missing, an empty cell, or an image named twice.
     """
+    import pandas as pd
+
     try:
         table = pd.read_csv(
             path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
@@ -200,6 +201,8 @@ def pool_at_eos(text_encoder: torch.nn.Module, eos_token_id: int) -> None:
 
 def write_embeddings(path: str | os.PathLike[str], rows: Sequence[Tensor]) -> None:
     """Write `embeddings.pti`: `rows[i]` [tokens, dim_i] of text encoder i, marked as pooled at the end of text."""
+    from safetensors.torch import save_file
+
     tensors = {f"text_encoders_{index}": row.detach().cpu().contiguous() for index, row in enumerate(rows)}
     save_file(tensors, path, metadata=POOLED_AT_EOS)
 
@@ -210,6 +213,8 @@ def read_embeddings(path: str | os.PathLike[str]) -> tuple[list[Tensor], bool]:
     Raises:
         ContractError: no such file, not safetensors, or not embeddings of one number of tokens.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             rows = [file.get_tensor(f"text_encoders_{index}") for index in range(len(file.keys()))]
@@ -231,7 +236,7 @@ class TokenEmbeddingsHandler:
     pipe("A photo of <s0><s1>")
     """
 
-    def __init__(self, text_encoders: "Sequence[PreTrainedModel]", tokenizers: Sequence) -> None:
+    def __init__(self, text_encoders: Sequence[PreTrainedModel], tokenizers: Sequence) -> None:
         if len(text_encoders) != len(tokenizers):
             raise ValueError(
                 f"{len(text_encoders)} text encoders need as many tokenizers, not {len(tokenizers)}."
@@ -248,6 +253,8 @@ class TokenEmbeddingsHandler:
         Raises:
             ContractError: the file is malformed, or made for other text encoders.
         """
+        import torch
+
         rows, at_eos = read_embeddings(file_path)
         widths = [_table(encoder).weight.shape[1] for encoder in self.text_encoders]
         if widths != [row.shape[1] for row in rows]:
@@ -280,7 +287,9 @@ class TokenEmbeddingsHandler:
         write_embeddings(file_path, rows)
 
 
-def _table(encoder: "PreTrainedModel") -> torch.nn.Embedding:
+def _table(encoder: PreTrainedModel) -> torch.nn.Embedding:
+    import torch
+
     table = encoder.get_input_embeddings()
     assert isinstance(table, torch.nn.Embedding)
     return table
@@ -314,7 +323,7 @@ class Example:
     time_ids: Tensor
     """SDXL's size conditioning [6]: original height and width, crop top and left, target height and width, in pixels."""
 
-    def take(self, rows: Tensor) -> "Example":
+    def take(self, rows: Tensor) -> Example:
         """Of stacked examples, those at `rows` [B], an integer tensor on their device."""
         return Example(
             latents=self.latents[rows],
@@ -324,8 +333,8 @@ class Example:
         )
 
 
-class ExampleDataset(Dataset[Example]):
-    """Cached examples; `collate` stacks those of one shape along a leading batch axis."""
+class ExampleDataset:
+    """Cached examples, as torch's data loaders take them; `collate` stacks those of one shape along a leading batch axis."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)
@@ -338,6 +347,8 @@ class ExampleDataset(Dataset[Example]):
 
     def collate(self, indices: Sequence[int]) -> Example:
         """Stack the examples at `indices` (B of them): latents [B, 4, h, w], mask [B, 1, h, w], ids 2×[B, 77], …."""
+        import torch
+
         chosen = [self.examples[index] for index in indices]
         return Example(
             latents=torch.stack([example.latents for example in chosen]),
