@@ -24,8 +24,8 @@ from benchmarks import full_size
 from benchmarks.quality import about
 from benchmarks.training import ceiling_tflops
 from dataset_and_utils import TokenMap, eos_id, pool_at_eos
+from sdxl.process import keep_compiled_kernels
 from sdxl.serving.generation import GenerationRequest, _decode, generate
-from sdxl.training.config import keep_compiled_kernels
 
 PROMPT, STEPS, GUIDANCE, SIDE = "a photo of TOK on the moon", 50, 7.5, 1024
 HALF = torch.float16

@@ -27,9 +27,11 @@ from peft import LoraConfig
 
 from benchmarks import full_size
 from benchmarks.quality import about
-from sdxl.training.config import TrainingConfig, keep_compiled_kernels
+from sdxl.process import keep_compiled_kernels
+from sdxl.training import data_parallel
+from sdxl.training.config import TrainingConfig
 from sdxl.training.diffusion import sample_timesteps
-from sdxl.training.recipe import StepReport, data_parallel, fine_tune
+from sdxl.training.recipe import StepReport, fine_tune
 from sdxl.training.trainable import LORA_TARGETS
 
 BATCH, RANK, PICTURES = 4, 32, 8

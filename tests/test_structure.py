@@ -1,6 +1,7 @@
 """The structure of the code, checked on the syntax trees."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,9 @@ def test_a_room_says_what_it_knows_and_what_not(room: Path):
     docstring = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
     assert "Knows" in docstring
     assert "does not know" in docstring
+
+
+@pytest.mark.parametrize("path", sources("benchmarks", "tools"), ids=by_name)
+def test_benchmarks_and_tools_import(path: Path):
+    """They are rarely run in tests: a renamed function must not break them unseen."""
+    importlib.import_module(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
