@@ -1,6 +1,7 @@
-"""Print the tables of speed for README.md, from the benchmarks' result files.
+"""The tables of speed in docs/speed.md, from the benchmarks' result files.
 
-python -m tools.speed_tables
+python -m tools.speed_tables           print them
+python -m tools.speed_tables --write   write them into docs/speed.md
 """
 
 import json
@@ -8,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools.page_blocks import main
+
+PAGE = Path("docs/speed.md")
 RESULTS = Path("benchmarks/results")
 _TRAINED = {
     "lora_1024": "LoRA, 1024×1024, batch 4",
@@ -16,36 +20,43 @@ _TRAINED = {
     "lora_12gb": "LoRA, 1024×1024, batch 1",
     "full_24gb": "full UNet, 1024×1024, batch 1",
 }
+_RUNS = {
+    "full UNet": "ours",
+    "full UNet, graphs without compiling": "ours, graphs without compiling",
+    "lora, batch 1, 12 GiB": "ours, limited to 12 GiB",
+    "full, batch 1, 24 GiB": "ours, limited to 24 GiB",
+}
+"""Name of a run in the results → its name in the table, where they differ."""
 _MEASURED = ("before_pivot_ms", "after_pivot_ms", "peak_gib")
 _SUMMARY = {
-    "speedup_1024": "LoRA at 1024×1024, times as fast as the plain loop",
-    "speedup_768": "LoRA at 768×768, times as fast as the plain loop",
-    "warm_first_step_s": "LoRA, from the start of the process to its first step, kernels in the cache, s",
+    "speedup_1024": "LoRA at 1024×1024: how many times as fast as the plain loop",
+    "speedup_768": "LoRA at 768×768: how many times as fast as the plain loop",
+    "warm_first_step_s": "LoRA: from process start to the first step, with cached kernels, s",
     "warm_imported_s": "of which Python's imports, s",
-    "archive_to_tar_min": "LoRA, 1000 steps at 1024×1024 from archive to tar, minutes",
-    "two_gpus_speedup": "LoRA on two GPUs, pictures a second over those on one",
-    "loss_difference_1024": "largest difference of a step's loss from the eager way's, share",
+    "archive_to_tar_min": "LoRA: 1000 steps at 1024×1024, from archive to tar, min",
+    "two_gpus_speedup": "LoRA on two GPUs: pictures per second, compared with one GPU",
+    "loss_difference_1024": "largest relative difference of a step's loss from eager mode",
 }
 _DRAWN = {
-    "request_speedup": "one picture from prompt to PNG, times as fast as diffusers",
-    "request4_speedup": "four pictures in one request, times as fast as diffusers",
-    "switch_lora_s": "to another LoRA from a tar on local disk, s",
-    "switch_unet_s": "to another full UNet from a tar on local disk, s",
-    "switch_base_s": "back to the base, s",
-    "setup_s": "from the start of the process to the first picture on disk, s",
+    "request_speedup": "one picture from prompt to PNG: how many times as fast as diffusers",
+    "request4_speedup": "four pictures in one request: how many times as fast as diffusers",
+    "switch_lora_s": "switch to another LoRA in a tar on the local disk, s",
+    "switch_unet_s": "switch to another full UNet in a tar on the local disk, s",
+    "switch_base_s": "switch back to the base, s",
+    "setup_s": "from process start to the first picture on disk, s",
 }
 
 
 def training_table(results: dict[str, Any]) -> str:
-    """Markdown: every kind of run of `training.json`, then what sums it up."""
+    """A row for each kind of run in `training.json`, then a table of totals, in Markdown."""
     lines = [
-        "| | ms a step before the pivot | after | peak, GiB | share of the ceiling |",
+        "| | before the pivot, ms per step | after the pivot, ms per step | peak memory, GiB | share of the GPU's peak |",
         "|---|---|---|---|---|",
     ]
     for part, what in _TRAINED.items():
         runs: dict[str, list[dict[str, float]]] = {}
         for name, row in results["table"].get(part, {}).items():
-            runs.setdefault(name.removesuffix(", again"), []).append(row)
+            runs.setdefault(_RUNS.get(name, name).removesuffix(", again"), []).append(row)
         for name, rows in runs.items():
             shown = [_range([row[key] for row in rows if key in row]) for key in _MEASURED]
             share = _range(
@@ -56,38 +67,38 @@ def training_table(results: dict[str, Any]) -> str:
 
 
 def sampling_table(results: dict[str, Any], fp8: dict[str, Any], tiers: list[dict[str, Any]]) -> str:
-    """Markdown: calls of the UNet, then whole requests, those where parts take turns on the GPU last."""
+    """The UNet's calls, then whole requests, then requests with less GPU memory, in Markdown."""
     lines = [
-        "| | a guided picture, ms a step | four, ms a step | levels of 255 from eager's picture |",
+        "| | one picture, ms per step | four pictures, ms per step | mean difference from the eager picture, levels of 255 |",
         "|---|---|---|---|",
     ]
-    for name, found, whose in (
+    for name, measured, whose in (
         ("diffusers, eager", results, "eager"),
         ("`SDXL_SPEED=compiled`", results, "ours"),
         ("`SDXL_SPEED=fp8`", fp8, "ours"),
     ):
-        calls = found["calls"]
-        levels = found["picture_difference_levels"] if whose == "ours" else 0
+        calls = measured["calls"]
+        levels = measured["picture_difference_levels"] if whose == "ours" else 0
         lines.append(f"| {name} | {calls[f'{whose}_2_rows_ms']} | {calls[f'{whose}_8_rows_ms']} | {levels} |")
     slower = [
-        f"| one picture with `SDXL_MEMORY={tier['memory']}` ({tier['speed']}), s (GPU memory held, GiB) "
+        f"| one picture with `SDXL_MEMORY={tier['memory']}` ({tier['speed']}), s (peak GPU memory, GiB) "
         f"| {tier['request_s']:.3g} ({tier['peak_gib']:.3g}) |"
         for tier in tiers
     ]
     return "\n".join([*lines, "", _summary(results, _DRAWN), *slower])
 
 
-def tables(root: Path) -> list[str]:
-    """Both tables, from the results under `root`."""
+def blocks(root: Path) -> dict[str, str]:
+    """Name of a block in `PAGE` → its tables, from the results under `root`."""
     training, sampling, fp8, *tiers = (
         json.loads((root / RESULTS / f"{name}.json").read_text())
         for name in ("training", "sampling", "sampling-fp8", "sampling-12gb", "sampling-8gb")
     )
-    return [training_table(training), sampling_table(sampling, fp8, tiers)]
+    return {"training": training_table(training), "drawing": sampling_table(sampling, fp8, tiers)}
 
 
 def _range(values: list[float]) -> str:
-    """What runs of one kind measured, from the least to the most."""
+    """The smallest and the largest of the values, or one of them if they look the same."""
     texts = [f"{value:.0f}" if value >= 50 else f"{value:g}" for value in sorted(values)]
     if not texts:
         return "–"
@@ -95,11 +106,9 @@ def _range(values: list[float]) -> str:
 
 
 def _summary(results: dict[str, Any], names: dict[str, str]) -> str:
-    found = [
-        f"| {what} | {results[key]:.3g} |" for key, what in names.items() if results.get(key) is not None
-    ]
-    return "\n".join(["| | |", "|---|---|", *found])
+    rows = [f"| {what} | {results[key]:.3g} |" for key, what in names.items() if results.get(key) is not None]
+    return "\n".join(["| | |", "|---|---|", *rows])
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n\n".join(tables(Path())) + "\n")
+    sys.exit(main(PAGE, blocks(Path()), (__doc__ or "").splitlines()[0]))
