@@ -1,28 +1,264 @@
-"""The README says what the code does."""
+"""The README, docs/ and CONTRIBUTING say what the code does: tables, commands, links, names, and in plain sentences."""
+
+import ast
+import functools
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+import dataset_and_utils
+import train
+from predict import Predictor
+from preprocess import Preprocessor
+from sdxl.command_line import declared_inputs, run_command_line
 from tests.conftest import REPOSITORY
-from tools.inputs_table import table
-from tools.speed_tables import tables
+from tools import inputs_table, speed_tables
+from tools.page_blocks import with_blocks
 
-README = (REPOSITORY / "README.md").read_text()
+LONGEST_README = 150
+"""Lines: the README is one page."""
+LONGEST_SENTENCE = 30
+"""Words."""
+STILTED = (
+    "door",
+    "doors",
+    "embedded base",
+    "in the place of",
+    "parted by",
+    "whole number",
+    "gone through",
+    "beside it",
+)
+"""Words and turns that these pages once used and that readers stumble over."""
+ENTRY_POINTS: dict[str, Callable[..., Any]] = {
+    "train": train.train,
+    "predict": Predictor().run,
+    "preprocess": Preprocessor().run,
+}
+
+DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+READMES = [REPOSITORY / folder / "README.md" for folder in (".", "example_datasets", "tiny_world")]
+PAGES = [*READMES, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
+
+_FENCED = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+_CODE_SPAN = re.compile(r"`([^`]+)`")
+_LINK = re.compile(r"\[([^\]]*)\]\(([^)]+)\)")
 
 
-@pytest.mark.parametrize("component", ["TrainingInput", "Input"])
-def test_the_tables_of_inputs_are_those_of_the_declarations(component: str):
-    assert table(REPOSITORY, component) in README, "run `python -m tools.inputs_table` and paste its tables"
+def by_name(value: object) -> str:
+    return str(value.relative_to(REPOSITORY)) if isinstance(value, Path) else str(value)
 
 
-def test_the_tables_of_speed_are_those_of_the_results():
-    for speeds in tables(REPOSITORY):
-        assert speeds in README, "run `python -m tools.speed_tables` and paste its tables"
+def code(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language in a page."""
+    return [match[3] for match in _FENCED.finditer(page.read_text()) if match[2] == language]
 
 
-def test_commands_and_files_it_names_exist():
-    makefile = (REPOSITORY / "Makefile").read_text()
-    for target in ("demo", "test", "serve", "serve-train"):
-        assert f"make {target}" in README
-        assert f"\n{target}:" in makefile
-    for name in ("docs/demo.jpg", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "example_datasets/README.md"):
-        assert (REPOSITORY / name).is_file()
+def without_code(page: Path) -> str:
+    return re.sub(r"^    .*$", "", _FENCED.sub("", page.read_text()), flags=re.MULTILINE)
+
+
+COMMANDS = [
+    (page, line)
+    for page in PAGES
+    for block in code(page, "bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+@pytest.mark.parametrize("tool", [inputs_table, speed_tables], ids=["inputs_table", "speed_tables"])
+def test_generated_tables_are_up_to_date(tool: Any):
+    page = (REPOSITORY / tool.PAGE).read_text()
+    assert with_blocks(page, tool.blocks(REPOSITORY)) == page, f"run `python -m {tool.__name__} --write`"
+
+
+def test_a_page_without_its_block_is_refused():
+    with pytest.raises(ValueError, match="one"):
+        with_blocks("No block here.", {"one": "text"})
+
+
+def test_the_readme_is_one_page():
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= LONGEST_README
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=by_name)
+def test_commands_work(page: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Command lines of the entry points are parsed by the real parser; make targets and modules exist."""
+    words = shlex.split(line)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    match words:
+        case ["cog", ("train" | "predict") as name, *arguments]:
+            assert_accepted(name, arguments, tmp_path, monkeypatch)
+        case ["cog", "build", "-f", config]:
+            assert (REPOSITORY / config).is_file()
+        case ["python", "-m", module, *arguments]:
+            assert_module_takes(module, arguments)
+        case ["python", script, *arguments]:
+            assert_accepted(script.removesuffix(".py"), arguments, tmp_path, monkeypatch)
+        case ["torchrun", "--nproc-per-node", count, "train.py", *arguments] if count.isdecimal():
+            assert_accepted("train", arguments, tmp_path, monkeypatch)
+        case ["make", target]:
+            assert_target(target)
+        case ["curl", *_]:
+            assert_request(words[words.index("-d") + 1])
+        case _:
+            pytest.fail(f"{page.name} shows {words[0]}, which this test cannot check")
+
+
+def assert_accepted(name: str, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse the command line of an entry point, in a folder where the files that it names exist."""
+    monkeypatch.chdir(folder)
+    for argument in arguments:
+        _, at, path = argument.partition("=@")
+        if path.startswith("example_datasets/"):
+            assert (REPOSITORY / path).is_file()
+        if at:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).touch()
+    entry_point = ENTRY_POINTS[name]
+    given: dict[str, Any] = {}
+
+    @functools.wraps(entry_point)
+    def record(**inputs: Any) -> list[Path]:
+        given.update(inputs)
+        return []
+
+    assert run_command_line(record, description="", argv=arguments) == 0
+    assert given.keys() == declared_inputs(entry_point).keys()
+
+
+def assert_module_takes(module: str, arguments: list[str]) -> None:
+    file = REPOSITORY / (module.replace(".", "/") + ".py")
+    assert file.is_file()
+    sources = "".join(path.read_text() for path in file.parent.glob("*.py"))
+    for option in (argument for argument in arguments if argument.startswith("--")):
+        assert f'"{option}"' in sources
+
+
+@functools.cache
+def assert_target(target: str) -> None:
+    subprocess.run(["make", "--dry-run", target], cwd=REPOSITORY, check=True, capture_output=True)
+
+
+def assert_request(body: str) -> None:
+    """A request to the server for drawing has only declared inputs."""
+    assert json.loads(body)["input"].keys() <= declared_inputs(ENTRY_POINTS["predict"]).keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_code_blocks_are_valid(page: Path):
+    for block in code(page, "json"):
+        assert_request(block)
+    for block in code(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "dataset_and_utils":
+                assert all(hasattr(dataset_and_utils, alias.name) for alias in node.names)
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("replicate."):
+                name = "train" if "trainings" in ast.unparse(node.func) else "predict"
+                inputs = next(keyword.value for keyword in node.keywords if keyword.arg == "input")
+                assert isinstance(inputs, ast.Dict)
+                assert {ast.literal_eval(key) for key in inputs.keys if key} <= declared_inputs(
+                    ENTRY_POINTS[name]
+                ).keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_mentioned_targets_and_modules_exist(page: Path):
+    for span in _CODE_SPAN.findall(without_code(page)):
+        if target := re.match(r"(?:[A-Z_]+=\S+ )*make ([\w-]+)", span):
+            assert_target(target[1])
+        if module := re.match(r"python -m ((?:benchmarks|tools|tiny_world)\.\w+)", span):
+            assert_module_takes(module[1], span.split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Links and names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_links_lead_somewhere(page: Path):
+    for _, target in _LINK.findall(without_code(page)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=by_name)
+def test_named_files_exist(page: Path):
+    folders = "sdxl|tests|tools|benchmarks|docs|tiny_world|base_models|example_datasets"
+    for span in _CODE_SPAN.findall(without_code(page)):
+        if re.fullmatch(rf"(?:{folders})/[\w./-]*", span):
+            assert (REPOSITORY / span).exists(), f"{page.name} names {span}"
+
+
+def test_contributing_says_where_things_are():
+    """Each file in its table exists and contains the names of its row; each room has a line."""
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    section = page.split("## What you want to change")[1].split("\n## ")[0]
+    for row in re.findall(r"^\|.*\| (.*`.*) \|$", section, re.MULTILINE):
+        spans = _CODE_SPAN.findall(row)
+        files = [REPOSITORY / span for span in spans if span.endswith(".py")]
+        sources = "".join(file.read_text() for file in files)
+        for name in (span for span in spans if not span.endswith(".py")):
+            assert re.search(rf"\b{name}\b", sources), f"{name} is not in {row}"
+    folders = {f"sdxl/{path.parent.name}/" for path in (REPOSITORY / "sdxl").glob("*/__init__.py")}
+    modules = {f"sdxl/{path.name}" for path in (REPOSITORY / "sdxl").glob("*.py")} - {"sdxl/__init__.py"}
+    for room in folders | modules:
+        assert f"| `{room}` |" in page
+
+
+def test_the_readme_ends_with_every_file_and_folder():
+    tree = code(REPOSITORY / "README.md", "text")[-1]
+    named = {line.split()[0] for line in tree.splitlines()}
+    assert all((REPOSITORY / name).exists() for name in named)
+    files = {path.name for pattern in ("*.py", "cog*.yaml") for path in REPOSITORY.glob(pattern)}
+    packages = {f"{path.parent.name}/" for path in REPOSITORY.glob("[a-z]*/__init__.py")}
+    assert files | packages <= named
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain English
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_sentences_are_short_and_plain(page: Path):
+    for sentence in sentences(page):
+        assert len(sentence.split()) <= LONGEST_SENTENCE, sentence
+        for stilted in STILTED:
+            assert not re.search(rf"\b{stilted}\b", sentence.lower()), sentence
+
+
+def sentences(page: Path) -> list[str]:
+    """The sentences of a page's paragraphs and lists; not those in tables and code."""
+    text = re.sub(r"^(\||#|<!--).*$", "", without_code(page), flags=re.MULTILINE)
+    text = _CODE_SPAN.sub("code", text)
+    text = _LINK.sub(r"\1", text).replace("**", "")
+    paragraphs = re.split(r"\n\s*\n|\n\s*(?:-|\d+\.) ", text)
+    return [
+        part for paragraph in paragraphs for part in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split()))
+    ]
