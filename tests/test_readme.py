@@ -36,6 +36,8 @@ STILTED = (
     "beside it",
 )
 """Words and turns that these pages once used and that readers stumble over."""
+MESSAGES_OF_OTHERS = {"CUDA out of memory", "Failed to find C compiler"}
+"""Messages of PyTorch and Triton that docs/troubleshooting.md quotes."""
 ENTRY_POINTS: dict[str, Callable[..., Any]] = {
     "train": train.train,
     "predict": Predictor().run,
@@ -230,6 +232,25 @@ def test_contributing_says_where_things_are():
     modules = {f"sdxl/{path.name}" for path in (REPOSITORY / "sdxl").glob("*.py")} - {"sdxl/__init__.py"}
     for room in folders | modules:
         assert f"| `{room}` |" in page
+
+
+def test_troubleshooting_quotes_messages_of_the_code():
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
+    table = page.split("## The run stopped with a message")[1].split("\n## ")[0]
+    messages = [
+        span for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for span in _CODE_SPAN.findall(row)
+    ]
+    sources = [*(REPOSITORY / "sdxl").rglob("*.py"), *REPOSITORY.glob("*.py")]
+    texts = [
+        node.value
+        for source in sources
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert len(messages) > 10
+    for message in set(messages) - MESSAGES_OF_OTHERS:
+        for part in filter(None, (part.strip() for part in message.split("…"))):
+            assert any(part in text for text in texts), f"no message contains {part!r}"
 
 
 def test_the_readme_ends_with_every_file_and_folder():

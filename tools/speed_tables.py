@@ -56,7 +56,8 @@ def training_table(results: dict[str, Any]) -> str:
     for part, what in _TRAINED.items():
         runs: dict[str, list[dict[str, float]]] = {}
         for name, row in results["table"].get(part, {}).items():
-            runs.setdefault(_RUNS.get(name, name).removesuffix(", again"), []).append(row)
+            shown_as = _RUNS.get(name) or name.removesuffix(", again")
+            runs.setdefault(shown_as, []).append(row)
         for name, rows in runs.items():
             shown = [_range([row[key] for row in rows if key in row]) for key in _MEASURED]
             share = _range(
