@@ -54,7 +54,10 @@ _LINK = re.compile(r"\[([^\]]*)\]\(([^)]+)\)")
 
 
 def by_name(value: object) -> str:
-    return str(value.relative_to(REPOSITORY)) if isinstance(value, Path) else str(value)
+    """A page's path, or the beginning of a command, as the name of a test case."""
+    if isinstance(value, Path):
+        return str(value.relative_to(REPOSITORY))
+    return " ".join(str(value).split()[:3])
 
 
 def code(page: Path, language: str) -> list[str]:
