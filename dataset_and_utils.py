@@ -1,9 +1,9 @@
 """The contract on disk: token map, captions, token embeddings, cached examples.
 
-This file imports nothing else of this project: copied alone beside a plain diffusers pipeline it is enough to use a
-fine-tune. It knows how a fine-tune's tokens are named, written and read; it does not know how they are trained.
+Knows how the tokens of a fine-tune are named, written and read; does not know how they are trained. Imports nothing
+else of this project: copy this one file next to your script to use a fine-tune with a plain diffusers pipeline.
 
-torch and pandas are imported where they are used: inputs are checked and `--help` answers without waiting for them.
+torch and pandas are imported in the functions that need them, so that entry points check their inputs without them.
 """
 
 from __future__ import annotations
@@ -22,39 +22,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 POOLED_AT_EOS = {"pooled_at": "eos"}
-"""Metadata that marks embeddings trained with the pooled output taken at the end-of-text token."""
+"""Metadata of embeddings that were trained with the pooled output of the end-of-text token."""
 
 _TOKEN_MAP_ENTRY = re.compile(r"([A-Za-z_]+):([0-9]+)")
 
 
 class UserInputError(ValueError):
-    """An input, a file or a setting is wrong; the message is one sentence that names it and the remedy."""
+    """An input, a file or a setting is wrong. The message is one sentence that names it and the remedy."""
 
 
 class ContractError(UserInputError):
     """A token map, captions file or embeddings file is malformed."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token map
+# Token map --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Which words of a caption are new tokens, and how many embedding rows each one gets.
+    """The words of captions that are new tokens, and how many embedding rows each one has.
 
-    `TokenMap.parse("CLOCK_TOK:2,MT_TOK:3").placeholders` is `{"CLOCK_TOK": "<s0><s1>", "MT_TOK": "<s2><s3><s4>"}`:
-    the rows are numbered across all tokens, in order.
+    `TokenMap.parse("CLOCK_TOK:2,MT_TOK:3").placeholders` is `{"CLOCK_TOK": "<s0><s1>", "MT_TOK": "<s2><s3><s4>"}`.
+    The rows are numbered across all tokens.
     """
 
     placeholders: Mapping[str, str]
 
     @classmethod
     def parse(cls, text: str) -> TokenMap:
-        """Read `NAME:SIZE,NAME:SIZE`: names of letters and underscores, sizes of at least 1.
+        """Read `NAME:SIZE,NAME:SIZE`: names of letters and underscores, sizes from 1 to 64.
 
         Raises:
-            ContractError: malformed, a name twice, or a size of 0.
+            ContractError: malformed, a repeated name, or a size out of range.
         """
         placeholders: dict[str, str] = {}
         count = 0
@@ -62,7 +61,7 @@ class TokenMap:
             match = _TOKEN_MAP_ENTRY.fullmatch(entry)
             if match is None or not 1 <= (size := int(match[2])) <= 64:
                 raise ContractError(
-                    f"token_map {text!r} is wrong at {entry!r}: write NAME:SIZE with a name of letters and underscores "
+                    f"token_map {text!r} is wrong at {entry!r}: write NAME:SIZE, a name of letters and underscores "
                     'and a size from 1 to 64, such as "TOK:2" or "CLOCK_TOK:2,MT_TOK:3".'
                 )
             if match[1] in placeholders:
@@ -73,12 +72,13 @@ class TokenMap:
 
     @property
     def new_tokens(self) -> list[str]:
-        """The tokens to add to the tokenizers, one for each embedding row: `["<s0>", "<s1>", ...]`."""
+        """The placeholder tokens, one for each embedding row: `["<s0>", "<s1>", ...]`."""
         return re.findall(r"<s[0-9]+>", "".join(self.placeholders.values()))
 
     def parse_init(self, text: str) -> dict[str, str]:
-        """Read `NAME:word,NAME:word`, the known words that tokens start from; returns placeholder token → word, such as
-        `{"<s0>": "dog", "<s1>": "dog"}`.
+        """Read `NAME:word,NAME:word`: the word that each token's embedding rows start from.
+
+        Returns placeholder token → word, such as `{"<s0>": "dog", "<s1>": "dog"}`.
 
         Raises:
             ContractError: malformed, or a name that is not in the map.
@@ -95,13 +95,13 @@ class TokenMap:
         return words
 
     def substitute(self, text: str) -> str:
-        """Put the placeholders in for whole words of `text`; the case matters, and "stock" never holds TOK."""
+        """Replace each token in `text` by its placeholder tokens. Only whole words in the same case are tokens."""
         if not self.placeholders:
             return text
         return self._words().sub(lambda match: self.placeholders[match[0]], text)
 
     def named_in(self, text: str) -> bool:
-        """Whether `text` holds at least one token of the map as a whole word."""
+        """Whether `text` contains at least one token of the map as a whole word."""
         return bool(self.placeholders) and self._words().search(text) is not None
 
     def _words(self) -> re.Pattern[str]:
@@ -117,7 +117,7 @@ class TokenMap:
         """Read `special_params.json`.
 
         Raises:
-            ContractError: not a JSON object of words to `<s…>` placeholders.
+            ContractError: not a JSON object that maps words to placeholder tokens.
         """
         try:
             content = json.loads(path.read_text())
@@ -125,30 +125,34 @@ class TokenMap:
             raise ContractError(
                 f"{path.name} cannot be read as JSON: take it from a finished training."
             ) from error
-        entries = content.items() if isinstance(content, dict) else []
-        good = [
-            isinstance(value, str) and re.fullmatch(r"(<s[0-9]+>)+", value) and key for key, value in entries
-        ]
-        if not isinstance(content, dict) or not all(good):
-            raise ContractError(
-                f'{path.name} must look like {{"TOK": "<s0><s1>"}}: take it from a finished training.'
-            )
+        if not isinstance(content, dict) or not all(
+            word and isinstance(value, str) and re.fullmatch(r"(<s[0-9]+>)+", value)
+            for word, value in content.items()
+        ):
+            example = '{"TOK": "<s0><s1>"}'
+            raise ContractError(f"{path.name} must look like {example}: take it from a finished training.")
         return cls(content)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Captions
+# Captions ---------------------------------------------------------------------------------------------------
 
 _FILE_COLUMNS = ("image_file", "image_path", "file_name")
+"""Names of the column with the picture's file; the first one present is used."""
 
 
 def read_captions_csv(path: Path) -> dict[str, str]:
-    """Read a captions file: a column `image_file` (or `image_path`, `file_name`) and a column `caption`.
+    """Picture's file as written → caption, in the file's order; see `read_captions_table`."""
+    return {row["image_file"]: row["caption"] for row in read_captions_table(path)}
 
-    Returns image path as written → caption, in the file's order.
+
+def read_captions_table(path: Path) -> list[dict[str, str]]:
+    """Read a captions file: UTF-8 csv with a column `image_file` (or `image_path`, `file_name`) and a column `caption`.
+
+    Returns the rows as column → cell, all stripped of surrounding spaces. Each row has the keys `image_file` and
+    `caption`, whatever the first column's name in the file, and both cells are filled.
 
     Raises:
-        ContractError: unreadable, columns missing, an empty cell, or an image named twice.
+        ContractError: unreadable, a missing column, an empty cell, or a picture with two rows.
     """
     import pandas as pd
 
@@ -158,49 +162,44 @@ def read_captions_csv(path: Path) -> dict[str, str]:
         )
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
         raise ContractError(f"{path.name} cannot be read as csv: save it as UTF-8 with commas.") from error
-    table.columns = [str(column).strip() for column in table.columns]
-    file_column = next((name for name in _FILE_COLUMNS if name in table.columns), None)
-    if file_column is None or "caption" not in table.columns:
-        raise ContractError(
-            f"{path.name} needs the columns image_file and caption, but has {', '.join(table.columns)}."
-        )
-    captions: dict[str, str] = {}
-    images, texts = table[file_column].str.strip(), table["caption"].str.strip()
-    for row, (image, caption) in enumerate(zip(images, texts, strict=True), start=2):
-        if not image or not caption:
-            raise ContractError(
-                f"Line {row} of {path.name} has an empty cell: give it an image file and a caption."
-            )
-        if image in captions:
-            raise ContractError(
-                f"Line {row} of {path.name} names {image} a second time: keep one line an image."
-            )
-        captions[image] = caption
-    return captions
+    columns = [str(column).strip() for column in table.columns]
+    file_column = next((name for name in _FILE_COLUMNS if name in columns), None)
+    if file_column is None or "caption" not in columns:
+        has = ", ".join(columns)
+        raise ContractError(f"{path.name} needs the columns image_file and caption, but has {has}.")
+
+    rows: dict[str, dict[str, str]] = {}
+    for line, cells in enumerate(table.itertuples(index=False, name=None), start=2):
+        row = {column: cell.strip() for column, cell in zip(columns, cells, strict=True)}
+        image = row["image_file"] = row[file_column]
+        if not image or not row["caption"]:
+            raise ContractError(f"Line {line} of {path.name} has no image file or no caption: fill in both.")
+        if image in rows:
+            raise ContractError(f"Line {line} of {path.name} names {image} again: keep one line an image.")
+        rows[image] = row
+    return list(rows.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token embeddings
+# Token embeddings -------------------------------------------------------------------------------------------
 
 
 def pool_at_eos(text_encoder: torch.nn.Module, eos_token_id: int) -> None:
-    """Make a CLIP text model take its pooled output at the first `eos_token_id`.
+    """Make a CLIP text model take its pooled output from the first `eos_token_id`.
 
-    SDXL's published second encoder has `eos_token_id` 2 in its configuration, for which transformers pools at the
-    *highest* id of a sequence: the end of text as long as no token is added, and the added token from then on, with
-    all that follows it lost. The id is copied into the module when it is built, so both places are set.
+    SDXL's published second encoder has `eos_token_id` 2, for which transformers pools at the *highest* id of a
+    sequence. That is the end of text until a token is added; then it is the added token, and all text after it is
+    lost. The id is in the configuration and in the module built from it, so set both.
     """
     for module in text_encoder.modules():
         if isinstance(getattr(module, "eos_token_id", None), int):
             module.eos_token_id = eos_token_id  # type: ignore[assignment]
-    for config in {
-        id(c): c for m in text_encoder.modules() if (c := getattr(m, "config", None)) is not None
-    }.values():
-        config.eos_token_id = eos_token_id
+        config = getattr(module, "config", None)
+        if config is not None:
+            config.eos_token_id = eos_token_id  # type: ignore[union-attr]
 
 
 def write_embeddings(path: str | os.PathLike[str], rows: Sequence[Tensor]) -> None:
-    """Write `embeddings.pti`: `rows[i]` [tokens, dim_i] of text encoder i, marked as pooled at the end of text."""
+    """Write `embeddings.pti`: `rows[i]` [tokens, dim_i] belongs to text encoder i and is pooled at the end of text."""
     from safetensors.torch import save_file
 
     tensors = {f"text_encoders_{index}": row.detach().cpu().contiguous() for index, row in enumerate(rows)}
@@ -208,10 +207,10 @@ def write_embeddings(path: str | os.PathLike[str], rows: Sequence[Tensor]) -> No
 
 
 def read_embeddings(path: str | os.PathLike[str]) -> tuple[list[Tensor], bool]:
-    """Read `embeddings.pti`: the rows [tokens, dim_i] of each text encoder, and whether they are pooled at the EOS.
+    """Read `embeddings.pti`: the rows [tokens, dim_i] of each text encoder, and whether to pool at the end of text.
 
     Raises:
-        ContractError: no such file, not safetensors, or not embeddings of one number of tokens.
+        ContractError: no such file, not safetensors, or not as many tokens for each text encoder.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -222,9 +221,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> tuple[list[Tensor], bool]:
     except (OSError, SafetensorError) as error:
         raise ContractError(f"{path} holds no token embeddings: take it from a finished training.") from error
     if not rows or any(row.ndim != 2 or len(row) != len(rows[0]) or len(row) == 0 for row in rows):
-        raise ContractError(
-            f"{path} must hold one [tokens, dim] tensor a text encoder, all of the same length."
-        )
+        raise ContractError(f"{path} must hold one [tokens, dim] tensor for each encoder, of equal lengths.")
     return rows, at_eos
 
 
@@ -238,17 +235,15 @@ class TokenEmbeddingsHandler:
 
     def __init__(self, text_encoders: Sequence[PreTrainedModel], tokenizers: Sequence) -> None:
         if len(text_encoders) != len(tokenizers):
-            raise ValueError(
-                f"{len(text_encoders)} text encoders need as many tokenizers, not {len(tokenizers)}."
-            )
+            raise ValueError(f"Got {len(text_encoders)} text encoders but {len(tokenizers)} tokenizers.")
         self.text_encoders = list(text_encoders)
         self.tokenizers = list(tokenizers)
 
     def load_embeddings(self, file_path: str | os.PathLike[str]) -> None:
         """Read `embeddings.pti`, add its tokens and set their rows, in each encoder's dtype and on its device.
 
-        Files marked as pooled at the end of text switch the encoders to that; unmarked ones (of the trainer of
-        2023–24) were trained with the pooled output at the highest id and leave the encoders as they are.
+        Encoders then pool at the end of text if the file says so. Files of the trainer of 2023–24 do not: they were
+        trained with the pooled output of the highest id, and the encoders keep their pooling.
 
         Raises:
             ContractError: the file is malformed, or made for other text encoders.
@@ -259,8 +254,8 @@ class TokenEmbeddingsHandler:
         widths = [_table(encoder).weight.shape[1] for encoder in self.text_encoders]
         if widths != [row.shape[1] for row in rows]:
             raise ContractError(
-                f"{file_path} was made for text encoders of widths {[row.shape[1] for row in rows]}, these have "
-                f"{widths}: load it into the base model it was trained on."
+                f"{file_path} was made for text encoders of widths {[row.shape[1] for row in rows]}, but these have "
+                f"{widths}: load it into the base that it was trained on."
             )
         tokens = [f"<s{index}>" for index in range(len(rows[0]))]
         for encoder, tokenizer, row in zip(self.text_encoders, self.tokenizers, rows, strict=True):
@@ -275,24 +270,18 @@ class TokenEmbeddingsHandler:
                 pool_at_eos(encoder, eos_id(tokenizer))
 
     def save_embeddings(self, file_path: str | os.PathLike[str]) -> None:
-        """Write the rows of the tokens `<s0>`, `<s1>`, … that the tokenizers hold to `embeddings.pti`."""
+        """Write `embeddings.pti`: the rows of all tokens `<s0>`, `<s1>`, … in the tokenizers."""
         rows = []
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
-            vocabulary = tokenizer.get_vocab()
-            count = 0
-            while f"<s{count}>" in vocabulary:
-                count += 1
-            ids = [vocabulary[f"<s{index}>"] for index in range(count)]
+            vocabulary, ids = tokenizer.get_vocab(), []
+            while (token := f"<s{len(ids)}>") in vocabulary:
+                ids.append(vocabulary[token])
             rows.append(_table(encoder).weight[ids])
         write_embeddings(file_path, rows)
 
 
 def _table(encoder: PreTrainedModel) -> torch.nn.Embedding:
-    import torch
-
-    table = encoder.get_input_embeddings()
-    assert isinstance(table, torch.nn.Embedding)
-    return table
+    return encoder.get_input_embeddings()  # type: ignore[return-value]
 
 
 def eos_id(tokenizer) -> int:
@@ -301,30 +290,29 @@ def eos_id(tokenizer) -> int:
 
 
 def add_tokens(tokenizer, tokens: Sequence[str]) -> list[int]:
-    """Add `tokens` to a tokenizer as words that are never split, and return their ids; known ones keep theirs."""
+    """Add `tokens` to a tokenizer as words that it never splits, and return their ids. Existing tokens keep their ids."""
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     return tokenizer.convert_tokens_to_ids(list(tokens))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cached examples
+# Cached examples --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One picture, ready for training: no image decoding or tokenising is left to do."""
+    """One picture, encoded for training."""
 
     latents: Tensor
     """Scaled latents [4, h, w], h and w in latent pixels."""
     mask: Tensor
     """Weight of each latent pixel in the loss, [1, h, w], 0 to 1."""
     token_ids: tuple[Tensor, Tensor]
-    """Ids of the caption for each text encoder, [77] each, placeholders put in."""
+    """Ids of the caption, with its placeholder tokens, for each text encoder: [77] each."""
     time_ids: Tensor
     """SDXL's size conditioning [6]: original height and width, crop top and left, target height and width, in pixels."""
 
     def take(self, rows: Tensor) -> Example:
-        """Of stacked examples, those at `rows` [B], an integer tensor on their device."""
+        """Select the examples at `rows` [B], an integer tensor on their device, from stacked examples."""
         return Example(
             latents=self.latents[rows],
             mask=self.mask[rows],
@@ -334,7 +322,7 @@ class Example:
 
 
 class ExampleDataset:
-    """Cached examples, as torch's data loaders take them; `collate` stacks those of one shape along a leading batch axis."""
+    """Cached examples, in the form that torch's data loaders take."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)
@@ -346,16 +334,16 @@ class ExampleDataset:
         return self.examples[index]
 
     def collate(self, indices: Sequence[int]) -> Example:
-        """Stack the examples at `indices` (B of them): latents [B, 4, h, w], mask [B, 1, h, w], ids 2×[B, 77], …."""
+        """Stack the B examples at `indices`, all of one shape: latents [B, 4, h, w], mask [B, 1, h, w], ids 2×[B, 77]."""
         import torch
 
         chosen = [self.examples[index] for index in indices]
+        first, second = (
+            torch.stack([example.token_ids[encoder] for example in chosen]) for encoder in (0, 1)
+        )
         return Example(
             latents=torch.stack([example.latents for example in chosen]),
             mask=torch.stack([example.mask for example in chosen]),
-            token_ids=(
-                torch.stack([example.token_ids[0] for example in chosen]),
-                torch.stack([example.token_ids[1] for example in chosen]),
-            ),
+            token_ids=(first, second),
             time_ids=torch.stack([example.time_ids for example in chosen]),
         )

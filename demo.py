@@ -14,7 +14,7 @@ from PIL import Image
 
 from sdxl import settings
 from sdxl.data.contact_sheet import Row, contact_sheet
-from sdxl.data.framing import IMAGE_SUFFIXES, read_image
+from sdxl.data.decoding import IMAGE_SUFFIXES, read_image
 from sdxl.files import hub
 from sdxl.files.archives import unpack
 from sdxl.model import fine_tune_files

@@ -20,7 +20,7 @@ from PIL import Image
 
 from sdxl import settings
 from sdxl.command_line import run_command_line
-from sdxl.data.framing import read_image
+from sdxl.data.decoding import read_image
 from sdxl.errors import UserInputError, WithheldError
 from sdxl.files import hub
 from sdxl.files.fetching import fetch

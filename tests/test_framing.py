@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl.data.framing import Salience, buckets, crop_box, cut, nearest_bucket, place_crop, read_image
+from sdxl.data.decoding import read_image
+from sdxl.data.framing import Salience, buckets, crop_box, cut, nearest_bucket, place_crop
 from tiny_world.parts import pad
 from tiny_world.raster import mask_box, render
 from tiny_world.subjects import random_shot, shot_parts, subject

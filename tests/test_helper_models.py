@@ -1,4 +1,4 @@
-"""The captioner, the segmenter and the upscaler: the real classes with small weights; the faces: the real weights."""
+"""The captioner, segmenter and upscaler, as real classes with small weights; the face detector with its real weights."""
 
 from pathlib import Path
 
@@ -7,10 +7,13 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from sdxl.data.captioning import captioner, join_caption, tokens_in
-from sdxl.data.faces import find_faces
-from sdxl.data.masking import face_salience, segmenter, split_prompts
-from sdxl.data.upscaling import TILE, upscaler
+from sdxl.data.caption_text import join_caption, tokens_in
+from sdxl.data.captioner import captioner
+from sdxl.data.config import split_prompts
+from sdxl.data.face_detector import find_faces
+from sdxl.data.face_masks import face_salience
+from sdxl.data.segmenter import segmenter
+from sdxl.data.upscaler import TILE, upscaler
 from sdxl.errors import DownloadError, UserInputError, WeightsError
 from sdxl.files.hub import CAPTIONER, UPSCALER, helper_folder
 from tests.tiny_helpers import write_captioner, write_segmenter
@@ -39,17 +42,19 @@ def test_enlarging_keeps_places(
         step: np.abs(large[step : step + 300, step : step + 900] - shifted[:300, :900]).mean()
         for step in (0, 2, 3, 4, 5, 6, 8)
     }
-    assert min(differences, key=differences.__getitem__) == 4  # one pixel of the input is four of the output
+    assert (
+        min(differences, key=differences.__getitem__) == 4
+    )  # one pixel of the input becomes four of the output
     assert differences[4] < 0.5
 
-    # no seam between tiles, and no frame: steps from column to column are like those of plain interpolation
+    # No seams between tiles and no frame: columns differ as much as those of plain interpolation.
     plain = values(small.resize((1000, 400), Image.Resampling.BICUBIC))
     steps, expected = (np.abs(np.diff(picture, axis=1)).mean((0, 2)) for picture in (large, plain))
     assert (steps < 2 * expected + 3).all()
     assert np.corrcoef(large.ravel(), plain.ravel())[0, 1] > 0.9
 
 
-def test_a_caption_goes_on_from_its_beginning(astronaut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_caption_continues_its_prefix(astronaut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SDXL_CAPTIONER", str(write_captioner(tmp_path / "blip")))
     with captioner() as model:
         caption = model.caption(astronaut, "a photo of TOK,")
@@ -73,7 +78,7 @@ def test_joining_captions(written: str, expected: str):
     assert join_caption("a photo of TOK", written) == expected
 
 
-def test_names_and_accents_in_what_captions_begin_with():
+def test_names_and_accents_in_prefixes():
     assert join_caption("a photo of Zeke", "a photo of zeke zeke on a sofa") == "a photo of Zeke on a sofa"
     begun = "a photo of TOK in a café"
     assert join_caption(begun, "a photo of tok in a cafe with people") == f"{begun} with people"
@@ -93,7 +98,7 @@ def test_masks_of_things(astronaut: Image.Image, tmp_path: Path, monkeypatch: py
         )
         hard, soft = (model.mask(astronaut, ["a dog"], temperature) for temperature in (0.5, 5.0))
         model.model.decoder.transposed_convolution.bias.data.fill_(float("nan"))
-        with pytest.raises(WeightsError, match="numbers that are none"):
+        with pytest.raises(WeightsError, match="the segmenter returns infinite or undefined numbers"):
             model.mask(astronaut, ["a dog"], 1.0)
         model.model.decoder.transposed_convolution.bias.data.fill_(-100.0)
         assert model.mask(astronaut, ["a dog"], 1.0) is None
@@ -108,7 +113,7 @@ def test_masks_of_things(astronaut: Image.Image, tmp_path: Path, monkeypatch: py
     assert soft.std() < one.std()
 
 
-def test_prompts_are_parted_by_commas():
+def test_prompts_are_separated_by_commas():
     assert split_prompts("a dog, a red ball,") == ["a dog", "a red ball"]
     assert split_prompts(None) == split_prompts("") == []
     with pytest.raises(UserInputError, match="must name something"):
@@ -124,7 +129,7 @@ def overlap(one, two) -> float:
 
 
 FACE = (178, 72, 270, 182)
-"""Of the astronaut, drawn by hand from ear to ear and from the hair line to the chin."""
+"""The astronaut's face, marked by hand from ear to ear and from the hairline to the chin."""
 
 
 def test_a_face_is_found_on_a_photograph(astronaut: Image.Image):
@@ -139,9 +144,9 @@ def test_all_faces_are_found(astronaut: Image.Image):
     pair.paste(astronaut.crop((80, 0, 400, 320)), (0, 0))
     pair.paste(astronaut.crop((80, 0, 400, 320)).resize((240, 240)), (430, 40))
     assert len(find_faces(pair)) == 2
-    salience, heights = face_salience(pair, 1.0)
+    salience = face_salience(pair, 1.0)
     assert salience is not None
-    assert len(salience.keep) == len(heights) == 2
+    assert len(salience.keep) == len(salience.face_heights) == 2
     mask = salience.mask
     assert mask.shape == (117, 256)
     assert mask[127 * 256 // 700, 144 * 256 // 700] > 0.9
@@ -152,10 +157,10 @@ def test_all_faces_are_found(astronaut: Image.Image):
 def test_cats_cups_and_coins_are_no_faces(name: str):
     picture = Image.fromarray(getattr(data, name)())
     assert find_faces(picture) == []
-    assert face_salience(picture, 1.0) == (None, [])
+    assert face_salience(picture, 1.0) is None
 
 
-def test_missing_and_wrong_models_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_and_damaged_models_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(DownloadError, match="set SDXL_UPSCALER"):
         helper_folder(UPSCALER)
     monkeypatch.setenv("SDXL_UPSCALER", str(tmp_path))
@@ -173,8 +178,8 @@ def test_missing_and_wrong_models_are_told(tmp_path: Path, monkeypatch: pytest.M
         pass
 
 
-def test_an_interrupted_download_is_not_taken_for_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The hub's cache gives whatever it has of a snapshot when it may not ask the network."""
+def test_an_interrupted_download_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Offline, the hub's library returns a snapshot even if files of it are missing."""
     snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()

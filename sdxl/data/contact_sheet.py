@@ -1,4 +1,7 @@
-"""Pictures laid out in labelled rows, for people who would rather look than read."""
+"""Contact sheets: pictures in labelled rows on one page.
+
+Knows pictures, masks and captions; does not know what a sheet is for.
+"""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -6,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from sdxl.data.dataset_folder import mask_file
 
 _MARGIN = 12
 _INK = (32, 32, 40)
@@ -19,16 +24,16 @@ class Row:
     """Written above the row."""
     pictures: Sequence[Image.Image]
     captions: Sequence[str] = ()
-    """Written under the pictures, one each; none at all is fine too."""
+    """Written under the pictures, one each; empty for none."""
 
 
 def contact_sheet(rows: Sequence[Row], *, side: int = 256) -> Image.Image:
     """Lay out `rows` of pictures, each scaled to fit `side`×`side` pixels, on white."""
     title_font, caption_font = ImageFont.load_default(size=20), ImageFont.load_default(size=14)
-    line = 18
+    line_height = 18
     wrapped = [[textwrap.wrap(caption, side // 7) for caption in row.captions] for row in rows]
     heights = [
-        34 + side + line * max((len(lines) for lines in captions), default=0) + _MARGIN
+        34 + side + line_height * max((len(lines) for lines in captions), default=0) + _MARGIN
         for captions in wrapped
     ]
     columns = max(len(row.pictures) for row in rows)
@@ -43,13 +48,13 @@ def contact_sheet(rows: Sequence[Row], *, side: int = 256) -> Image.Image:
             shown.thumbnail((side, side), Image.Resampling.LANCZOS)
             sheet.paste(shown, (left, top + 30))
             for index, text in enumerate(captions[column] if column < len(captions) else []):
-                draw.text((left, top + 34 + side + index * line), text, font=caption_font, fill=_INK)
+                draw.text((left, top + 34 + side + index * line_height), text, font=caption_font, fill=_INK)
         top += height
     return sheet
 
 
 def masked(picture: Image.Image, mask: Image.Image | None) -> Image.Image:
-    """`picture` with what its mask (grey, of its size) leaves out in faded red; unchanged without a mask."""
+    """Fade `picture` to red where its mask, grey and of its size, is black; without a mask return it unchanged."""
     if mask is None:
         return picture
     faded = Image.blend(picture.convert("RGB"), Image.new("RGB", picture.size, (200, 30, 50)), 0.65)
@@ -59,20 +64,23 @@ def masked(picture: Image.Image, mask: Image.Image | None) -> Image.Image:
 def dataset_sheet(
     folder: Path, captions: Mapping[str, str], *, columns: int = 4, limit: int = 40
 ) -> Image.Image:
-    """The first `limit` pictures of a dataset folder (image file → caption), their masks laid over, captions below."""
+    """The first `limit` pictures of a dataset folder with their masks and captions.
+
+    captions: picture's file name → caption.
+    """
     thumbnails = []
     for name in list(captions)[:limit]:
-        mask_path = folder / name.replace(".src.png", ".mask.png")
         with Image.open(folder / name) as opened:
             picture = opened.convert("RGB")
         picture.thumbnail((256, 256), Image.Resampling.LANCZOS)
         mask = None
-        if mask_path.is_file():
-            with Image.open(mask_path) as opened:
+        if mask_file(folder / name).is_file():
+            with Image.open(mask_file(folder / name)) as opened:
                 mask = opened.convert("L").resize(picture.size, Image.Resampling.BOX)
         thumbnails.append((f"{name}: {captions[name]}", masked(picture, mask)))
+
     title = f"{len(captions)} pictures" if len(captions) > 1 else "1 picture"
-    if any(folder.glob("*.mask.png")):
+    if any(mask_file(folder / name).is_file() for name in captions):
         title += "; red: outside the mask, not learned"
     if len(captions) > limit:
         title = f"The first {limit} of {title}"

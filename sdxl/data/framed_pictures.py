@@ -1,6 +1,6 @@
-"""Pictures at their size: each is cut and resized, its mask with it, measured, and written into the dataset folder.
+"""Resize and crop every picture and its mask, and write them into the dataset folder.
 
-Knows files of pictures and masks; does not know captions, models or settings' names.
+Knows files of pictures and masks; does not know captions or models.
 """
 
 import logging
@@ -16,8 +16,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdxl.data.advice import Facts, fingerprint, sharpness, thumbnail
-from sdxl.data.captioning import caption_tables
-from sdxl.data.dataset_folder import Source, read_framings
+from sdxl.data.caption_files import caption_tables
+from sdxl.data.config import PreprocessConfig
+from sdxl.data.dataset_folder import (
+    FramingNumbers,
+    is_picture_file,
+    mask_file,
+    picture_file,
+    read_framings,
+)
+from sdxl.data.decoding import read_image, read_mask
 from sdxl.data.framing import (
     Framing,
     Salience,
@@ -27,212 +35,192 @@ from sdxl.data.framing import (
     cut,
     nearest_bucket,
     place_crop,
-    read_image,
 )
+from sdxl.data.source_folder import Source
 from sdxl.errors import DatasetError
 
 log = logging.getLogger(__name__)
 
 PNG_LEVEL = 3
-"""Compression of what is written: twice as fast as the default 6 for a few percent more bytes."""
+"""Compression of the written files: twice as fast as the default 6, for a few percent more bytes."""
 _BLACK = 2
-"""Brightest value, of 255, of a mask that shows nothing."""
+"""A mask without any value above this, of 255, is black."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """One picture of the dataset folder, and where it came from."""
+class FramedPicture:
+    """A picture in the dataset folder, and where it came from."""
 
-    file_name: str
+    file: Path
     """`N.src.png`."""
     source: Path
-    cut: Framing
-    """What was done to the file."""
+    """The file it was made from."""
+    crop: Framing
+    """How `source` was resized and cropped."""
     framing: Framing
-    """What was ever done to the picture: that of `cut`, unless the file was a prepared one already."""
+    """How the original was. Differs from `crop` if `source` itself came from a dataset folder."""
     facts: Facts
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Known:
+class _SourcePicture:
     """What is known of a picture before it is opened."""
 
-    image: Path
+    file: Path
     name: str
-    """What it is called in what is said of it."""
+    """Its path in the archive, for messages."""
     mask: Path | None
-    """The mask that it brings."""
-    earlier: tuple[int, ...] | None
-    """The numbers of a prepared picture: original height and width, crop top and left."""
-    looked_for: bool
-    """Whether what matters was looked for, so that it gets a mask."""
+    """The mask file that came with it."""
+    earlier: FramingNumbers | None
+    """The framing columns of captions.csv, if the picture came from a dataset folder."""
+    searched: bool
+    """Whether a model searched for what matters. If it found nothing, the mask shows the whole picture."""
     salience: Salience | None
-    """What was found."""
-    face_heights: list[float]
-    """In shares of the picture."""
+    """What the model found."""
 
 
 def frame_all(
-    files: Source,
-    salience: Mapping[Path, tuple[Salience | None, list[float]]],
-    folder: Path,
-    *,
-    side: int,
-    bucketing: bool,
-    around_salience: bool,
-) -> list[Prepared]:
-    """Write every picture, and its mask if there are masks, at its size into `folder`.
+    files: Source, salience: Mapping[Path, Salience | None], folder: Path, config: PreprocessConfig
+) -> list[FramedPicture]:
+    """Write every picture, and its mask if it has one, into `folder`.
 
-    salience: of pictures where what matters was looked for: what was found, and faces' heights.
-    side: of the square that pictures are cut to; with `bucketing` they are cut to the nearest of `buckets(side)`.
-    around_salience: cut around what matters, not around the centre; faces are kept whole anyway.
+    salience: the pictures that a model searched → what it found.
 
     Raises:
-        DatasetError: a picture or mask cannot be read, a mask is black or of another size than its picture.
+        DatasetError: a picture or mask cannot be read, or a mask is black or differs in size from its picture.
     """
-    framings = {}
-    for table in caption_tables(files.others)[:1]:
-        framings = read_framings(table)
+    tables = caption_tables(files)
+    earlier = read_framings(tables[0]) if tables else {}
 
-    def frame(numbered: tuple[int, Path]) -> Prepared:
+    def frame(numbered: tuple[int, Path]) -> FramedPicture:
         index, image = numbered
-        found, heights = salience.get(image, (None, []))
-        known = _Known(
-            image=image,
+        picture = _SourcePicture(
+            file=image,
             name=str(image.relative_to(files.root)),
             mask=files.masks.get(image),
-            earlier=framings.get(image.name) if image.name.endswith(".src.png") else None,
-            looked_for=image in salience,
-            salience=found,
-            face_heights=heights,
+            earlier=earlier.get(image.name) if is_picture_file(image) else None,
+            searched=image in salience,
+            salience=salience.get(image),
         )
-        return _frame(known, folder / f"{index}.src.png", side, bucketing, around_salience)
+        return _frame(picture, picture_file(folder, index), config)
 
-    pool = ThreadPoolExecutor(
-        max_workers=min(8, os.cpu_count() or 1)
-    )  # Pillow lets others run while it computes
+    # Threads suffice: Pillow releases the GIL while it decodes and resizes.
+    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
     try:
         results = pool.map(frame, enumerate(files.images))
         return list(tqdm(results, total=len(files.images), desc="Preparing pictures", unit="picture"))
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error or a cancel no further picture is begun
+        pool.shutdown(cancel_futures=True)  # after an error, do not start any further picture
 
 
-def _frame(known: _Known, src: Path, side: int, bucketing: bool, around_salience: bool) -> Prepared:
-    largest = max(max(bucket) for bucket in buckets(side)) if bucketing else side
-    picture, size = read_image(known.image, at_least=(largest, largest))
-    grey, salience = _own_mask(known, size), known.salience
-    if grey is not None:
-        small = grey.reduce(max(1, min(grey.size) // 256))
+def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> FramedPicture:
+    """Resize and crop one picture and its mask, and write both."""
+    side = config.target_size
+    longest = max(max(size) for size in buckets(side)) if config.bucketing else side
+    image, size = read_image(source.file, at_least=(longest, longest))
+
+    # A mask that came with the picture takes precedence over what a model found.
+    mask, salience = None, source.salience
+    if source.mask is not None:
+        mask = _read_own_mask(source, size)
+        small = mask.reduce(max(1, min(mask.size) // 256))
         salience = Salience(mask=np.asarray(small, dtype=np.float32) / 255)
-    elif known.looked_for:
-        grey = _drawn(salience)
-    if known.earlier is not None and size in [(side, side), *buckets(side)]:
-        return _as_it_is(known, src, picture, grey, size)
+    elif source.searched:
+        mask = _drawn(salience)
 
-    target = nearest_bucket(size, side) if bucketing else (side, side)
-    centred = salience is None or not (around_salience or salience.keep)
-    here = place_crop(size, target, None if centred else salience)
-    if grey is not None:
-        shown = _cut_mask(grey, here)
-        if shown.getextrema()[1] <= _BLACK:  # type: ignore[operator]
-            log.warning("Of what matters in %s nothing is in its middle: it is cut around that.", known.name)
-            here = place_crop(size, target, salience)
-            shown = _cut_mask(grey, here)
-        shown.save(_mask_of(src), compress_level=PNG_LEVEL)
-    framed = cut(picture, here)
-    framed.save(src, compress_level=PNG_LEVEL)
-    whole = here if known.earlier is None else _after(known.earlier, here)
-    return _prepared(src, known, framed, here, whole)
+    # A picture of a dataset folder that already has a wanted size stays as it is.
+    earlier = None
+    if source.earlier is not None:
+        height, width, top, left = source.earlier
+        earlier = Framing(original_size=(height, width), crop_top_left=(top, left), target_size=size)
+        if size in [(side, side), *buckets(side)]:
+            return _copy(source, target, image, mask, earlier)
 
+    target_size = nearest_bucket(size, side) if config.bucketing else (side, side)
+    # Detected faces are kept whole even if the crop is otherwise centred.
+    follows = salience is not None and (config.crop_based_on_salience or salience.keep)
+    crop = place_crop(size, target_size, salience if follows else None)
+    if mask is not None:
+        cropped_mask = _crop_mask(mask, crop)
+        if _brightest(cropped_mask) <= _BLACK:
+            log.warning("The centre of %s shows nothing of its mask: cropped around the mask.", source.name)
+            crop = place_crop(size, target_size, salience)
+            cropped_mask = _crop_mask(mask, crop)
+        cropped_mask.save(mask_file(target), compress_level=PNG_LEVEL)
+    framed = cut(image, crop)
+    framed.save(target, compress_level=PNG_LEVEL)
 
-def _as_it_is(
-    known: _Known, src: Path, picture: Image.Image, grey: Image.Image | None, size: Size
-) -> Prepared:
-    """A prepared picture of a size that fits is copied byte by byte, and so is its mask."""
-    assert known.earlier is not None
-    height, width, top, left = known.earlier
-    framing = Framing(original_size=(height, width), crop_top_left=(top, left), target_size=size)
-    done = Framing(original_size=size, crop_top_left=(0, 0), target_size=size)
-    shutil.copyfile(known.image, src)
-    if known.mask is not None and known.mask.suffix == ".png":
-        shutil.copyfile(known.mask, _mask_of(src))
-    elif grey is not None:
-        _cut_mask(grey, done).save(_mask_of(src), compress_level=PNG_LEVEL)
-    return _prepared(src, known, picture, done, framing)
+    framing = earlier.followed_by(crop) if earlier is not None else crop
+    facts = _measure(framed, framing, source)
+    return FramedPicture(file=target, source=source.file, crop=crop, framing=framing, facts=facts)
 
 
-def _mask_of(src: Path) -> Path:
-    return src.with_name(src.name.replace(".src.png", ".mask.png"))
+def _copy(
+    source: _SourcePicture, target: Path, image: Image.Image, mask: Image.Image | None, framing: Framing
+) -> FramedPicture:
+    """Copy a picture of a dataset folder byte by byte, and its mask too if it came as png."""
+    size = framing.target_size
+    unchanged = Framing(original_size=size, crop_top_left=(0, 0), target_size=size)
+    shutil.copyfile(source.file, target)
+    if source.mask is not None and source.mask.suffix == ".png":
+        shutil.copyfile(source.mask, mask_file(target))
+    elif mask is not None:
+        _crop_mask(mask, unchanged).save(mask_file(target), compress_level=PNG_LEVEL)
+    facts = _measure(image, framing, source)
+    return FramedPicture(file=target, source=source.file, crop=unchanged, framing=framing, facts=facts)
 
 
-def _own_mask(known: _Known, size: Size) -> Image.Image | None:
-    """The mask that a picture of `size` brings, in grey."""
-    if known.mask is None:
-        return None
-    drawn, mask_size = read_image(known.mask, ground="black")
+def _read_own_mask(source: _SourcePicture, size: Size) -> Image.Image:
+    """The mask, in grey, that came with a picture of `size`."""
+    assert source.mask is not None
+    mask, mask_size = read_mask(source.mask)
     if mask_size != size:
         raise DatasetError(
-            f"{known.mask.name} is {mask_size[1]}×{mask_size[0]}, but {known.image.name} is {size[1]}×{size[0]}: "
-            "give both one size."
+            f"{source.mask.name} is {mask_size[1]}×{mask_size[0]}, but {source.file.name} is {size[1]}×{size[0]}: "
+            "give both the same size."
         )
-    grey = drawn.convert("L")
-    if (brightest := grey.getextrema()[1]) <= _BLACK:  # type: ignore[operator]
+    if (brightest := _brightest(mask)) <= _BLACK:
         raise DatasetError(
-            f"{known.mask.name} is black (its brightest value is {brightest} of 255): "
-            f"paint white what counts in {known.name}."
+            f"{source.mask.name} is black (its brightest value is {brightest} of 255): "
+            f"paint white what matters in {source.name}."
         )
-    return grey
+    return mask
 
 
 def _drawn(salience: Salience | None) -> Image.Image:
-    """The mask that salience is, in grey; all of the picture for none."""
+    """Salience as a grey mask; white if there is none."""
     values = np.ones((8, 8), np.float32) if salience is None else salience.mask
     return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
-def _cut_mask(grey: Image.Image, framing: Framing) -> Image.Image:
-    """The mask of the crop, cut from the mask of the whole picture at any scale; without Lanczos' overshoot."""
+def _crop_mask(mask: Image.Image, framing: Framing) -> Image.Image:
+    """Resize and crop `mask`, a mask of the whole picture at any scale. Bilinear, because Lanczos overshoots."""
     height, width = framing.target_size
-    if (grey.width, grey.height) == (width, height) and framing.crop_top_left == (0, 0):
-        return grey
-    return grey.resize((width, height), Image.Resampling.BILINEAR, box=crop_box(grey, framing))
+    if (mask.height, mask.width) == framing.target_size and framing.crop_top_left == (0, 0):
+        return mask
+    return mask.resize((width, height), Image.Resampling.BILINEAR, box=crop_box(mask, framing))
 
 
-def _after(earlier: tuple[int, ...], here: Framing) -> Framing:
-    """The framing of an original that was framed with the numbers `earlier` and then again as `here` says."""
-    scale = max(goal / length for goal, length in zip(here.target_size, here.original_size, strict=True))
-    top, left = (
-        round(before * scale) + now for before, now in zip(earlier[2:], here.crop_top_left, strict=True)
-    )
-    return Framing(
-        original_size=(earlier[0], earlier[1]), crop_top_left=(top, left), target_size=here.target_size
-    )
+def _brightest(mask: Image.Image) -> int:
+    """The largest grey value of a mask, 0 to 255."""
+    return mask.getextrema()[1]  # type: ignore[return-value]
 
 
-def _prepared(src: Path, known: _Known, framed: Image.Image, here: Framing, whole: Framing) -> Prepared:
-    """Measure the framed picture."""
-    height, width = whole.original_size
-    scale = enlarged(whole)
-    goal_height, goal_width = whole.target_size
+def _measure(framed: Image.Image, framing: Framing, source: _SourcePicture) -> Facts:
+    """The facts that advice is based on."""
+    height, width = framing.original_size
     grey = framed.convert("L")
     grey.thumbnail((512, 512), Image.Resampling.BOX)
     values = np.asarray(grey, dtype=np.float32) / 255
-    facts = Facts(
-        name=known.name,
+    return Facts(
+        name=source.name,
         height=height,
         width=width,
-        enlarged=scale,
-        cut_off=max(0.0, 1 - goal_height * goal_width / (height * width * scale**2)),
+        enlarged=framing.scale,
+        cut_off=framing.cut_off,
         brightness=float(values.mean()),
         sharpness=sharpness(values),
         fingerprint=fingerprint(framed),
         thumbnail=thumbnail(framed),
-        face_heights=known.face_heights,
+        face_heights=() if source.salience is None else source.salience.face_heights,
     )
-    return Prepared(file_name=src.name, source=known.image, cut=here, framing=whole, facts=facts)
-
-
-def enlarged(framing: Framing) -> float:
-    """How many times as large as before a picture is shown; below 1 where it was shrunk."""
-    return max(goal / length for goal, length in zip(framing.target_size, framing.original_size, strict=True))

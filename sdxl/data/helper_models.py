@@ -1,4 +1,7 @@
-"""The models that help to prepare pictures, loaded one at a time and given back before anything else is loaded."""
+"""Load the captioner, segmenter and upscaler, one at a time, and free their memory.
+
+Knows folders of models and devices; does not know what the models do.
+"""
 
 import contextlib
 import gc
@@ -14,29 +17,29 @@ from sdxl.files.hub import Helper, helper_folder
 
 @contextlib.contextmanager
 def loaded(helper: Helper, model_class: Any) -> Iterator[Any]:
-    """The model of `helper`, frozen, on the first CUDA device or the CPU, in fp32; its memory is freed afterwards.
+    """The model of `helper`, frozen, in fp32, on the first CUDA device or the CPU; freed at the end of the block.
 
     Raises:
         DownloadError: the model cannot be fetched.
-        WeightsError: its files are damaged or of another kind.
+        WeightsError: its files are damaged, or belong to another kind of model.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = part_of(helper, model_class.from_pretrained, use_safetensors=True, dtype=torch.float32)
+    model = load_part(helper, model_class.from_pretrained, use_safetensors=True, dtype=torch.float32)
     try:
         yield model.eval().requires_grad_(False).to(device)
     finally:
-        model.to("meta")  # whoever still holds the model holds no memory
+        model.to("meta")  # frees the memory even if somebody still holds the model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def part_of(helper: Helper, load: Callable[..., Any], **options: Any) -> Any:
-    """What `load` reads from the folder of `helper`: its model, tokenizer or processor.
+def load_part(helper: Helper, load: Callable[..., Any], **options: Any) -> Any:
+    """Load the model, tokenizer or processor of `helper` from its folder with the function `load`.
 
     Raises:
         DownloadError: the model cannot be fetched.
-        WeightsError: its files are missing, damaged or of another kind.
+        WeightsError: its files are missing or damaged, or belong to another kind of model.
     """
     folder = helper_folder(helper)
     try:

@@ -1,0 +1,101 @@
+"""Which files of a user's folder or archive are pictures, masks and captions.
+
+Knows file names as people choose them; does not know what is in the files.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl.data.dataset_folder import ADVICE, SHEET
+from sdxl.data.decoding import IMAGE_SUFFIXES
+from sdxl.errors import DatasetError
+from sdxl.files.archives import unpack
+
+log = logging.getLogger(__name__)
+
+_MASK = ".mask"
+"""The stem of a mask's file name ends with this."""
+_LITTER = {"Thumbs.db", SHEET, ADVICE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The files of a data set, sorted by kind."""
+
+    root: Path
+    images: list[Path]
+    """The pictures in natural order: 2.png before 10.png."""
+    masks: dict[Path, Path]
+    """Picture → its mask, for pictures with a mask."""
+    others: list[Path]
+    """All other files: captions, and files that are ignored."""
+
+
+def open_source(source: Path, folder: Path) -> Source:
+    """List the files of `source`: a folder, or an archive to unpack into `folder`.
+
+    Raises:
+        ArchiveError: the archive cannot be unpacked.
+        DatasetError: no picture, or a mask without its picture.
+    """
+    root = source if source.is_dir() else folder
+    if source.is_dir():
+        found = [path for path in source.rglob("*") if path.is_file()]
+    else:
+        found = unpack(source, root)
+    files = sorted({path for path in found if not _is_litter(path.relative_to(root))})
+
+    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    masks = {path for path in pictures if path.stem.lower().endswith(_MASK)}
+    images = sorted(
+        (path for path in pictures if path not in masks), key=lambda path: _natural(path.relative_to(root))
+    )
+    if not images:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise DatasetError(f"{source.name} holds no pictures: put {kinds} files into it.")
+
+    others = [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+    ignored = [path.name for path in others if path.suffix.lower() not in (".csv", ".txt")]
+    if ignored:
+        names = ", ".join(sorted(ignored)[:10])
+        log.info("Ignored files that are neither pictures nor captions: %s", names)
+    return Source(root=root, images=images, masks=_pair(images, masks, root), others=others)
+
+
+def _is_litter(path: Path) -> bool:
+    """Whether an operating system or an earlier run of the preprocessor put this file there."""
+    hidden = any(part == "__MACOSX" or part.startswith(".") for part in path.parts)
+    return hidden or path.name in _LITTER
+
+
+def _pair(images: Sequence[Path], masks: set[Path], root: Path) -> dict[Path, Path]:
+    """Picture → its mask, both in one folder.
+
+    The mask of a.jpg is a.mask.png or a.jpg.mask.png, and the mask of 0.src.png is 0.mask.png, in any image format.
+    """
+    paired: dict[Path, Path] = {}
+    for mask in sorted(masks):
+        name = mask.stem[: -len(_MASK)].lower()
+        found = [
+            image
+            for image in images
+            if image.parent == mask.parent
+            and name in (image.name.lower(), image.stem.lower(), image.stem.lower().removesuffix(".src"))
+        ]
+        if not found:
+            raise DatasetError(
+                f"{mask.relative_to(root)} is the mask of no picture: name it after its picture, such as a.mask.png for a.jpg."
+            )
+        for image in found:
+            if image in paired:
+                raise DatasetError(f"{image.relative_to(root)} has several masks: keep one.")
+            paired[image] = mask
+    return paired
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sorts by the first number in a file's name, then by its path; names without a number come first."""
+    digits = "".join(character if character.isdigit() else " " for character in path.name).split()
+    return [(int(digits[0]) if digits else -1, str(path))]
