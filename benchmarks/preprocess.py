@@ -1,10 +1,11 @@
-"""How fast preparing pictures is, how much memory it takes, and whether crops hold what matters.
+"""Measure the speed and memory of preprocessing, and how many crops hold the subject.
 
     python -m benchmarks.preprocess
 
-writes `benchmarks/results/preprocess.json`: seconds and peak memory for 100 JPEG photographs of 12 megapixels, without
-models; the share of crops that hold the subject's box on renders of the procedural world, cut from wide and tall scenes
-by the subject's mask; and whether equal inputs give equal bytes.
+Writes `benchmarks/results/preprocess.json`:
+- seconds and peak memory for 100 JPEG photographs of 12 megapixels, without models;
+- whether equal inputs give equal bytes;
+- the share of crops that hold the subject's box, on wide and tall scenes of the procedural world.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def speed(count: int) -> dict[str, float | int | bool]:
-    """Prepare `count` photographs twice, each time in a process of its own."""
+    """Prepare `count` photographs twice, each time in a new process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         archive = photographs(count, folder / "raw.zip")
@@ -76,14 +77,16 @@ def speed(count: int) -> dict[str, float | int | bool]:
 
 
 def _processor_seconds() -> float:
-    """Processor time of all finished child processes: unlike the clock it hardly depends on what else runs."""
+    """Processor time of all finished child processes: other processes hardly change it."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def photographs(count: int, archive: Path) -> Path:
-    """A zip of captioned JPEG files of 4000×3000, ten different ones, with detail at all scales: decoding costs what a
-    photograph costs."""
+    """A zip of `count` captioned JPEG files of 4000×3000 pixels, up to ten of them different.
+
+    They have detail at all scales, so that decoding takes as long as for photographs.
+    """
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(archive, "w") as opened:
         rows = ["image_file,caption"]
@@ -104,9 +107,10 @@ def photographs(count: int, archive: Path) -> Path:
 
 
 def crops(count: int) -> dict[str, float | int]:
-    """Share of square crops, of pictures of 256 pixels widened or heightened to 2:1, that hold the subject's box.
+    """The share of square crops that hold the subject's box.
 
-    The subject lies anywhere along the longer side; the mask is what the renderer says, blurred as a segmenter's is.
+    The scenes have 256×256 pixels, extended to 2:1 with the subject anywhere along the longer side. The mask comes from
+    the renderer, blurred like a segmenter's.
     """
     from tiny_world.parts import pad
     from tiny_world.raster import mask_box, render
@@ -146,7 +150,7 @@ def crops(count: int) -> dict[str, float | int]:
 
 
 def machine() -> dict[str, str | int]:
-    """Where it was measured."""
+    """The machine and the versions of packages."""
     packages = ("numpy", "pillow", "torch", "transformers", "opencv-python-headless")
     return {
         "cpu_cores": os.cpu_count() or 0,

@@ -166,11 +166,9 @@ def test_handler_refuses_embeddings_of_another_base(tmp_path: Path):
 
 
 def test_marked_embeddings_pool_at_the_end_of_text(tmp_path: Path):
-    """With the published `eos_token_id` 2 a new token takes over the pooled output; marked files must prevent it."""
+    """With the published `eos_token_id` 2, the pooled output would come from a new token; marked files prevent this."""
     pipe = _pipeline()
-    assert pipe.text_encoder_2.config.eos_token_id == 2, (
-        "the embedded base keeps SDXL's published configuration"
-    )
+    assert pipe.text_encoder_2.config.eos_token_id == 2, "the miniature has SDXL's published configuration"
     plain_before = _pooled(pipe, "a red circle")
     write_embeddings(tmp_path / "e.pti", _rows(pipe))
     _handler(pipe).load_embeddings(tmp_path / "e.pti")
@@ -179,7 +177,7 @@ def test_marked_embeddings_pool_at_the_end_of_text(tmp_path: Path):
 
 
 def test_unmarked_embeddings_pool_the_old_way(tmp_path: Path):
-    """Fine-tunes of 2023–24 learned with the pooled output at the new token: what follows it never counted."""
+    """Fine-tunes of 2023–24 were trained with the pooled output of the new token, which ignores all text after it."""
     pipe = _pipeline()
     rows = _rows(pipe)
     save_file({f"text_encoders_{index}": row for index, row in enumerate(rows)}, tmp_path / "old.pti")

@@ -1,4 +1,4 @@
-"""Where pictures are cut: buckets, crops by what matters, decode hints."""
+"""The geometry of crops: buckets, crops around what matters, decoding at a fraction of the size."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sdxl.data.decoding import read_image
-from sdxl.data.framing import Salience, buckets, crop_box, cut, nearest_bucket, place_crop
+from sdxl.data.framing import Framing, Salience, buckets, crop_box, cut, nearest_bucket, place_crop
 from tiny_world.parts import pad
 from tiny_world.raster import mask_box, render
 from tiny_world.subjects import random_shot, shot_parts, subject
@@ -27,7 +27,7 @@ def test_buckets_have_one_area_and_no_extreme_shape(side: int, step: int, count:
         assert (width, height) in sizes
 
 
-def test_the_nearest_bucket_cuts_off_the_least():
+def test_the_nearest_bucket_loses_the_least():
     assert nearest_bucket((3000, 4000), 1024) == (896, 1152)
     assert nearest_bucket((4000, 3000), 1024) == (1152, 896)
     assert nearest_bucket((1000, 1010), 1024) == (1024, 1024)
@@ -77,6 +77,22 @@ def test_crops_of_known_scenes_hold_the_subject():
     assert held / seen >= 0.99
 
 
+def test_a_framing_knows_its_scale_and_what_it_loses():
+    framing = place_crop((200, 300), (100, 100), None)
+    assert framing.scale == 0.5
+    assert framing.covered_size == (100, 150)
+    assert framing.cut_off == pytest.approx(1 / 3)
+    uncropped = Framing(original_size=(90, 60), crop_top_left=(0, 0), target_size=(180, 120))
+    assert uncropped.scale == 2
+    assert uncropped.cut_off == 0
+
+
+def test_two_framings_in_a_row_describe_the_original():
+    first = Framing(original_size=(200, 300), crop_top_left=(10, 0), target_size=(192, 320))
+    second = place_crop((192, 320), (96, 96), None)
+    assert first.followed_by(second).time_ids == [200, 300, 5, 32, 96, 96]
+
+
 def test_cutting_at_another_scale_shows_the_same_place():
     large = Image.effect_noise((800, 600), 60).convert("RGB").resize((1600, 1200), Image.Resampling.BICUBIC)
     framing = place_crop((1200, 1600), (256, 256), Salience(mask=blob(60, 80, (70, 0, 80, 60))))
@@ -86,7 +102,7 @@ def test_cutting_at_another_scale_shows_the_same_place():
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_draft_covers_what_is_asked_for_and_tells_the_true_size(tmp_path: Path, orientation: int):
+def test_a_draft_covers_at_least_and_reports_the_true_size(tmp_path: Path, orientation: int):
     picture = Image.linear_gradient("L").resize((1600, 800)).convert("RGB")
     exif = picture.getexif()
     exif[0x0112] = orientation

@@ -1,4 +1,4 @@
-"""The whole preprocessor: masks, crops, captions, sizes, the seam to training, the report."""
+"""The whole preprocessor: masks, crops, captions, sizes, the dataset folder, the report."""
 
 import io
 from pathlib import Path
@@ -37,7 +37,7 @@ def mask_png(size: tuple[int, int], box: tuple[int, int, int, int]) -> bytes:
 
 
 def run(tmp_path: Path, archive: Path, name: str = "out", **inputs) -> Path:
-    """Run the door, unpack the tar, return the folder."""
+    """Run the entry point and unpack its tar; return the folder."""
     tar = call(preprocess.Preprocessor().run, files=archive, **{"target_size": 64, **inputs})
     unpack(tar, tmp_path / name)
     return tmp_path / name
@@ -65,7 +65,7 @@ def test_faces_are_masked_and_never_cut(tmp_path: Path, caplog: pytest.LogCaptur
     assert (picture(out / "1.mask.png") == 255).all()
     assert "No face was found in 1.jpg" in caplog.text
     table = pd.read_csv(out / "captions.csv")
-    assert table.loc[0, "crop_left"] > 111  # of the 222 pixels that are cut off
+    assert table.loc[0, "crop_left"] > 111  # of the 222 pixels outside the crop
 
 
 def test_things_are_masked_by_the_segmenter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -76,18 +76,18 @@ def test_things_are_masked_by_the_segmenter(tmp_path: Path, monkeypatch: pytest.
     assert picture(out / "1.mask.png").shape == (64, 64)
     assert picture(out / "1.mask.png").max() > 0
     given = picture(out / "0.mask.png")
-    assert given[:, :20].min() > 250  # the mask that came along stays: its left half
+    assert given[:, :20].min() > 250  # the mask in the archive stays: its left half is white
     assert given[:, 50:].max() < 5
 
 
-def test_masks_that_were_asked_for_are_not_left_out_in_silence(tmp_path: Path):
+def test_masks_that_were_asked_for_are_never_omitted_silently(tmp_path: Path):
     archive = write_zip(tmp_path / "x.zip", {"1.png": png(1)})
     with pytest.raises(DownloadError, match="set SDXL_SEGMENTER"):
         run(tmp_path, archive, mask_target_prompts="a dog")
     assert list((tmp_path / "workspace").iterdir()) == []
 
 
-def test_without_models_the_rest_is_done_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_without_models_the_rest_works_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     out = run(tmp_path, write_zip(tmp_path / "x.zip", {"1.png": png(1)}), target_size=128)
     assert picture(out / "0.src.png").shape == (128, 128, 3)
     assert pd.read_csv(out / "captions.csv").loc[0, "caption"] == "a photo of TOK"
@@ -107,8 +107,8 @@ def test_with_models_pictures_are_captioned_and_enlarged(
     assert caption.startswith("a photo of TOK ")
     plain = Image.open(io.BytesIO(small)).crop((10, 0, 70, 60)).resize((128, 128), Image.Resampling.LANCZOS)
     drawn, expected = picture(out / "0.src.png"), np.asarray(plain, np.float32)
-    assert np.corrcoef(drawn.ravel(), expected.ravel())[0, 1] > 0.9  # of the same place
-    assert np.abs(drawn - expected).mean() > 0.5  # by the model
+    assert np.corrcoef(drawn.ravel(), expected.ravel())[0, 1] > 0.9  # the same place
+    assert np.abs(drawn - expected).mean() > 0.5  # drawn by the model
 
 
 def test_given_captions_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -122,7 +122,7 @@ def test_placeholders_are_refused_as_captions(tmp_path: Path):
         run(tmp_path, write_zip(tmp_path / "x.zip", {"1.png": png(1)}), caption_text="a photo of <s0>")
 
 
-def test_the_tar_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_prepared_tar_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SDXL_UPSCALER", str(write_upscaler(tmp_path / "swin2sr")))
     files = {"a.src.png": png(0, (300, 200)), "b.jpg": photograph("coffee")}
     files["a.mask.png"] = mask_png((300, 200), (200, 0, 300, 200))
@@ -151,7 +151,7 @@ def test_the_tar_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (row["crop_top"], row["crop_left"]) == (round(10 * 128 / 192), (round(320 * 128 / 192) - 128) // 2)
 
 
-def test_a_finished_set_gets_the_masks_that_are_asked_for(tmp_path: Path):
+def test_a_prepared_set_gets_masks_that_are_asked_for(tmp_path: Path):
     first = run(tmp_path, write_zip(tmp_path / "x.zip", {"0.jpg": photograph("astronaut")}), target_size=256)
     assert not (first / "0.mask.png").exists()
     members = {path.name: path.read_bytes() for path in first.iterdir()}
@@ -163,11 +163,11 @@ def test_a_finished_set_gets_the_masks_that_are_asked_for(tmp_path: Path):
 
 
 def off_centre() -> dict[str, bytes]:
-    """A wide picture whose subject, by its mask, is at the very right."""
+    """A wide picture whose mask is white at the far right only."""
     return {"0.png": png(0, (400, 100)), "0.mask.png": mask_png((400, 100), (350, 20, 390, 80))}
 
 
-def test_masks_are_never_empty_and_faces_never_cut_whatever_is_cut_around(tmp_path: Path, caplog):
+def test_masks_are_never_black_and_faces_never_cut_even_in_centred_crops(tmp_path: Path, caplog):
     astronaut = Image.fromarray(data.astronaut())
     wide = Image.new("RGB", (1400, 512), "grey")
     wide.paste(astronaut, (888, 0))
@@ -181,7 +181,7 @@ def test_masks_are_never_empty_and_faces_never_cut_whatever_is_cut_around(tmp_pa
     )
     archive = write_zip(tmp_path / "y.zip", off_centre())
     assert picture(run(tmp_path, archive, "own", **centred) / "0.mask.png").max() == 255
-    assert "0.png nothing is in its middle" in caplog.text
+    assert "The centre of 0.png shows nothing of its mask" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["0.mask.png", "0.png.MASK.PNG", "0.mask.bmp"])
@@ -201,7 +201,7 @@ def test_masks_are_found_by_the_name_of_their_picture(tmp_path: Path, name: str)
         ({"0.png": png(0), "0.mask.png": mask_png((96, 80), (0, 0, 0, 0))}, "is black"),
     ],
 )
-def test_masks_of_nothing_are_refused(tmp_path: Path, files: dict, message: str):
+def test_masks_without_a_picture_and_black_masks_are_refused(tmp_path: Path, files: dict, message: str):
     with pytest.raises(DatasetError, match=message):
         run(tmp_path, write_zip(tmp_path / "x.zip", files))
 
@@ -212,7 +212,7 @@ def test_captions_name_a_token_once(tmp_path: Path):
         run(tmp_path, archive, caption_text="TOK, a photo of TOK")
 
 
-def test_small_things_on_even_ground_are_no_twins(tmp_path: Path):
+def test_different_small_things_on_a_plain_background_are_not_nearly_equal(tmp_path: Path):
     files = {}
     for index, place in enumerate([(20, 20, 60, 60), (70, 70, 110, 110)]):
         drawn = Image.new("RGB", (128, 128), "white")

@@ -1,4 +1,4 @@
-"""From archives of all kinds to the dataset folder."""
+"""Archives of all kinds, captions in all layouts, and how pictures are decoded."""
 
 import io
 import tarfile
@@ -50,7 +50,7 @@ def read_image_bytes(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-def test_text_files_beside_the_pictures(tmp_path: Path):
+def test_text_files_next_to_the_pictures(tmp_path: Path):
     files = {"1.png": png(1), "1.txt": "TOK  one\n", "2.PNG": png(2), "2.txt": "TOK two"}
     assert list(prepare(tmp_path, write_zip(tmp_path / "x.zip", files))["caption"]) == ["TOK one", "TOK two"]
 
@@ -61,7 +61,7 @@ def test_global_caption_and_prefix_are_for_pictures_without_captions(tmp_path: P
     assert set(prepare(tmp_path, bare)["caption"]) == {"a photo of TOK"}
 
 
-def test_litter_of_other_systems_is_left_out(tmp_path: Path):
+def test_files_of_operating_systems_are_ignored(tmp_path: Path):
     files = {
         "1.png": png(1),
         "__MACOSX/._1.png": b"x",
@@ -120,7 +120,7 @@ def test_pictures_of_phones_are_read_upright():
 def test_deep_and_wide_colours_become_those_of_a_screen(tmp_path: Path):
     Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "deep.png")
     assert np.array(read_image(tmp_path / "deep.png")[0])[0, 0].tolist() == [127] * 3
-    # A screen of which red and green are exchanged.
+    # The profile of a screen with red and green exchanged.
     other = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for old, new in (
         (b"rXYZ", b"-XYZ"),
@@ -141,7 +141,7 @@ def test_deep_and_wide_colours_become_those_of_a_screen(tmp_path: Path):
     assert np.allclose(wide, [100, 200, 50], atol=2)
 
 
-def test_framing_tells_the_truth():
+def test_the_framing_describes_the_crop():
     framing = place_crop((200, 300), (100, 100), None)
     assert cut(Image.new("RGB", (300, 200)), framing).size == (100, 100)
     assert framing.time_ids == [200, 300, 0, 25, 100, 100]
@@ -181,7 +181,7 @@ def test_bad_sizes_are_refused(size: int):
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"PK\x03\x04broken"])
-def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes):
+def test_other_files_than_archives_are_refused(tmp_path: Path, content: bytes):
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(ArchiveError, match=r"x\.tar"):
         unpack(tmp_path / "x.tar", tmp_path / "out")

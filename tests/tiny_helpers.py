@@ -1,4 +1,4 @@
-"""The models that help to prepare pictures, in their real classes with small random weights, saved as folders."""
+"""Small versions of the captioner, segmenter, upscaler and safety checker: real classes, saved as folders."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ _WORDS = [
 
 
 def write_captioner(folder: Path) -> Path:
-    """A BLIP whose weights are random."""
+    """A BLIP with random weights."""
     from transformers import (
         BertTokenizer,
         BlipConfig,
@@ -60,7 +60,7 @@ def write_captioner(folder: Path) -> Path:
 
 
 def write_segmenter(folder: Path) -> Path:
-    """A CLIPSeg whose weights are random."""
+    """A CLIPSeg with random weights."""
     from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
     from transformers.models.vit import ViTImageProcessorPil
 
@@ -89,7 +89,7 @@ def write_segmenter(folder: Path) -> Path:
 
 
 def write_upscaler(folder: Path) -> Path:
-    """A Swin2SR of the real one's kind, taught for a few seconds to enlarge smooth noise four times."""
+    """A Swin2SR like the real one, trained for a few seconds to enlarge smooth noise by four."""
     from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def write_upscaler(folder: Path) -> Path:
     model = Swin2SRForImageSuperResolution(config).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model gains nothing from more, and waits long for busy cores
+    torch.set_num_threads(1)  # more threads do not speed up so small a model, and wait long for busy cores
     for _ in range(120):
         noise = torch.rand(4, 3, 6, 6)
         small = functional.interpolate(noise, size=16, mode="bicubic").clamp(0, 1)
@@ -115,7 +115,7 @@ def write_upscaler(folder: Path) -> Path:
 
 
 def write_checker(folder: Path) -> Path:
-    """A pipeline's folder with Stable Diffusion's safety checker, whose first concept is a red picture."""
+    """A pipeline's folder with a safety checker with random weights, whose first concept is a red picture."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessorPil
 
