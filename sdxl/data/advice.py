@@ -112,7 +112,7 @@ def advise(facts: Sequence[Facts], captions: Sequence[str], tokens: Sequence[str
         twin = next((other for other in facts[:index] if _nearly_equal(fact, other)), None)
         if twin is not None:
             advice.append(
-                f"{fact.name} is nearly the same as {twin.name}: keep one, or training overrates that pose."
+                f"{fact.name} is nearly the same as {twin.name}: keep one, or that pose becomes part of the subject."
             )
     return advice
 
