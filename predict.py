@@ -15,7 +15,13 @@ from cog import BaseRunner, Input, Path
 
 from sdxl import settings
 from sdxl.command_line import run_command_line
-from sdxl.process import configure_logging, repeat_on_cpu, share_heaps, workspace_of_run
+from sdxl.process import (
+    configure_logging,
+    keep_compiled_kernels,
+    repeat_on_cpu,
+    share_heaps,
+    workspace_of_run,
+)
 from sdxl.serving.canvas import lay_out
 from sdxl.serving.picture_files import read_input
 from sdxl.serving.request import DeliveryOptions, DrawingOptions, FineTuneOptions, LayoutOptions
@@ -31,6 +37,8 @@ class Predictor(BaseRunner):
         repeat_on_cpu()
         configure_logging()
         share_heaps()
+        keep_compiled_kernels()
+        # Here, after logging is configured: diffusers writes to the log while it is imported.
         from sdxl.serving.delivery import Delivery
         from sdxl.serving.painter import Painter
         from sdxl.serving.safety import load_judge

@@ -132,7 +132,10 @@ def test_pictures_of_parts_that_take_turns_on_the_gpu_are_those_of_all_on_it(
         refined = draw(refine="expert_ensemble_refiner")
         assert np.array_equal(base, draw())
         drawn[name] = [*base, *tuned, *refined]
-        where = {part.device.type for part in (predictor.painter.tuned.pipeline.unet, predictor.painter.tuned.pipeline.vae)}
+        where = {
+            part.device.type
+            for part in (predictor.painter.tuned.pipeline.unet, predictor.painter.tuned.pipeline.vae)
+        }
         assert where == {"cuda" if name == "whole" else "cpu"}  # between requests
     for one, other in zip(
         *drawn.values(), strict=True

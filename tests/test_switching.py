@@ -33,7 +33,9 @@ def tuned() -> TunedPipeline:
 
 
 @pytest.fixture(scope="module")
-def fine_tunes(tuned: TunedPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ScaledFineTune, ...]]:
+def fine_tunes(
+    tuned: TunedPipeline, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[ScaledFineTune, ...]]:
     """The base, a whole UNet, a LoRA, both."""
     folder = tmp_path_factory.mktemp("fine_tunes")
     torch.manual_seed(0)
@@ -74,7 +76,9 @@ def draw(tuned: TunedPipeline) -> np.ndarray:
     return np.array(generate(tuned.pipeline, request, tuned.token_map)[0])
 
 
-def test_any_order_with_failures_and_cancels_in_between(tuned: TunedPipeline, fine_tunes: dict[str, tuple[ScaledFineTune, ...]]):
+def test_any_order_with_failures_and_cancels_in_between(
+    tuned: TunedPipeline, fine_tunes: dict[str, tuple[ScaledFineTune, ...]]
+):
     first: dict[str, np.ndarray] = {}
     parameters = {name: value.detach().clone() for name, value in tuned._parameters.items()}
     addresses = {name: value.data_ptr() for name, value in tuned._parameters.items()}
@@ -100,9 +104,7 @@ def test_any_order_with_failures_and_cancels_in_between(tuned: TunedPipeline, fi
     assert addresses == {name: value.data_ptr() for name, value in tuned._parameters.items()}
 
 
-def apply_and_cancel(
-    tuned: TunedPipeline, fine_tunes: tuple[ScaledFineTune, ...], *, after_s: float
-) -> bool:
+def apply_and_cancel(tuned: TunedPipeline, fine_tunes: tuple[ScaledFineTune, ...], *, after_s: float) -> bool:
     """Apply in this thread while another raises `Cancelled` in it; returns whether it hit."""
     working, lock = threading.get_ident(), threading.Lock()
     running = True

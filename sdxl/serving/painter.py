@@ -14,7 +14,6 @@ from PIL import Image
 from sdxl import settings
 from sdxl.files import hub
 from sdxl.model.components import native_resolution
-from sdxl.process import keep_compiled_kernels
 from sdxl.serving.fine_tune_cache import FineTuneCache
 from sdxl.serving.generation import draw, generate
 from sdxl.serving.pipeline import load_pipeline, load_refiner
@@ -68,7 +67,6 @@ class Painter:
         """
         if self.runners.speed == "eager":
             return
-        keep_compiled_kernels()
         started = time.monotonic()
         side = self.native_resolution
         for count in (1, self.placement.at_once):
