@@ -20,8 +20,9 @@ from sdxl.files.archives import unpack
 from sdxl.model import fine_tune_files
 from sdxl.model.components import default_device
 from sdxl.process import configure_logging
-from sdxl.serving.generation import GenerationRequest, generate
+from sdxl.serving.generation import generate
 from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.request import GenerationRequest
 from sdxl.serving.tuned_pipeline import TunedPipeline
 
 EXAMPLES = Path("example_datasets/crowny.zip")

@@ -25,7 +25,8 @@ from benchmarks.quality import about
 from benchmarks.training import ceiling_tflops
 from dataset_and_utils import TokenMap, eos_id, pool_at_eos
 from sdxl.process import keep_compiled_kernels
-from sdxl.serving.generation import GenerationRequest, _decode, generate
+from sdxl.serving.generation import _decode, generate
+from sdxl.serving.request import FineTuneOptions, GenerationRequest
 
 PROMPT, STEPS, GUIDANCE, SIDE = "a photo of TOK on the moon", 50, 7.5, 1024
 HALF = torch.float16
@@ -81,8 +82,7 @@ def switches(predictor: Any, tars: dict[str, Path]) -> dict[str, float]:
     def take(name: str | None) -> float:
         torch.cuda.synchronize()
         started = time.perf_counter()
-        layers = predictor._layers(str(tars[name]) if name else None, 1.0, [], None)
-        predictor.tuned.apply(layers)
+        predictor.painter.apply(FineTuneOptions(replicate_weights=str(tars[name]) if name else None))
         torch.cuda.synchronize()
         return round(time.perf_counter() - started, 3)
 
@@ -91,7 +91,7 @@ def switches(predictor: Any, tars: dict[str, Path]) -> dict[str, float]:
         one, two = f"{kind}-1", f"{kind}-2"
         found[f"{kind}_first_s"] = take(one)
         take(two)
-        predictor.fine_tunes._memory.clear()
+        predictor.painter.fine_tunes._memory.clear()
         found[f"{kind}_from_disk_s"] = take(one)
         take(two)
         found[f"{kind}_from_memory_s"] = take(one)
@@ -141,7 +141,7 @@ def difference(predictor: Any, eager: Any) -> float:
     request = GenerationRequest(
         prompt=PROMPT, width=SIDE, height=SIDE, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0
     )
-    ours = generate(predictor.tuned.pipeline, request, TokenMap({}), runner=predictor.runners)
+    ours = generate(predictor.painter.tuned.pipeline, request, TokenMap({}), runner=predictor.painter.runners)
     theirs = generate(eager, request, TokenMap({}))
     one, other = (np.asarray(pictures[0], dtype=float) for pictures in (ours, theirs))
     return round(float(np.abs(one - other).mean()), 3)
@@ -200,7 +200,7 @@ def main() -> None:
     predictor.setup()
     note(
         setup_in_process_s=round(time.perf_counter() - started, 1),
-        speed=predictor.runners.speed,  # what was taken where "compiled" cannot be
+        speed=predictor.painter.runners.speed,  # what was taken where "compiled" cannot be
     )
     with_defaults(predictor)
     if args.memory != "whole":
@@ -215,7 +215,7 @@ def main() -> None:
         (eager.text_encoder_2, eager.tokenizer_2),
     ):
         pool_at_eos(encoder, eos_id(tokenizer))  # the saved encoders' id is that of the full vocabulary
-    runner = predictor.runners(predictor.tuned.pipeline.unet)
+    runner = predictor.painter.runners(predictor.painter.tuned.pipeline.unet)
     found = {}
     for rows in (2, 8):
         found[f"eager_{rows}_rows_ms"] = milliseconds(pair(eager.unet, rows, HALF), 12)
@@ -234,7 +234,7 @@ def main() -> None:
     found = requests(predictor, eager, args.workdir, args.turns)
     note(
         requests=found,
-        stages=stages(predictor.tuned.pipeline),
+        stages=stages(predictor.painter.tuned.pipeline),
         request_speedup=round(found["eager_1_s"] / found["ours_1_s"], 2),
         request4_speedup=round(found["eager_4_s"] / found["ours_4_s"], 2),
     )

@@ -88,13 +88,13 @@ def draw_references(jobs: list[Job]) -> Iterator[list[str] | None]:
 
     predictor = Predictor()
     predictor.setup()
-    predictor.tuned.pipeline.set_progress_bar_config(disable=True)
+    predictor.painter.tuned.pipeline.set_progress_bar_config(disable=True)
     defaults = door_defaults(predictor.run)
     for job in tqdm(jobs, desc="References", unit="request"):
         if job.error is not None or job.kind == "cancelled":
             yield None
             continue
-        predictor.tuned.restore()
+        predictor.painter.tuned.restore()
         files = predictor.run(**{**defaults, **job.inputs})
         yield [digest(Path(file).read_bytes()) for file in files]
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from sdxl.files.archives import pack_tar
-from sdxl.serving.pipeline import SCHEDULERS
+from sdxl.serving.samplers import SCHEDULERS
 
 BASE = Path("base_models/tiny-sdxl")
 

@@ -1,4 +1,4 @@
-"""What becomes of pictures before they are delivered: the judge of safety, the watermark; and where parts lie."""
+"""What happens to pictures before they are delivered: the safety judge and the watermark; and placements on devices."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_open_nsfw_passes_ordinary_pictures():
 
 
 class Strict:
-    """A judge for the door's own behaviour: pictures like `bad`, or without it all, are unsafe."""
+    """A judge with a simple rule: a picture equal to `bad` is unsafe; without `bad`, all pictures are."""
 
     name = "a strict judge"
 
@@ -85,7 +85,7 @@ def test_unsafe_pictures_are_withheld_and_others_delivered(predictor: Predictor,
     caplog.set_level("INFO")
     small = {**SMALL, "num_outputs": 3, "width": 64, "height": 64, "apply_watermark": False}
     everything = call(predictor.run, **small, disable_safety_checker=True)
-    monkeypatch.setattr(predictor, "judge", Strict(everything[1]))
+    monkeypatch.setattr(predictor.delivery, "judge", Strict(everything[1]))
     files = call(predictor.run, **small)
     assert [file.name for file in files] == ["out-0.png", "out-2.png"]
     assert files[1].read_bytes() == everything[2].read_bytes()
@@ -96,7 +96,7 @@ def test_all_withheld_is_an_error_and_the_watermark_stays_as_it_was(
     predictor: Predictor, monkeypatch, tmp_path
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(predictor, "judge", Strict())
+        patch.setattr(predictor.delivery, "judge", Strict())
         with pytest.raises(WithheldError, match="try another prompt or seed"):
             call(predictor.run, **SMALL, apply_watermark=False)
     assert list((tmp_path / "workspace").iterdir()) == []

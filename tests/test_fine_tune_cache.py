@@ -24,7 +24,8 @@ from sdxl.errors import UserInputError
 from sdxl.files.archives import pack_tar
 from sdxl.files.fetching import fetch
 from sdxl.model import fine_tune_files
-from sdxl.serving.fine_tune_cache import CacheLimits, FineTuneCache
+from sdxl.serving.fine_tune_cache import FineTuneCache
+from sdxl.settings import CacheLimits, cache_limits
 from tests.conftest import REPOSITORY
 
 LARGE = CacheLimits(disk=10**9, memory=10**9)
@@ -395,7 +396,7 @@ def test_a_repository_of_more_than_a_fine_tune_is_not_fetched(
 @pytest.mark.parametrize(("name", "text"), [("SDXL_CACHE_DISK_GB", "much"), ("SDXL_CACHE_MEMORY_GB", "-1")])
 def test_limits_are_numbers(monkeypatch: pytest.MonkeyPatch, name: str, text: str):
     monkeypatch.setenv(name, "2.5")
-    assert 2_500_000_000 in vars(CacheLimits.from_environment()).values()
+    assert 2_500_000_000 in vars(cache_limits()).values()
     monkeypatch.setenv(name, text)
     with pytest.raises(UserInputError, match=name):
-        CacheLimits.from_environment()
+        cache_limits()

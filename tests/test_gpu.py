@@ -57,7 +57,7 @@ def test_the_embedded_base_trains_and_draws_on_cuda(
     tar = call(train.train, input_images=captioned_zip, is_lora=is_lora, **QUICK)
     predictor = Predictor()
     predictor.setup()
-    assert predictor.tuned.pipeline.unet.dtype == torch.float16
+    assert predictor.painter.tuned.pipeline.unet.dtype == torch.float16
 
     def draw(**inputs) -> np.ndarray:
         small = {"prompt": "a photo of TOK", "width": 128, "height": 128, "num_inference_steps": 5, "seed": 0}
@@ -132,7 +132,10 @@ def test_pictures_of_parts_that_take_turns_on_the_gpu_are_those_of_all_on_it(
         refined = draw(refine="expert_ensemble_refiner")
         assert np.array_equal(base, draw())
         drawn[name] = [*base, *tuned, *refined]
-        where = {part.device.type for part in (predictor.tuned.pipeline.unet, predictor.tuned.pipeline.vae)}
+        where = {
+            part.device.type
+            for part in (predictor.painter.tuned.pipeline.unet, predictor.painter.tuned.pipeline.vae)
+        }
         assert where == {"cuda" if name == "whole" else "cpu"}  # between requests
     for one, other in zip(
         *drawn.values(), strict=True

@@ -17,9 +17,10 @@ from dataset_and_utils import write_embeddings
 from sdxl.errors import WeightsError
 from sdxl.model import fine_tune_files
 from sdxl.model.lora_formats import sgm_names
-from sdxl.serving.generation import GenerationRequest, generate
+from sdxl.serving.generation import generate
 from sdxl.serving.pipeline import load_pipeline
-from sdxl.serving.tuned_pipeline import TunedPipeline
+from sdxl.serving.request import GenerationRequest
+from sdxl.serving.tuned_pipeline import ScaledFineTune, TunedPipeline
 from tests.conftest import TINY_BASE
 
 RANK = 3
@@ -228,7 +229,7 @@ def test_several_loras_add_up_and_keep_their_words_apart(tuned, attention: Matri
         write_embeddings(folder / "embeddings.pti", rows)
         (folder / "special_params.json").write_text(json.dumps({"TOK": "<s0>"}))
         sources.append(tuned.load(fine_tune_files.read(folder, folder)))
-    tuned.apply(((sources[0], 1.0), (sources[1], 1.0)))
+    tuned.apply(tuple(ScaledFineTune(fine_tune=one) for one in sources))
     assert tuned.token_map.placeholders == {"TOK": "<s0>", "TOK_2": "<s1>"}
     both = picture(tuned.pipeline, tuned.token_map)
     words = [picture(tuned.pipeline, tuned.token_map, prompt=f"a {word}") for word in ("TOK", "TOK_2")]

@@ -1,4 +1,4 @@
-"""Text to image, image to image and inpainting, with every sampler and refiner mode, on the embedded base."""
+"""Text to image, image to image and inpainting, with every sampler and refiner mode, on the miniature."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from dataset_and_utils import TokenMap
 from sdxl.errors import UserInputError, WeightsError
 from sdxl.serving.canvas import feather, lay_out, mask_like
-from sdxl.serving.generation import GenerationRequest, generate
-from sdxl.serving.pipeline import SCHEDULERS, load_pipeline, load_refiner, make_scheduler
+from sdxl.serving.generation import generate
+from sdxl.serving.pipeline import load_pipeline, load_refiner
+from sdxl.serving.request import GenerationRequest, LayoutOptions
+from sdxl.serving.samplers import SCHEDULERS, make_scheduler
 from tests.conftest import REPOSITORY, TINY_BASE
 
 REFINER = REPOSITORY / "base_models" / "tiny-sdxl-refiner"
@@ -216,10 +218,11 @@ def test_sides_that_are_no_multiples_of_eight_come_back_as_they_were(pipeline):
     odd = Image.effect_noise((75, 93), 60).convert("RGB")
     mask = Image.new("L", (75, 93), 0)
     mask.paste(255, (60, 80, 75, 93))
-    laid = lay_out(odd, mask, width=None, height=None, aspect_ratio="custom", native=256)
-    drawn = draw(pipeline, request(**laid))[0]
+    canvas = lay_out(LayoutOptions(image=odd, mask=mask), native=256)
+    drawn = draw(pipeline, request(**vars(canvas)))[0]
     assert drawn.shape == (93, 75, 3)
-    kept = np.array(feather(laid["mask"])) == 0
+    assert canvas.mask is not None
+    kept = np.array(feather(canvas.mask)) == 0
     assert np.array_equal(drawn[kept], np.array(odd)[kept])
 
 
@@ -243,12 +246,12 @@ def test_the_feather_is_narrow_and_all_white_is_drawn(mask):
     ],
 )
 def test_sizes(given: dict[str, Any], size: tuple[int, int]):
-    nothing = {"image": None, "mask": None, "width": None, "height": None, "aspect_ratio": "custom"}
     if "image" in given:
         given = {**given, "image": Image.new("RGB", given["image"])}
-    laid = lay_out(**{**nothing, **given}, native=256)
-    assert (laid["width"], laid["height"]) == size
-    assert "image" not in given or laid["image"].size == size
+    canvas = lay_out(LayoutOptions(**given), native=256)
+    assert (canvas.width, canvas.height) == size
+    assert canvas.image is None or canvas.image.size == size
+    assert (canvas.image is not None) == ("image" in given)
 
 
 @pytest.mark.parametrize(
@@ -256,17 +259,16 @@ def test_sizes(given: dict[str, Any], size: tuple[int, int]):
     [
         ({"mask": (64, 64)}, "without image"),
         ({"aspect_ratio": "1:1", "width": 64}, "give one or the other"),
-        ({"aspect_ratio": "2:1"}, "must be custom or one of"),
+        ({"aspect_ratio": "2:1"}, "must be one of custom, 1:1"),
         ({"image": (1000, 20)}, "sides must be"),
-        ({"image": (64, 64), "width": 64}, "only one is given"),
-        ({"image": (64, 64), "mask": (64, 64)}, "black all over"),
+        ({"image": (64, 64), "width": 64}, "Only one of width and height is given"),
+        ({"image": (64, 64), "mask": (64, 64)}, "completely black"),
     ],
 )
 def test_sizes_that_cannot_be(given: dict[str, Any], message: str):
-    nothing = {"image": None, "mask": None, "width": None, "height": None, "aspect_ratio": "custom"}
     pictures = {key: Image.new("RGB", given[key]) for key in ("image", "mask") if key in given}
     with pytest.raises(UserInputError, match=message):
-        lay_out(**{**nothing, **given, **pictures}, native=256)
+        lay_out(LayoutOptions(**{**given, **pictures}), native=256)
 
 
 def test_a_mask_of_another_size_follows_its_picture():

@@ -1,4 +1,4 @@
-"""The prediction door as a function: base and fine-tunes in one process."""
+"""predict.py called as a function: base and fine-tunes in one process."""
 
 import shutil
 import tarfile
@@ -16,7 +16,7 @@ from predict import Predictor
 from sdxl.errors import UserInputError
 from sdxl.files.archives import unpack
 from sdxl.model import fine_tune_files
-from sdxl.serving.pipeline import SCHEDULERS
+from sdxl.serving.samplers import SCHEDULERS
 from tests.conftest import QUICK, TINY_BASE, call, png, write_zip
 
 SMALL = {
@@ -157,12 +157,12 @@ def test_unmarked_fine_tunes_are_read_the_old_way_and_leave_no_trace(
     assert not equal(
         draw(predictor, **old), draw(predictor, **{**old, "replicate_weights": str(tars["full"])})
     )
-    encoder = predictor.tuned.pipeline.text_encoder_2
+    encoder = predictor.painter.tuned.pipeline.text_encoder_2
     draw(predictor, **old)
     assert encoder.config.eos_token_id == 2
     assert equal(draw(predictor, replicate_weights=str(tars["full"])), marked)
     assert equal(draw(predictor), base)
-    assert encoder.config.eos_token_id == predictor.tuned.pipeline.tokenizer_2.eos_token_id
+    assert encoder.config.eos_token_id == predictor.painter.tuned.pipeline.tokenizer_2.eos_token_id
 
 
 def test_the_unet_file_loads_into_a_plain_pipeline(tars: dict[str, Path], tmp_path: Path):

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from dataset_and_utils import TokenMap
 from sdxl.errors import WeightsError
 from sdxl.model import fine_tune_files
-from sdxl.serving.generation import GenerationRequest, generate
+from sdxl.serving.generation import generate
 from sdxl.serving.pipeline import load_pipeline
-from sdxl.serving.tuned_pipeline import Layers, LoadedFineTune, TunedPipeline
+from sdxl.serving.request import GenerationRequest
+from sdxl.serving.tuned_pipeline import LoadedFineTune, ScaledFineTune, TunedPipeline
 from tests.conftest import TINY_BASE
 
 
@@ -32,7 +33,9 @@ def tuned() -> TunedPipeline:
 
 
 @pytest.fixture(scope="module")
-def fine_tunes(tuned: TunedPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Layers]:
+def fine_tunes(
+    tuned: TunedPipeline, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[ScaledFineTune, ...]]:
     """The base, a whole UNet, a LoRA, both."""
     folder = tmp_path_factory.mktemp("fine_tunes")
     torch.manual_seed(0)
@@ -60,9 +63,9 @@ def fine_tunes(tuned: TunedPipeline, tmp_path_factory: pytest.TempPathFactory) -
     )
     return {
         "base": (),
-        "full": ((full, 1.0), (words, 1.0)),
-        "lora": ((small, 0.8),),
-        "both": ((full, 1.0), (small, 1.0)),
+        "full": (ScaledFineTune(fine_tune=full), ScaledFineTune(fine_tune=words)),
+        "lora": (ScaledFineTune(fine_tune=small, scale=0.8),),
+        "both": (ScaledFineTune(fine_tune=full), ScaledFineTune(fine_tune=small)),
     }
 
 
@@ -73,7 +76,9 @@ def draw(tuned: TunedPipeline) -> np.ndarray:
     return np.array(generate(tuned.pipeline, request, tuned.token_map)[0])
 
 
-def test_any_order_with_failures_and_cancels_in_between(tuned: TunedPipeline, fine_tunes: dict[str, Layers]):
+def test_any_order_with_failures_and_cancels_in_between(
+    tuned: TunedPipeline, fine_tunes: dict[str, tuple[ScaledFineTune, ...]]
+):
     first: dict[str, np.ndarray] = {}
     parameters = {name: value.detach().clone() for name, value in tuned._parameters.items()}
     addresses = {name: value.data_ptr() for name, value in tuned._parameters.items()}
@@ -83,7 +88,7 @@ def test_any_order_with_failures_and_cancels_in_between(tuned: TunedPipeline, fi
         name = dice.choice(list(fine_tunes))
         match dice.choice(["whole", "refused", "cancelled"]):
             case "refused":
-                with pytest.raises(WeightsError, match="only LoRAs beside it"):
+                with pytest.raises(WeightsError, match="only LoRAs as extra_lora"):
                     tuned.apply((*fine_tunes["lora"], fine_tunes["full"][0]))
             case "cancelled":
                 cancelled += apply_and_cancel(tuned, fine_tunes[name], after_s=dice.uniform(0, 0.06))
@@ -99,7 +104,7 @@ def test_any_order_with_failures_and_cancels_in_between(tuned: TunedPipeline, fi
     assert addresses == {name: value.data_ptr() for name, value in tuned._parameters.items()}
 
 
-def apply_and_cancel(tuned: TunedPipeline, layers: Layers, *, after_s: float) -> bool:
+def apply_and_cancel(tuned: TunedPipeline, fine_tunes: tuple[ScaledFineTune, ...], *, after_s: float) -> bool:
     """Apply in this thread while another raises `Cancelled` in it; returns whether it hit."""
     working, lock = threading.get_ident(), threading.Lock()
     running = True
@@ -116,7 +121,7 @@ def apply_and_cancel(tuned: TunedPipeline, layers: Layers, *, after_s: float) ->
     try:
         while canceller.is_alive():
             tuned.apply(())
-            tuned.apply(layers)
+            tuned.apply(fine_tunes)
         with lock:
             running = False
     except Cancelled:

@@ -1,4 +1,4 @@
-"""Calls of the UNet by shape: as they are on a CPU, and as they would be captured on a GPU."""
+"""Calls of the UNet by shape: eager, and as a GPU would capture them."""
 
 from typing import Any
 
@@ -9,10 +9,11 @@ from diffusers import UNet2DConditionModel
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import UserInputError
-from sdxl.serving.generation import GenerationRequest, generate
+from sdxl.serving.generation import generate
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.placement import choose_placement
-from sdxl.serving.tuned_pipeline import LoadedFineTune, TunedPipeline
+from sdxl.serving.request import GenerationRequest
+from sdxl.serving.tuned_pipeline import LoadedFineTune, ScaledFineTune, TunedPipeline
 from sdxl.serving.unet_runner import MOST_SHAPES, Runners, UNetRunner, speed_here
 from sdxl.speed.fp8 import Fp8Layers, quantise
 from tests.conftest import TINY_BASE
@@ -48,7 +49,7 @@ def test_a_runner_answers_as_the_unet_does_in_tensors_of_its_own(pipeline):
         answers = [runner(timestep=torch.tensor(time), **given)[0] for time in (500, 20.0)]
         for time, answer in zip((500, 20.0), answers, strict=True):
             assert torch.equal(answer, unet(timestep=torch.tensor(time), **given, return_dict=False)[0])
-    assert len(runner._inputs) == 3, "whole and broken timesteps share a shape"
+    assert len(runner._inputs) == 3, "integer and float timesteps share a shape"
 
 
 @torch.no_grad()
@@ -86,11 +87,11 @@ def test_what_was_made_of_weights_is_made_anew_after_a_switch_that_failed(pipeli
     doubled = {name: tuned._parameters[name].detach() * 2}
     good = LoadedFineTune(name="good", unet=doubled, token_map=TokenMap({}))
     wrong = LoadedFineTune(name="wrong", unet={name: torch.zeros(3)}, token_map=TokenMap({}))
-    tuned.apply(((good, 1.0),))
+    tuned.apply((ScaledFineTune(fine_tune=good),))
     runners.follow(tuned.changes)
     assert not torch.equal(runners(pipeline.unet)(timestep=when, **given)[0], plain)
     with pytest.raises(RuntimeError):
-        tuned.apply(((wrong, 1.0),))
+        tuned.apply((ScaledFineTune(fine_tune=wrong),))
     tuned.apply(())
     runners.follow(tuned.changes)
     assert torch.equal(runners(pipeline.unet)(timestep=when, **given)[0], plain)

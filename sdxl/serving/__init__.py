@@ -1,4 +1,5 @@
-"""From a request to pictures: fine-tunes put into the base and taken out again, drawing, safety, delivery.
+"""From a request to files: check the inputs, apply fine-tunes, draw, judge, mark, save.
 
-Knows requests and pipelines; does not know training or Cog.
+Knows requests, pipelines and fine-tunes; does not know training or Cog. `request` says what a user may ask for, `painter`
+draws it, `delivery` turns the pictures into files.
 """

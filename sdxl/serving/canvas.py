@@ -1,101 +1,115 @@
-"""Sizes of pictures, and what an input picture and its mask become before and after drawing.
+"""The size to draw, and the input picture and mask before and after drawing.
 
-Knows pixels; does not know models.
+Knows pixels; does not know models. Sizes are (height, width) in pixels.
 """
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from sdxl.errors import UserInputError
+from sdxl.serving.request import ASPECT_RATIOS, MULTIPLE, SIDES, LayoutOptions
 
-MULTIPLE = 8
-"""Pixels a latent pixel: SDXL draws sides that are multiples of it."""
-SIDES = (64, 2048)
-"""Shortest and longest side that is drawn, in pixels."""
-ASPECT_RATIOS = {
-    "1:1": (1024, 1024),
-    "5:4": (1152, 896),
-    "4:3": (1152, 896),
-    "3:2": (1216, 832),
-    "16:9": (1344, 768),
-    "21:9": (1536, 640),
-    "4:5": (896, 1152),
-    "3:4": (896, 1152),
-    "2:3": (832, 1216),
-    "9:16": (768, 1344),
-    "9:21": (640, 1536),
-}
-"""Preset → (width, height) in pixels for a base made for 1024: sizes SDXL was trained on (arXiv:2307.01952, appendix I)
-that come nearest to the ratio."""
+
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """The size to draw, with the input picture and its mask fitted to it."""
+
+    width: int
+    height: int
+    image: Image.Image | None = None
+    """RGB, `width` × `height`."""
+    mask: Image.Image | None = None
+    """Black and white, `width` × `height`: white is repainted."""
+
+
+def lay_out(options: LayoutOptions, *, native: int) -> Canvas:
+    """Decide the size, and fit the input picture and its mask to it.
+
+    A preset decides the size, else width and height, else the picture, else `native`, the side in pixels that the base
+    was made for. Picture and mask are scaled to cover the size; what sticks out is cut off evenly.
+
+    Raises:
+        UserInputError: the picture has a size that cannot be drawn, or the mask is black.
+    """
+    image, mask = options.image, options.mask
+    if options.aspect_ratio != "custom":
+        size = preset_size(options.aspect_ratio, native)
+    elif image is not None and options.width is None:
+        size = own_size(image, native)
+    else:
+        size = (
+            native if options.height is None else options.height,
+            native if options.width is None else options.width,
+        )
+    return Canvas(
+        width=size[1],
+        height=size[0],
+        image=None if image is None else cover(image, size),
+        mask=None if mask is None or image is None else mask_like(mask, image, size),
+    )
 
 
 def preset_size(aspect_ratio: str, native: int) -> tuple[int, int]:
-    """(width, height) in pixels of a preset for a base made for `native` pixels.
-
-    Raises:
-        UserInputError: no such preset.
-    """
-    if aspect_ratio not in ASPECT_RATIOS:
-        raise UserInputError(
-            f"aspect_ratio is {aspect_ratio!r}, but must be custom or one of {', '.join(ASPECT_RATIOS)}."
-        )
-    width, height = (
+    """The (height, width) of a preset for a base made for `native` pixels."""
+    height, width = (
         round(side * native / 1024 / MULTIPLE) * MULTIPLE for side in ASPECT_RATIOS[aspect_ratio]
     )
-    return width, height
+    return height, width
 
 
 def own_size(image: Image.Image, native: int) -> tuple[int, int]:
-    """(width, height) in which `image` is redrawn where no size is asked for: its own, shrunk to `native`² pixels where
-    it has more than 1.5 times as many.
+    """The (height, width) in which to redraw `image` when no size is asked for.
+
+    That is its own size. A picture of more than 1.5 times `native`² pixels is shrunk to `native`² pixels.
 
     Raises:
-        UserInputError: too small or too elongated.
+        UserInputError: the picture is too small or too elongated.
     """
-    width, height = image.size
+    height, width = image.height, image.width
     if width * height > 1.5 * native**2:
         scale = native / math.sqrt(width * height)
-        width, height = (round(side * scale / MULTIPLE) * MULTIPLE for side in (width, height))
+        height, width = (round(side * scale / MULTIPLE) * MULTIPLE for side in (height, width))
     if min(width, height) < SIDES[0] or max(width, height) > SIDES[1]:
         raise UserInputError(
-            f"image is {image.width}×{image.height}, which would be drawn at {width}×{height}, but sides must be from "
+            f"image is {image.width}×{image.height} and would be drawn at {width}×{height}, but sides must be from "
             f"{SIDES[0]} to {SIDES[1]} pixels: give width and height, or another picture."
         )
-    return width, height
+    return height, width
 
 
 def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale `image` to cover `size` (width, height) and cut the centre out of it; equal sizes stay as they are."""
-    if image.size == size:
+    """Scale `image` to cover `size` (height, width) and crop its centre; an image of that size is returned unchanged."""
+    height, width = size
+    if (image.height, image.width) == size:
         return image
-    scale = max(size[0] / image.width, size[1] / image.height)
-    scaled = (max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale)))
-    left, top = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    resized = image.resize(scaled, Image.Resampling.LANCZOS)
-    return resized.crop((left, top, left + size[0], top + size[1]))
+    scale = max(width / image.width, height / image.height)
+    scaled_wh = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    left, top = (scaled_wh[0] - width) // 2, (scaled_wh[1] - height) // 2
+    resized = image.resize(scaled_wh, Image.Resampling.LANCZOS)
+    return resized.crop((left, top, left + width, top + height))
 
 
 def mask_like(mask: Image.Image, original: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The mask of `original` for its picture of `size`: black (0) is kept, white (255) repainted, nothing in between.
+    """The mask of `original`, fitted to `size` (height, width): 0 where pixels are kept, 255 where they are repainted.
 
     Raises:
-        UserInputError: nothing is white.
+        UserInputError: the mask is completely black.
     """
     grey = mask.convert("L")
     if grey.size != original.size:
         grey = grey.resize(original.size, Image.Resampling.BILINEAR)
     hard = cover(grey, size).point([0] * 128 + [255] * 128)
     if hard.getbbox() is None:
-        raise UserInputError("mask is black all over: paint white what is to be repainted.")
+        raise UserInputError("mask is completely black: paint the area to repaint in white.")
     return hard
 
 
 def padded(image: Image.Image) -> Image.Image:
     """`image` with its last row and column repeated up to the next multiples of `MULTIPLE`."""
-    right, bottom = (-side % MULTIPLE for side in image.size)
+    right, bottom = -image.width % MULTIPLE, -image.height % MULTIPLE
     if not right and not bottom:
         return image
     pixels = np.asarray(image)
@@ -104,60 +118,27 @@ def padded(image: Image.Image) -> Image.Image:
 
 
 def latent_mask(mask: Image.Image) -> np.ndarray:
-    """float32 [h/8, w/8] of a padded mask: 1 where any pixel of the cell is to be repainted."""
+    """The latent cells of a padded mask, float32 [h/8, w/8]: 1 where any pixel of the cell is repainted."""
     pixels = np.asarray(mask)
     cells = pixels.reshape(pixels.shape[0] // MULTIPLE, MULTIPLE, pixels.shape[1] // MULTIPLE, MULTIPLE)
     return (cells.max((1, 3)) > 0).astype(np.float32)
 
 
 def feather(mask: Image.Image) -> Image.Image:
-    """How much of the drawn picture is seen, 0 to 255: all of it in the white, none of it beyond a band of a 128th of
-    the shorter side (at least 2 pixels) around the white."""
+    """How much of the drawn picture to show at each pixel, 0 to 255.
+
+    All of it in the white. It fades to nothing in a band around the white, a 128th of the shorter side and at least 2
+    pixels wide.
+    """
     half = max(1, min(mask.size) // 256)
     return mask.filter(ImageFilter.MaxFilter(2 * half + 1)).filter(ImageFilter.BoxBlur(half))
 
 
 def put_back(drawn: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
-    """`drawn` within the mask's feather, `original` to the pixel outside it."""
+    """Blend `drawn` into `original` by the mask's feather; outside it, `original` stays exactly."""
     return Image.composite(drawn, original, feather(mask))
 
 
 def keep_outside(changed: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
-    """`changed` wherever the feather shows anything of the drawn picture, `original` to the pixel elsewhere."""
+    """`changed` wherever the feather shows any of the drawn picture; elsewhere exactly `original`."""
     return Image.composite(changed, original, feather(mask).point([0] + [255] * 255))
-
-
-def lay_out(
-    image: Image.Image | None,
-    mask: Image.Image | None,
-    *,
-    width: int | None,
-    height: int | None,
-    aspect_ratio: str,
-    native: int,
-) -> dict[str, Any]:
-    """What a request asks for in size, as `GenerationRequest` takes it: width, height, and image and mask of that size.
-
-    A preset decides, else width and height, else the image, else `native` pixels. Image and mask are scaled to cover
-    the size, and their centre is cut out.
-
-    Raises:
-        UserInputError: inputs that exclude each other, or an image or mask that cannot be drawn on.
-    """
-    if mask is not None and image is None:
-        raise UserInputError("mask is given without image: give the picture that the mask belongs to.")
-    if aspect_ratio != "custom":
-        if width is not None or height is not None:
-            raise UserInputError("aspect_ratio is given beside width or height: give one or the other.")
-        size = preset_size(aspect_ratio, native)
-    elif image is not None and width is None and height is None:
-        size = own_size(image, native)
-    elif image is not None and (width is None or height is None):
-        raise UserInputError(
-            "Of width and height only one is given: give both, or neither for those of image."
-        )
-    else:
-        size = (native if width is None else width, native if height is None else height)
-    hard = None if mask is None or image is None else mask_like(mask, image, size)
-    covered = None if image is None else cover(image, size)
-    return {"width": size[0], "height": size[1], "image": covered, "mask": hard}

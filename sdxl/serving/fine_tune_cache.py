@@ -1,8 +1,9 @@
-"""Fine-tunes by where they come from, kept on disk and in memory within limits.
+"""A cache of fine-tunes on disk and in memory, by their source and within limits.
 
-An entry on disk is a folder that appears complete, by one rename, under a name made of its source. Builders and evictors
-of an entry exclude each other by file locks, which the system releases when a process dies; what a killed one left
-half-written lies under another name and is swept at the next start. Knows sources; does not know what a fine-tune does.
+An entry on disk is a folder whose name is a hash of its source. It is built under another name and appears complete, by
+one rename. A file lock protects an entry while a process builds or evicts it; the system releases the lock if the process
+dies. The next start sweeps the half-written folders of killed processes. Knows sources; does not know what a fine-tune
+does.
 """
 
 import contextlib
@@ -47,13 +48,15 @@ T = TypeVar("T", bound=_Sized)
 
 
 class FineTuneCache(Generic[T]):
-    """Least recently used fine-tunes go first, on disk and in memory alike; safe for threads and for processes that
-    share a folder."""
+    """Evicts the least recently used fine-tunes first, on disk and in memory.
+
+    Safe for threads, and for processes that share a folder.
+    """
 
     def __init__(
         self, folder: Path, limits: CacheLimits, load: Callable[[fine_tune_files.FineTuneFiles], T]
     ) -> None:
-        """`load` reads checked files into memory, all of it: the files may go afterwards."""
+        """`load` reads checked files completely into memory; afterwards the files may be deleted."""
         self._folder, self._limits, self._load = folder, limits, load
         self._memory: OrderedDict[str, T] = OrderedDict()
         self._mutex = threading.Lock()
@@ -63,10 +66,11 @@ class FineTuneCache(Generic[T]):
     def get(self, source: str) -> T:
         """The fine-tune at `source`: a path, a `data:` URI, an http(s) URL, or the name of a hub repository.
 
-        A URL is asked each time whether it has changed; if it cannot be reached, what is here is used.
+        Each call asks the server of a URL whether the file has changed. If the server does not answer, the cached
+        fine-tune is used.
 
         Raises:
-            UserInputError: it cannot be fetched or is no fine-tune (or a subclass of it).
+            UserInputError: the source cannot be fetched, or is not a fine-tune.
         """
         if is_remote(source):
             return self._from_remote(source)
@@ -74,10 +78,12 @@ class FineTuneCache(Generic[T]):
         if path is None:
             if not _HUB_NAME.fullmatch(source):
                 raise UserInputError(
-                    f"{shortened(source)} does not exist: give an existing file, a data: URI, an http(s) URL or the name of a "
-                    "repository on the hub."
+                    f"{shortened(source)} does not exist: give an existing file, a data: URI, an http(s) URL or the "
+                    "name of a hub repository."
                 )
             path, name = hub.fine_tune_folder(source), source
+
+        # Local files are identified by their state, so that a changed file is another fine-tune.
         if path.is_dir():
             files = sorted(path.rglob("*"))
             key = _key("folder", str(path.resolve()), *(_state(file) for file in files if file.is_file()))
@@ -94,15 +100,16 @@ class FineTuneCache(Generic[T]):
         return self._remember(key, make)
 
     def _in_place(self, path: Path) -> T:
-        """What is on disk already needs no entry beside it."""
+        """Read a local file that needs no unpacking, and thus no entry on disk."""
         before = _state(path)
         with self._partial() as scratch:
             loaded = self._load(fine_tune_files.read(path, scratch))
         if _state(path) != before:
-            raise UserInputError(f"{path.name} changed while it was read: ask again when it is written.")
+            raise UserInputError(f"{path.name} changed while it was read: try again when it is complete.")
         return loaded
 
     def _from_remote(self, source: str) -> T:
+        """The fine-tune at a URL or `data:` URI."""
         if source.startswith("data:"):
             key = _key("data", hashlib.sha256(source.encode()).hexdigest())
             name = "The data: URI"
@@ -111,18 +118,21 @@ class FineTuneCache(Generic[T]):
             )
         key, name = _key("url", source), _name_of(source)
         with self._locked(key):
-            known = self._manifest(key)
+            # Send the validators of the cached file (ETag, Last-Modified): the server answers whether it has changed.
+            manifest = self._manifest(key)
             with self._partial() as partial:
-                fetched = download(source, partial, known=known.get("validators", {}) if known else None)
+                fetched = download(
+                    source, partial, known=manifest.get("validators", {}) if manifest else None
+                )
                 if fetched is not None:
                     self._build(key, name, partial, fetched.path, fetched.validators)
-            # Another process may have fetched a later one: what is in memory is that of this very entry.
+            # Another process may have fetched a newer file, so the key in memory includes the state of the entry.
             return self._remember(
                 _key(key, _state(self._folder / key / _MANIFEST)), lambda: self._read(key, name)
             )
 
     def _from_disk(self, key: str, name: str, bring: Callable[[Path], Path]) -> T:
-        """The entry of `key`, built first where it is missing from what `bring` brings into a folder."""
+        """The fine-tune of the entry `key`. If the entry is missing, build it from the archive that `bring` puts into a folder."""
         with self._locked(key):
             if self._manifest(key) is None:
                 with self._partial() as partial:
@@ -130,12 +140,13 @@ class FineTuneCache(Generic[T]):
             return self._read(key, name)
 
     def _read(self, key: str, name: str) -> T:
+        """Load an entry, and mark it as just used."""
         entry = self._folder / key
         os.utime(entry)
         return self._load(fine_tune_files.read(entry, entry, name=name))
 
     def _build(self, key: str, name: str, partial: Path, archive: Path, validators: dict[str, str]) -> None:
-        """Unpack `archive`, check it, and let the entry appear; another's bytes make room for it."""
+        """Unpack and check `archive`, publish it as the entry `key`, and evict others if the disk limit is exceeded."""
         content = partial / "content"
         content.mkdir()
         if fine_tune_files.is_safetensors(archive):
@@ -151,7 +162,7 @@ class FineTuneCache(Generic[T]):
         self._make_room(keep=key)
 
     def _manifest(self, key: str) -> dict | None:
-        """What an entry says of itself; None where it is missing, or is not what it says."""
+        """The manifest of an entry; None if the entry is missing or its files do not match."""
         entry = self._folder / key
         try:
             manifest = json.loads((entry / _MANIFEST).read_text())
@@ -162,6 +173,7 @@ class FineTuneCache(Generic[T]):
         return None
 
     def _make_room(self, keep: str) -> None:
+        """Evict the least recently used entries, but not `keep`, until the disk limit holds."""
         entries = []
         for entry in self._folder.iterdir():
             if entry.is_dir() and not entry.name.startswith(".") and entry.name != "locks":
@@ -174,7 +186,7 @@ class FineTuneCache(Generic[T]):
                 return
             if name == keep:
                 continue
-            # An entry that shares its lock with the one being built is ours already.
+            # Entries share a few locks; we already hold the lock of `keep`. Skip entries that others are using.
             ours = _lock_of(name) == _lock_of(keep)
             with contextlib.suppress(BlockingIOError):
                 with contextlib.nullcontext() if ours else self._locked(name, wait=False):
@@ -182,7 +194,7 @@ class FineTuneCache(Generic[T]):
                 total -= size
 
     def _discard(self, key: str) -> None:
-        """Take an entry away at once, then delete it."""
+        """Remove an entry by one rename, then delete its files."""
         entry = self._folder / key
         if entry.exists():
             with self._partial() as doomed:
@@ -190,7 +202,7 @@ class FineTuneCache(Generic[T]):
 
     @contextlib.contextmanager
     def _partial(self) -> Iterator[Path]:
-        """A folder to build or delete in, locked as long as its maker lives."""
+        """A folder to build or delete in. It is locked while its process lives, so that no other process sweeps it."""
         folder = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self._folder))
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -201,7 +213,7 @@ class FineTuneCache(Generic[T]):
             os.close(handle)
 
     def _sweep(self) -> None:
-        """Delete what killed processes left half-written: a living maker holds its lock, a very young one may not yet."""
+        """Delete half-written folders of killed processes: those without a lock, unless they are too new to have one yet."""
         for left in self._folder.glob(f"{_PARTIAL}*"):
             with contextlib.suppress(OSError):
                 handle = os.open(left, os.O_RDONLY)
@@ -214,7 +226,7 @@ class FineTuneCache(Generic[T]):
 
     @contextlib.contextmanager
     def _locked(self, key: str, *, wait: bool = True) -> Iterator[None]:
-        """Exclude all others from an entry; raises BlockingIOError where it may not `wait`."""
+        """Hold the lock of an entry. Without `wait`, raise BlockingIOError if another process holds it."""
         with (self._folder / "locks" / _lock_of(key)).open("a") as handle:
             while True:
                 try:
@@ -223,11 +235,11 @@ class FineTuneCache(Generic[T]):
                 except BlockingIOError:
                     if not wait:
                         raise
-                    time.sleep(0.02)  # not a blocking call: a cancelled request must be able to leave
+                    time.sleep(0.02)  # a blocking lock could not be interrupted when the request is cancelled
             yield
 
     def _remember(self, key: str, make: Callable[[], T]) -> T:
-        """What is in memory under `key`, made and put there where it is missing."""
+        """The fine-tune in memory under `key`; if it is missing, `make` it, and evict others beyond the memory limit."""
         with self._mutex:
             if key in self._memory:
                 self._memory.move_to_end(key)
@@ -246,12 +258,12 @@ def _key(*parts: str) -> str:
 
 
 def _lock_of(key: str) -> str:
-    """The name of the lock of an entry: few files for any number of entries."""
+    """The lock file of an entry; entries share 256 of them."""
     return key[:2]
 
 
 def _state(file: Path) -> str:
-    """Changes whenever a file's content does."""
+    """A text that changes whenever the content of `file` does."""
     stat = file.stat()
     return f"{file} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
 
@@ -261,13 +273,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _name_of(url: str) -> str:
-    """What messages call the file at `url`: the last part of its path."""
-    with contextlib.suppress(ValueError):  # no URL: fetching says so
+    """The name of the file at `url` for messages: the last part of its path."""
+    with contextlib.suppress(ValueError):  # not a URL: the download raises a clear error
         if name := Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name:
             return name
     return "The file"
 
 
 def _file_name(name: str) -> str:
-    """Of a bare file, which is the word of an embedding."""
+    """File name for a bare .safetensors; for an embedding it is the word to write in prompts."""
     return name if _EMBEDDING.fullmatch(name) else "weights.safetensors"

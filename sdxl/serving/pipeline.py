@@ -1,23 +1,14 @@
-"""Load the base for serving, and name its samplers.
+"""Load the base and the refiner for serving.
 
-Knows diffusers' pipelines and schedulers; does not know requests or fine-tunes.
+Knows diffusers' pipelines and their layout on disk; does not know requests, samplers or fine-tunes.
 """
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    PNDMScheduler,
-    SchedulerMixin,
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
 from dataset_and_utils import eos_id, pool_at_eos
@@ -30,33 +21,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
-    "DPMSolverMultistep": (DPMSolverMultistepScheduler, {}),
-    "HeunDiscrete": (HeunDiscreteScheduler, {}),
-    "KarrasDPM": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "K_EULER_ANCESTRAL": (EulerAncestralDiscreteScheduler, {}),
-    "K_EULER": (EulerDiscreteScheduler, {}),
-    "PNDM": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
-}
-"""Public name → (diffusers class, settings that differ from the base's).
-
-SDXL's published configuration states those of DDIM and PNDM; a base that was saved with another sampler has lost them,
-and diffusers' defaults would clip latents as if they were pixels.
-"""
-
 
 def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiffusionXLPipeline":
-    """The text-to-image pipeline of the base in `folder`, placed on `device`: fp16 on CUDA, fp32 on a CPU.
+    """The text-to-image pipeline of the base in `folder`: fp16 on CUDA, fp32 on a CPU.
 
-    Its pooled prompts are taken at the end of the text. Where the autoencoder's configuration says `force_upcast`,
-    pictures are encoded and decoded in bf16 on CUDA.
+    Prompts are pooled at the end of the text, whatever the encoders' configuration says. If the autoencoder's
+    configuration says `force_upcast`, it encodes and decodes in bf16 on CUDA.
 
     Raises:
-        WeightsError: a part is missing or is not of SDXL's kind.
+        WeightsError: a part is missing or is not from an SDXL.
     """
     from diffusers import (
-        StableDiffusionXLPipeline,  # here: it takes a second, and warns before logging is configured
+        StableDiffusionXLPipeline,  # here: it takes a second to import, and warns before logging is configured
     )
 
     placement = device if isinstance(device, Placement) else Placement(name=device.type, device=device)
@@ -87,17 +63,11 @@ def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiff
 
 
 def load_refiner(folder: Path, like: "StableDiffusionXLPipeline") -> UNet2DConditionModel:
-    """The UNet of the refiner in `folder`, in the precision and on the device of the base `like`.
+    """The UNet of the refiner in `folder`, with the dtype and on the device of the base `like`.
 
-    It is all that a refiner has of its own: its text encoder and autoencoder are those of the base.
+    A refiner needs no other part of its own: its text encoder and autoencoder are the base's.
 
     Raises:
         WeightsError: the files are missing or damaged.
     """
     return load_unet(folder, like.unet.dtype, like.unet.device)
-
-
-def make_scheduler(name: str, pipeline: "StableDiffusionXLPipeline") -> SchedulerMixin:
-    """A fresh sampler of the public `name`, with the noise schedule of the base."""
-    kind, settings = SCHEDULERS[name]
-    return kind.from_config(pipeline.scheduler.config, **settings)

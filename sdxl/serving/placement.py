@@ -1,4 +1,4 @@
-"""Where a pipeline's parts lie: all on the GPU, fetched to it part by part, or on the CPU.
+"""On which device each part of a pipeline is: all on the GPU, one at a time on the GPU, or all on the CPU.
 
 Knows memory and accelerate's hooks; does not know requests.
 """
@@ -16,16 +16,21 @@ from sdxl.errors import UserInputError
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How memory is used."""
+    """Where the parts of a pipeline are, and how many pictures fit at once."""
 
     name: str
     device: torch.device
     offloaded: bool = False
-    """Parts wait in host memory and are on the GPU one at a time (`enable_model_cpu_offload`)."""
+    """Parts stay in host memory and move to the GPU one at a time (diffusers' `enable_model_cpu_offload`)."""
     tiled: bool = False
-    """The autoencoder works tile by tile, which may shift colours by a little from tile to tile."""
+    """The autoencoder works tile by tile; colours may differ slightly between tiles."""
     at_once: int = 4
     """Most pictures in one call of the UNet."""
+
+    @property
+    def helper_device(self) -> torch.device:
+        """The device for models besides the pipeline: with offloading the CPU, which leaves the GPU's memory free."""
+        return torch.device("cpu") if self.offloaded else self.device
 
     def describe(self) -> str:
         """One sentence for the log."""
@@ -38,12 +43,12 @@ class Placement:
 
 
 def choose_placement(gpu_gib: float | None, setting: str = "auto") -> Placement:
-    """The placement for a GPU of `gpu_gib` GiB (None: no GPU), or the one that `setting` (`SDXL_MEMORY`) names.
+    """The placement for a GPU of `gpu_gib` GiB (None for no GPU), or the one that `setting` (`SDXL_MEMORY`) names.
 
-    SDXL with its refiner takes 12 GiB in fp16, beside what a picture of 1024² needs.
+    The limits allow for SDXL with its refiner, 12 GiB in fp16, and for what a picture of 1024² pixels needs.
 
     Raises:
-        UserInputError: no such setting, or one that needs a GPU where there is none.
+        UserInputError: the setting does not exist, or needs a GPU and there is no GPU.
     """
     cuda = torch.device("cuda")
     known = {
@@ -72,7 +77,7 @@ def placement_here() -> Placement:
 
 
 def place(pipeline: Any, placement: Placement) -> None:
-    """Put a pipeline that was loaded on the CPU where `placement` says."""
+    """Move a loaded pipeline to where `placement` says."""
     if placement.offloaded:
         pipeline.enable_model_cpu_offload(device=placement.device)
     else:
@@ -83,7 +88,10 @@ def place(pipeline: Any, placement: Placement) -> None:
 
 @contextmanager
 def lent(module: torch.nn.Module, pipeline: Any) -> Iterator[None]:
-    """Have `module` where the pipeline computes; of an offloaded one the other parts leave the GPU, and it after them."""
+    """Put `module`, which is no part of the pipeline, on the pipeline's device while the context lasts.
+
+    With offloading, first free the GPU, then move the module there and back. Without, it is there already.
+    """
     if not getattr(pipeline, "_all_hooks", []):
         yield
         return

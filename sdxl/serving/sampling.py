@@ -1,9 +1,9 @@
-"""The denoising loop, for every mode and sampler; the one place that calls a UNet to draw.
+"""The denoising loop for every mode and sampler; the only place in serving that calls a UNet.
 
 Knows diffusers' schedulers; does not know prompts, pictures or where weights come from.
 
-A run of n denoising steps is the schedule's *intervals* 0 … n−1; text to image covers all of them, image to image the
-last ones, and a base and a refiner share them. Shapes: b pictures, [b, 4, h, w] latents.
+A schedule of n denoising steps has the *intervals* 0 … n−1. A pass over a schedule runs some of them in a row; `plan`
+decides which. Shapes: latents are [b, 4, h, w] for b pictures.
 """
 
 import inspect
@@ -19,57 +19,61 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What a UNet is told beside the latents, for b pictures; without guidance the rows are b, else 2b: the negative
-    prompt's first, then the prompt's."""
+    """The inputs of a UNet besides the latents and the timestep, for b pictures.
+
+    With guidance there are 2b rows: first those of the negative prompt, then those of the prompt. Without, b rows.
+    """
 
     embeds: Tensor
-    """Text encoders' hidden states [b or 2b, 77, dim]."""
+    """Hidden states of the text encoders [b or 2b, 77, dim]."""
     pooled: Tensor
     """Pooled prompts [b or 2b, dim]."""
     time_ids: Tensor
-    """Size conditioning [b or 2b, 6], or of the refiner [b or 2b, 5]."""
+    """Size conditioning [b or 2b, 6]; for the refiner [b or 2b, 5]."""
     guidance_scale: float
-    """Classifier-free guidance (arXiv:2207.12598); 1 is off."""
+    """Strength of classifier-free guidance (arXiv:2207.12598); 1 turns it off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What inpainting keeps of a picture."""
+    """The part of the input picture that inpainting keeps."""
 
     latents: Tensor
-    """The picture's latents [b, 4, h, w], without noise."""
+    """Latents of the picture [b, 4, h, w], without noise."""
     noise: Tensor
-    """Noise [b, 4, h, w] that is added to them at each step's level."""
+    """The noise [b, 4, h, w] to add to them, at the level of each step."""
     mask: Tensor
-    """[1, 1, h, w]: 1 is drawn, 0 kept."""
+    """[1, 1, h, w]: 1 where the picture is repainted, 0 where it is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """Intervals `start` to `stop` (exclusive) of a schedule, as the sampler takes them."""
+    """The calls of the UNet for some intervals of a schedule."""
 
     timesteps: Tensor
-    """One entry a call of the UNet."""
+    """One timestep per call."""
     following: list[Tensor | None]
-    """The timestep whose noise level each call leaves the latents at; None for no noise."""
+    """For each call, the timestep whose noise level the latents have afterwards; None for no noise."""
     begin_index: int
+    """Index of the first call among the calls of the whole schedule."""
 
 
 def course(scheduler: Any, start: int, stop: int) -> Course:
-    """The calls of a scheduler, whose timesteps are set, for intervals `start` to `stop`.
+    """The calls for the intervals `start` to `stop` (exclusive) of a scheduler whose timesteps are set.
 
-    Heun's method (arXiv:2206.00364, algorithm 1) takes two calls an interval and the last interval one; the PLMS of
-    PNDM (arXiv:2202.09778) takes its first interval twice, wherever it begins.
+    Most samplers call the UNet once per interval. Heun's method (arXiv:2206.00364, algorithm 1) calls it twice, except in
+    the last interval. PLMS, diffusers' PNDM (arXiv:2202.09778), runs the first interval twice, wherever it starts.
     """
     every = scheduler.timesteps
     if isinstance(scheduler, PNDMScheduler):
+        # The list repeats its second timestep for a start at interval 0: remove it, cut, and repeat where this course starts.
         plain = torch.cat([every[:1], every[2:]])
         chosen = plain[start:stop]
-        ahead = [*plain[start + 1 : stop + 1], None][: len(chosen)]
+        following = [*plain[start + 1 : stop + 1], None][: len(chosen)]
         if len(chosen) > 1:
             chosen = torch.cat([chosen[:2], chosen[1:]])
-            ahead = [ahead[0], *ahead]
-        return Course(timesteps=chosen, following=ahead, begin_index=start)
+            following = [following[0], *following]
+        return Course(timesteps=chosen, following=following, begin_index=start)
     calls = 2 if isinstance(scheduler, HeunDiscreteScheduler) else 1
     first, last = calls * start, min(calls * stop, len(every))
     following = [*every[first + 1 : last + 1], None][: max(last - first, 0)]
@@ -77,7 +81,7 @@ def course(scheduler: Any, start: int, stop: int) -> Course:
 
 
 def intervals_above(scheduler: Any, fraction: float) -> int:
-    """How many intervals begin in the first `fraction` (0 to 1) of the noise: where a refiner takes over."""
+    """How many intervals start within the first `fraction` (0 to 1) of the noise: those before a refiner takes over."""
     cutoff = round(scheduler.config.num_train_timesteps * (1 - fraction))
     every = scheduler.timesteps
     distinct = torch.cat([every[:1], every[2:]]) if isinstance(scheduler, PNDMScheduler) else every
@@ -87,21 +91,21 @@ def intervals_above(scheduler: Any, fraction: float) -> int:
 
 
 def noise_like(latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise in the shape of `latents`, picture i drawn from `generators[i]` alone."""
+    """Standard normal noise in the shape of `latents`; picture i depends on `generators[i]` alone."""
     return randn_tensor(
         tuple(latents.shape), generator=list(generators), device=latents.device, dtype=latents.dtype
     )
 
 
-def begin(scheduler: Any, planned: Course, image_latents: Tensor | None, noise: Tensor) -> Tensor:
-    """The latents a course starts from: `noise` alone, or `image_latents` under `noise` at the course's level."""
-    if image_latents is None:
+def begin(scheduler: Any, planned: Course, latents: Tensor | None, noise: Tensor) -> Tensor:
+    """The latents at the start of a course: `latents` with `noise` at the course's level, or only `noise` for None."""
+    if latents is None:
         return noise * scheduler.init_noise_sigma
     if not len(planned.timesteps):
-        return image_latents
+        return latents
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(planned.begin_index)
-    return scheduler.add_noise(image_latents, noise, planned.timesteps[:1])
+    return scheduler.add_noise(latents, noise, planned.timesteps[:1])
 
 
 def denoise(
@@ -115,14 +119,24 @@ def denoise(
     kept: Kept | None = None,
     on_call: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Take `latents` through a course; `unet` is one or is called like one, and `on_call` after each call of it."""
+    """Denoise `latents` along a course.
+
+    unet: a UNet, or anything that is called like one.
+    on_call: runs after each call of the UNet.
+    """
+    # The scheduler counts its calls; a course may start in the middle of the schedule.
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(planned.begin_index)
-    takes = inspect.signature(scheduler.step).parameters
-    extra = {"generator": list(generators)} if "generator" in takes else {}
+
+    # Ancestral samplers add noise in each step: picture i draws it from its own generator.
+    parameters = inspect.signature(scheduler.step).parameters
+    extra = {"generator": list(generators)} if "generator" in parameters else {}
+
     for timestep, next_timestep in zip(planned.timesteps, planned.following, strict=True):
         noise = predict_noise(unet, scheduler, timestep, latents, conditioning)
         latents = scheduler.step(noise, timestep, latents, **extra, return_dict=False)[0]
+
+        # Inpainting: put the kept part of the picture back, with the noise that the latents have after this step.
         if kept is not None:
             around = kept.latents
             if next_timestep is not None:
@@ -135,7 +149,7 @@ def denoise(
 def predict_noise(
     unet: Callable[..., Any], scheduler: Any, timestep: Tensor, latents: Tensor, conditioning: Conditioning
 ) -> Tensor:
-    """The guided prediction [b, 4, h, w] at `timestep`; the only call of a UNet, at 2b rows with guidance."""
+    """The guided noise prediction [b, 4, h, w] at `timestep`, by one call of the UNet."""
     guided = conditioning.guidance_scale > 1
     rows = torch.cat([latents] * 2) if guided else latents
     predicted = unet(
@@ -147,5 +161,5 @@ def predict_noise(
     )[0]
     if not guided:
         return predicted
-    without, along = predicted.chunk(2)
-    return without + conditioning.guidance_scale * (along - without)
+    negative, positive = predicted.chunk(2)
+    return negative + conditioning.guidance_scale * (positive - negative)

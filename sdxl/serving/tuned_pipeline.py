@@ -1,6 +1,6 @@
-"""Put fine-tunes into a pipeline, and take them out again without a trace.
+"""Apply fine-tunes to a pipeline, and restore the base exactly.
 
-A LoRA is added into the weights, so that a tuned UNet is the same modules at the same addresses as the base's. Knows
+A LoRA is added into the weights: a fine-tuned UNet has the same modules, at the same addresses, as the base. Knows
 pipelines and fine-tunes; does not know requests, or where fine-tunes come from.
 """
 
@@ -26,24 +26,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PUBLISHED_EOS = 2
-"""`eos_token_id` of SDXL's published second encoder: pools at the highest id of a sequence."""
+"""`eos_token_id` of SDXL's published second encoder: transformers then pools at the highest id of a sequence."""
 _TOKENIZERS_KEPT = 4
+"""Most extended pairs of tokenizers to keep; copying them takes a while."""
+_SPARE_ROWS = 64
+"""Rows that a copied embedding table has for new tokens, so that it rarely has to grow."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedFineTune:
-    """A fine-tune in memory, read for one base."""
+    """A fine-tune, read into memory and checked against one base."""
 
     name: str
-    """What messages call it."""
+    """The name for messages."""
     unet: dict[str, Tensor] = field(default_factory=dict)
-    """Parameter of the UNet, such as "unet.conv_in.weight" → its tensor; empty for a LoRA."""
+    """Parameter of the UNet, such as "unet.conv_in.weight" → its new value; empty for a LoRA."""
     lora: dict[str, LoraLayer] = field(default_factory=dict)
     """Layer, such as "unet.mid_block.attentions.0.proj_in" → its change."""
     rows: tuple[Tensor, ...] = ()
-    """Rows of the new tokens [tokens, dim_i] for text encoder i; empty for none."""
+    """Token rows [tokens, dim_i] for text encoder i; empty if there are no new tokens."""
     pooled_at_eos: bool = True
-    """Whether the rows were trained with the pooled prompt taken at the end of the text."""
+    """Whether the rows were trained with prompts pooled at the end of the text."""
     token_map: TokenMap
 
     @property
@@ -53,32 +56,37 @@ class LoadedFineTune:
         return sum(part.nbytes for part in parts)
 
 
-Layers = tuple[tuple[LoadedFineTune, float], ...]
-"""Fine-tunes and their LoRA scales, in order; at most the first is a whole UNet."""
+@dataclass(frozen=True, kw_only=True)
+class ScaledFineTune:
+    """A fine-tune to apply, and its strength."""
+
+    fine_tune: LoadedFineTune
+    scale: float = 1.0
+    """Factor of a LoRA's change; ignored for a whole UNet."""
 
 
-def require_loras(layers: Layers) -> None:
+def require_loras(scaled: Sequence[ScaledFineTune]) -> None:
     """Refuse whole UNets.
 
     Raises:
-        WeightsError: one of `layers` is.
+        WeightsError: one of them is a whole UNet.
     """
-    for weights, _ in layers:
-        if weights.unet:
+    for one in scaled:
+        if one.fine_tune.unet:
             raise WeightsError(
-                f"{weights.name} is a whole UNet, which replaces all others: give it as replicate_weights, and "
-                "only LoRAs beside it."
+                f"{one.fine_tune.name} is a whole UNet and cannot be added to another fine-tune: give it as "
+                "replicate_weights, and only LoRAs as extra_lora."
             )
 
 
 class TunedPipeline:
-    """A pipeline whose base weights are kept, and any fine-tunes on top of them."""
+    """A pipeline that can take any fine-tunes on top of its base, and give them up again."""
 
     def __init__(self, pipeline: "StableDiffusionXLPipeline") -> None:
         self.pipeline = pipeline
         self.token_map = TokenMap({})
         self.changes = 0
-        """Rises whenever weights may have changed, also where that failed: who keeps what was made of them compares it."""
+        """A counter that changes whenever weights may have changed, even by a failed switch. Caches compare it."""
         parts = {
             "unet": pipeline.unet,
             "text_encoder": pipeline.text_encoder,
@@ -95,13 +103,13 @@ class TunedPipeline:
             pipeline.unet.config,
         )
         self._kept: dict[str, Tensor] = {}
-        """Base values of the parameters that any fine-tune has changed so far, in host memory or beside them."""
+        """Base values of the parameters that any fine-tune has changed so far, in host memory or on the GPU."""
         self._room: bool | None = None
-        """Whether the GPU has room for them; None before it is asked."""
+        """Whether the GPU has room for them; None until it is measured."""
         self._changed: set[str] = set()
         """The parameters that may differ from the base now."""
-        self._active: Layers | None = ()
-        """What is applied; None while it is being changed."""
+        self._active: tuple[ScaledFineTune, ...] | None = ()
+        """The fine-tunes that are applied; None while they change."""
         self._tokenizers = {0: (pipeline.tokenizer, pipeline.tokenizer_2)}
         self._tables = tuple(encoder.get_input_embeddings() for encoder in self._encoders)
         self._grown: list[nn.Embedding] = []
@@ -110,71 +118,71 @@ class TunedPipeline:
     def _encoders(self) -> tuple[Any, Any]:
         return self.pipeline.text_encoder, self.pipeline.text_encoder_2
 
-    def load(self, fine_tune: FineTuneFiles) -> LoadedFineTune:
-        """Read a fine-tune's files into memory of their own, pinned where there is CUDA: the files may go afterwards.
+    def load(self, files: FineTuneFiles) -> LoadedFineTune:
+        """Read a fine-tune's files into memory, pinned if there is CUDA. Afterwards the files are not needed any more.
 
         Raises:
-            WeightsError: it does not fit this base.
+            WeightsError: the fine-tune does not fit this base.
             ContractError: its embeddings are malformed.
         """
         unet, lora = {}, {}
         pinned = self.pipeline._execution_device.type == "cuda"
-        if fine_tune.unet is not None:
-            unet = {f"unet.{name}": tensor for name, tensor in fine_tune.unet.read(pinned=pinned).items()}
+        if files.unet is not None:
+            unet = {f"unet.{name}": tensor for name, tensor in files.unet.read(pinned=pinned).items()}
             for name, tensor in unet.items():
                 if name not in self._parameters or self._parameters[name].shape != tensor.shape:
                     raise WeightsError(
-                        f"{fine_tune.unet.name} does not fit this base (at {name.removeprefix('unet.')}): load it into "
-                        "the base model it was trained on."
+                        f"{files.unet.name} does not fit this base (at {name.removeprefix('unet.')}): use the base "
+                        "that it was trained on."
                     )
-        if fine_tune.lora is not None:
-            tensors = fine_tune.lora.read(pinned=pinned)
-            lora = read_lora(tensors, fine_tune.lora.metadata, self._names, fine_tune.lora.name)
+        if files.lora is not None:
+            tensors = files.lora.read(pinned=pinned)
+            lora = read_lora(tensors, files.lora.metadata, self._names, files.lora.name)
             for name, layer in lora.items():
                 if not layer.fits(tuple(self._parameters[f"{name}.weight"].shape)):
                     raise WeightsError(
-                        f"{fine_tune.lora.name} does not fit this base (at {name}): load it into the base it was "
-                        "trained on."
+                        f"{files.lora.name} does not fit this base (at {name}): use the base that it was trained on."
                     )
-        rows, at_eos, token_map = read_rows(fine_tune)
+        rows, at_eos, token_map = read_rows(files)
         widths = [table.weight.shape[1] for table in self._tables]  # type: ignore[union-attr]
         if rows and [row.shape[1] for row in rows] != widths:
             raise WeightsError(
-                f"{fine_tune.name} was made for text encoders of widths {[row.shape[1] for row in rows]}, these have "
-                f"{widths}: load it into the base model it was trained on."
+                f"{files.name} was made for text encoders of widths {[row.shape[1] for row in rows]}, but this base has "
+                f"{widths}: use the base that it was trained on."
             )
         rows = tuple(row.clone() for row in rows)
         return LoadedFineTune(
-            name=fine_tune.name, unet=unet, lora=lora, rows=rows, pooled_at_eos=at_eos, token_map=token_map
+            name=files.name, unet=unet, lora=lora, rows=rows, pooled_at_eos=at_eos, token_map=token_map
         )
 
-    def activate(self, fine_tune: FineTuneFiles | None, *, lora_scale: float = 1.0) -> None:
-        """`apply` one fine-tune from its files, or with None the base alone."""
-        self.apply(() if fine_tune is None else ((self.load(fine_tune), lora_scale),))
+    def activate(self, files: FineTuneFiles | None, *, lora_scale: float = 1.0) -> None:
+        """Load and `apply` one fine-tune; None restores the base."""
+        loaded = None if files is None else self.load(files)
+        self.apply(() if loaded is None else (ScaledFineTune(fine_tune=loaded, scale=lora_scale),))
 
     @torch.no_grad()
-    def apply(self, layers: Layers) -> None:
-        """Make the pipeline the base with exactly `layers` on top; whatever fails or interrupts it, the base remains.
+    def apply(self, scaled: tuple[ScaledFineTune, ...]) -> None:
+        """Make the pipeline the base plus exactly these fine-tunes. If that fails or is interrupted, restore the base.
 
         Raises:
-            WeightsError: a whole UNet is not the first of them.
+            WeightsError: a fine-tune after the first is a whole UNet.
         """
-        if layers == self._active:
+        if scaled == self._active:
             return
-        require_loras(layers[1:])
+        require_loras(scaled[1:])
         self.restore()
         self._active = None
         try:
-            self._apply_tokens(layers)
-            self._apply_parameters(layers)
-            self._active = layers
+            self._apply_tokens(scaled)
+            self._apply_parameters(scaled)
+            self._active = scaled
         except BaseException:
             self.restore()
             raise
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back as the base has it; may be called, and interrupted, at any time."""
+        """Make the pipeline exactly the base again. It may be called, and interrupted, at any time."""
         self._active = None
         self.changes += 1
         self.token_map = TokenMap({})
@@ -187,16 +195,20 @@ class TunedPipeline:
             pool_at_eos(encoder, eos_id(tokenizer))
         self._active = ()
 
-    def _apply_parameters(self, layers: Layers) -> None:
-        """Whole tensors first, then for each weight the sum of all LoRAs' changes, added in fp32."""
-        for weights, _ in layers[:1]:
-            for name, tensor in weights.unet.items():
+    def _apply_parameters(self, scaled: tuple[ScaledFineTune, ...]) -> None:
+        # A whole UNet replaces parameters. Only the first fine-tune may be one.
+        for one in scaled[:1]:
+            for name, tensor in one.fine_tune.unet.items():
                 self._keep(name)
                 self._parameters[name].copy_(tensor, non_blocking=True)
+
+        # Collect the changes of all LoRAs by weight, so that each weight is rounded only once.
         changes: dict[str, list[tuple[LoraLayer, float]]] = {}
-        for weights, scale in layers:
-            for name, layer in weights.lora.items() if scale else ():
-                changes.setdefault(f"{name}.weight", []).append((layer, scale))
+        for one in scaled:
+            for name, layer in one.fine_tune.lora.items() if one.scale else ():
+                changes.setdefault(f"{name}.weight", []).append((layer, one.scale))
+
+        # Add them in fp32. A DoRA layer also needs the weight before any change.
         for name, parts in changes.items():
             self._keep(name)
             weight = self._parameters[name]
@@ -206,14 +218,14 @@ class TunedPipeline:
             weight.copy_(value)
 
     def _keep(self, name: str) -> None:
-        """Remember the base's value before it is changed; what was kept once is the base's for good."""
+        """Copy the base's value before its first change, and mark the parameter as changed."""
         if name not in self._kept:
             value = self._parameters[name].detach()
-            self._kept[name] = value.clone() if self._keeps_beside(value) else host_copy(value)
+            self._kept[name] = value.clone() if self._keeps_on_gpu(value) else host_copy(value)
         self._changed.add(name)
 
-    def _keeps_beside(self, value: Tensor) -> bool:
-        """Whether the base's values stay on the GPU, where they come back in no time, rather than in host memory."""
+    def _keeps_on_gpu(self, value: Tensor) -> bool:
+        """Whether to keep base values on the GPU, from where they are restored fastest, instead of in host memory."""
         if value.device.type != "cuda" or getattr(self.pipeline, "_all_hooks", []):
             return False
         if self._room is None:
@@ -221,13 +233,13 @@ class TunedPipeline:
             self._room = free_bytes(value.device) > 3 * whole
         return self._room
 
-    def _apply_tokens(self, layers: Layers) -> None:
-        """The rows of all fine-tunes in one line of tokens `<s0>`, `<s1>`, …, in copies of tables and tokenizers."""
-        tuned = [weights for weights, _ in layers if weights.rows]
-        if not tuned:
-            self.token_map = layers[0][0].token_map if layers else TokenMap({})
+    def _apply_tokens(self, scaled: tuple[ScaledFineTune, ...]) -> None:
+        """Number the token rows of all fine-tunes through, `<s0>`, `<s1>`, …, in copies of tables and tokenizers."""
+        with_rows = [one.fine_tune for one in scaled if one.fine_tune.rows]
+        if not with_rows:
+            self.token_map = scaled[0].fine_tune.token_map if scaled else TokenMap({})
             return
-        rows = [torch.cat([weights.rows[i].float() for weights in tuned]) for i in range(2)]
+        rows = [torch.cat([fine_tune.rows[i].float() for fine_tune in with_rows]) for i in range(2)]
         count = len(rows[0])
         tokenizers = self._tokenizers_with(count)
         for index, (encoder, tokenizer) in enumerate(zip(self._encoders, tokenizers, strict=True)):
@@ -235,13 +247,13 @@ class TunedPipeline:
             table = self._table_with(index, max(ids) + 1)
             table.weight[ids] = rows[index].to(table.weight)
             encoder.set_input_embeddings(table)
-            if not tuned[0].pooled_at_eos:
+            if not with_rows[0].pooled_at_eos:
                 pool_at_eos(encoder, PUBLISHED_EOS)
         self.pipeline.tokenizer, self.pipeline.tokenizer_2 = tokenizers
-        self.token_map = join_token_maps(tuned)
+        self.token_map = join_token_maps(with_rows)
 
     def _tokenizers_with(self, count: int) -> tuple[Any, Any]:
-        """The base's tokenizers with `count` tokens more."""
+        """The base's tokenizers with `count` placeholder tokens added."""
         if count not in self._tokenizers:
             if len(self._tokenizers) > _TOKENIZERS_KEPT:
                 del self._tokenizers[next(key for key in self._tokenizers if key)]
@@ -252,7 +264,7 @@ class TunedPipeline:
         return self._tokenizers[count]
 
     def _table_with(self, index: int, size: int) -> nn.Embedding:
-        """A copy of an encoder's table with at least `size` rows, kept from one fine-tune to the next."""
+        """A copy of an encoder's embedding table with at least `size` rows, reused by later fine-tunes."""
         if not self._grown:
             self._grown = [self._grow(table, 0) for table in self._tables]
         if self._grown[index].num_embeddings < size:
@@ -263,34 +275,35 @@ class TunedPipeline:
 
     @staticmethod
     def _grow(table: Any, size: int) -> nn.Embedding:
+        """A copy of `table` with spare rows, at least `size` in all."""
         weight = table.weight.detach()
-        rows = max(size, len(weight) + 64)
+        rows = max(size, len(weight) + _SPARE_ROWS)
         grown = torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
         grown[: len(weight)] = weight
         return nn.Embedding.from_pretrained(grown)
 
 
-def join_token_maps(tuned: Sequence[LoadedFineTune]) -> TokenMap:
-    """One map for fine-tunes whose rows lie one behind another.
+def join_token_maps(fine_tunes: Sequence[LoadedFineTune]) -> TokenMap:
+    """One map for several fine-tunes, whose token rows are numbered through.
 
-    A word that an earlier one has already gets the number of its fine-tune: the second TOK is TOK_2.
+    If an earlier fine-tune already has a word, the word gets a number: the TOK of the second fine-tune is TOK_2.
     """
     placeholders: dict[str, str] = {}
     offset = 0
-    for number, weights in enumerate(tuned, start=1):
-        for word, rows in weights.token_map.placeholders.items():
+    for number, fine_tune in enumerate(fine_tunes, start=1):
+        for word, rows in fine_tune.token_map.placeholders.items():
             shifted = re.sub(r"<s([0-9]+)>", lambda row: f"<s{int(row[1]) + offset}>", rows)  # noqa: B023
             own = word if word not in placeholders else f"{word}_{number}"
             if own != word:
                 log.info(
-                    "%s of %s is written %s, since another fine-tune has it too", word, weights.name, own
+                    "Write %s for the %s of %s: another fine-tune has %s too", own, word, fine_tune.name, word
                 )
             placeholders[own] = shifted
-        offset += len(weights.rows[0])
+        offset += len(fine_tune.rows[0])
     return TokenMap(placeholders)
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory, pinned where CUDA is there to copy from it faster."""
+    """A copy in host memory; with CUDA it is pinned, so that it can be copied back faster."""
     copied = torch.empty_like(tensor, device="cpu", pin_memory=torch.cuda.is_available())
     return copied.copy_(tensor)

@@ -1,14 +1,14 @@
-"""Calls of a UNet for drawing, without the CPU in the way.
+"""Calls a UNet for drawing, so that a step is never CPU-bound.
 
-On a GPU every shape of call is captured once as a CUDA graph and replayed; common shapes are compiled before. Weights
-that change in place, as fine-tunes do, need nothing made again. Knows UNets and shapes; does not know requests.
+On a GPU, each shape of call is captured once as a CUDA graph and then replayed; the most common shapes are compiled first.
+Fine-tunes change weights in place, so that graphs stay valid. Knows UNets and shapes; does not know requests.
 
-| `SDXL_SPEED` | what a call is                                                                     |
+| `SDXL_SPEED` | how the UNet is called                                                             |
 |--------------|------------------------------------------------------------------------------------|
-| compiled     | a graph of compiled blocks for warmed shapes, without compiling for all others     |
-| fp8          | as compiled, the transformer blocks' linear layers in 8-bit floating point          |
-| graphs       | a graph without compiling                                                          |
-| eager        | kernels launched one by one, as diffusers does: for debugging                      |
+| compiled     | shapes of the warm-up: a graph of compiled blocks; others: a graph, not compiled   |
+| fp8          | like compiled, with the linear layers of transformer blocks in 8-bit floats        |
+| graphs       | a graph, not compiled                                                              |
+| eager        | kernels are launched one by one, as diffusers does; for debugging                  |
 """
 
 import logging
@@ -31,37 +31,37 @@ from sdxl.speed.fp8 import Fp8Layers, is_supported
 log = logging.getLogger(__name__)
 
 MOST_SHAPES = 12
-"""Shapes of call that are kept as graphs; beyond, all are dropped and made again as they come."""
+"""Most shapes of call to keep as graphs. One more drops them all, and each is captured again when it comes up."""
 
 
 def speed_here(placement: Placement) -> Speed:
-    """What `SDXL_SPEED` says where all of the pipeline stays on a GPU; else always "eager"."""
+    """The speed that `SDXL_SPEED` names if the whole pipeline stays on a GPU, else "eager"."""
     setting = settings.speed()
     if setting == "fp8" and placement.device.type == "cuda" and not is_supported(placement.device):
-        log.warning("This GPU does not multiply in fp8: SDXL_SPEED is taken for compiled.")
+        log.warning("This GPU does not support fp8: using SDXL_SPEED=compiled.")
         setting = "compiled"
     return setting if placement.device.type == "cuda" and not placement.offloaded else "eager"
 
 
 @dataclass(kw_only=True)
 class _Inputs:
-    """Where the calls of one shape find what they are given; overwritten in place."""
+    """The input tensors of one shape of call. Their addresses are fixed in the graph; each call overwrites them."""
 
     tensors: dict[str, Tensor]
-    known: list[Tensor]
-    """What cross-attention makes of the prompt."""
+    cached: list[Tensor]
+    """Keys and values of cross-attention for the prompt."""
     prompt: Tensor | None
-    """The hidden states that `known` was made of, the very tensor; None where it must be made again."""
+    """The hidden states, compared by identity, from which `cached` was computed; None if it is out of date."""
 
 
 class UNetRunner:
-    """Called as the UNet is, with tensors of which only the values differ from call to call of one shape."""
+    """Called like the UNet; calls of one shape may differ only in the values of their tensors."""
 
     def __init__(self, unet: UNet2DConditionModel, speed: Speed) -> None:
-        """`unet` must stay where it is, and its weights at their addresses."""
+        """`unet` must stay on its device, and its weights at their addresses."""
         self.unet, self.speed = unet, speed
         self.compiling = False
-        """Whether shapes that come for the first time are compiled: never in a request, which it would stall."""
+        """Whether to compile new shapes. Only the warm-up does: compiling would stall a request."""
         self._compiled: set[tuple] = set()
         self._inputs: dict[tuple, _Inputs] = {}
         self._prompts = PromptCache(unet)
@@ -74,11 +74,11 @@ class UNetRunner:
 
     @property
     def compiles(self) -> bool:
-        """Whether warmed shapes are compiled."""
+        """Whether this speed compiles the shapes of the warm-up."""
         return self.speed in ("compiled", "fp8")
 
     def weights_changed(self) -> None:
-        """To be called after a fine-tune has come or gone."""
+        """Drop what depends on the weights; call it after each switch of fine-tunes."""
         for inputs in self._inputs.values():
             inputs.prompt = None
         if self._fp8 is not None:
@@ -93,27 +93,39 @@ class UNetRunner:
         added_cond_kwargs: dict[str, Tensor],
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """The prediction for `sample` [b, 4, h, w] at `timestep` (one number on the sample's device), as a tensor of its
-        own. Hidden states that are the very tensor of the last call must not have changed."""
+        """The prediction [b, 4, h, w] for `sample` [b, 4, h, w], in a new tensor.
+
+        timestep: one number, on the device of `sample`.
+        encoder_hidden_states: if it is the same tensor object as in the last call, its values must be the same too.
+        """
         given = {
             "sample": sample,
-            "timestep": timestep.float(),  # samplers have whole numbers or broken ones: one graph for both
+            "timestep": timestep.float(),  # samplers use integer or float timesteps: one graph serves both
             "embeds": encoder_hidden_states,
             **added_cond_kwargs,
         }
         if self.speed == "eager":
             return (self._call(given),)
+
+        # Copy the inputs to the addresses that the graph of this shape reads.
         key = tuple((name, tuple(value.shape), value.dtype) for name, value in given.items())
         inputs = self._inputs.get(key) or self._add(key, given)
         for name, value in given.items():
             inputs.tensors[name].copy_(value)
+
+        # All steps of a picture pass the same prompt tensor: compute its keys and values in the first step only.
         if inputs.prompt is not encoder_hidden_states:
-            for known, value in zip(inputs.known, self._prompts.compute(encoder_hidden_states), strict=True):
-                known.copy_(value)
+            for cached, value in zip(
+                inputs.cached, self._prompts.compute(encoder_hidden_states), strict=True
+            ):
+                cached.copy_(value)
             inputs.prompt = encoder_hidden_states
+
+        # The next replay overwrites the graph's output, so return a copy.
         return (self._graphs(key, lambda: self._work(key, inputs)).clone(),)
 
     def _add(self, key: tuple, given: dict[str, Tensor]) -> _Inputs:
+        """Make the input tensors of a new shape."""
         if len(self._inputs) >= MOST_SHAPES:
             self._inputs.clear()
             self._graphs.forget()
@@ -121,15 +133,15 @@ class UNetRunner:
             self._compiled.add(key)
         self._inputs[key] = _Inputs(
             tensors={name: value.clone() for name, value in given.items()},
-            known=self._prompts.compute(given["embeds"]),
+            cached=self._prompts.compute(given["embeds"]),
             prompt=given["embeds"],
         )
         return self._inputs[key]
 
     def _work(self, key: tuple, inputs: _Inputs) -> Tensor:
-        """What is captured for a shape."""
-        plainly = nullcontext() if key in self._compiled else torch.compiler.set_stance("force_eager")
-        with plainly, self._prompts.known(inputs.known):
+        """The work that is captured for a shape."""
+        stance = nullcontext() if key in self._compiled else torch.compiler.set_stance("force_eager")
+        with stance, self._prompts.returning(inputs.cached):
             return self._call(inputs.tensors)
 
     def _call(self, given: dict[str, Tensor]) -> Tensor:
@@ -152,17 +164,21 @@ class Runners:
         self._runners: dict[int, UNetRunner] = {}
 
     def __call__(self, unet: UNet2DConditionModel) -> UNetRunner:
-        """What to call in the place of `unet`; one that was never warmed is not made ready to be compiled."""
+        """What to call instead of `unet`. A UNet that was not warmed up gets graphs without compiling."""
         return self._get(unet, "eager" if self.speed == "eager" else "graphs")
 
     def _get(self, unet: UNet2DConditionModel, speed: Speed) -> UNetRunner:
-        """The runner of `unet`, made for `speed` where there is none yet."""
+        """The runner of `unet`; a new one is made for `speed`."""
         if id(unet) not in self._runners:
             self._runners[id(unet)] = UNetRunner(unet, speed)
         return self._runners[id(unet)]
 
     def follow(self, changes: int) -> None:
-        """Make anew what was made of weights, unless that was done, to its end, for this count of `TunedPipeline.changes`."""
+        """Update the runners' caches if the weights may have changed.
+
+        changes: `TunedPipeline.changes`. A count is marked as done only when every runner has followed, so that an
+            interrupted update is repeated.
+        """
         if changes != self._followed:
             for runner in self._runners.values():
                 runner.weights_changed()
@@ -170,7 +186,7 @@ class Runners:
 
     @contextmanager
     def warming(self, unet: UNet2DConditionModel) -> Iterator[None]:
-        """Shapes that come for the first time inside are compiled."""
+        """In this context new shapes are compiled."""
         runner = self._get(unet, self.speed)
         runner.compiling = runner.compiles
         try:

@@ -1,9 +1,10 @@
-"""An invisible mark that says a picture was made by a machine.
+"""An invisible watermark that says a picture was made by a machine.
 
-The mark is that of Stable Diffusion's own code: 48 bits, written as the package invisible-watermark writes them with its
-method dwtDct, so that detectors made for it read ours. In every block of 4×4 coefficients of the blue chroma's Haar
-approximation (8×8 pixels) the largest coefficient but the first carries one bit, by its place within steps of 36. Here
-a coefficient is moved only as far as it stays the largest, which keeps the bit readable on flat colours.
+It is the watermark of Stable Diffusion's own code: 48 bits in the format of the package invisible-watermark (method dwtDct),
+so that existing detectors read it. Take the Haar approximation of the blue chroma in blocks of 4×4 coefficients, 8×8
+pixels each. In every block the largest coefficient, not counting the first, carries one bit by its position within steps
+of 36. This code also keeps that coefficient the largest, so that flat colours stay readable. Knows pixels only; does not
+know requests.
 """
 
 import numpy as np
@@ -14,19 +15,23 @@ MESSAGE = 0b101100111110110010010000011110111011000110011110
 """The number that SDXL's published code writes."""
 _STEP = 36.0
 _MARGIN = 5.0
-"""How far, in coefficients, the carrier stays above the others of its block."""
+"""How much larger the carrier must stay than the other coefficients of its block."""
 
 
 def embed(picture: Image.Image, message: int = MESSAGE) -> Image.Image:
-    """An RGB picture with the `message` of `BITS` bits in it; one of less than 8×8 pixels comes back as it is."""
+    """`picture`, which is RGB, with a `message` of `BITS` bits in it; unchanged if it has less than 8×8 pixels."""
     pixels = np.asarray(picture.convert("RGB"))
     blocks = _blocks(_approximation(pixels))
     if not len(blocks):
         return picture
+
+    # The carrier of each block is its largest coefficient, not counting the first.
     wanted = _bits(message)[np.arange(len(blocks)) % BITS]
     rows = np.arange(len(blocks))
     where = np.abs(blocks[:, 1:]).argmax(1) + 1
     values = blocks[rows, where]
+
+    # Move it to the nearest value that encodes its bit, above all other coefficients.
     others = np.abs(blocks)
     others[:, 0] = 0
     others[rows, where] = 0
@@ -37,7 +42,7 @@ def embed(picture: Image.Image, message: int = MESSAGE) -> Image.Image:
 
 
 def read(picture: Image.Image) -> int:
-    """The message in a picture of at least 64×64 pixels; of an unmarked one it is of no meaning."""
+    """The message in a picture of at least 64×64 pixels; meaningless if the picture has no watermark."""
     blocks = _blocks(_approximation(np.asarray(picture.convert("RGB"))))
     largest = np.abs(blocks[:, 1:]).max(1)
     votes = (largest % _STEP) > _STEP / 2
@@ -46,7 +51,7 @@ def read(picture: Image.Image) -> int:
 
 
 def is_marked(picture: Image.Image) -> bool:
-    """Whether `picture` carries `MESSAGE`: at least 40 of its bits, by chance in one picture of a million."""
+    """Whether at least 40 bits of `picture` match `MESSAGE`; by chance that happens in one picture of a million."""
     return (read(picture) ^ MESSAGE).bit_count() <= BITS - 40
 
 
@@ -55,14 +60,14 @@ def _bits(message: int) -> np.ndarray:
 
 
 def _nearest(values: np.ndarray, bits: np.ndarray, floor: np.ndarray) -> np.ndarray:
-    """The nearest numbers at or above `floor` that lie a quarter (bit 0) or three quarters (bit 1) into a step."""
+    """The nearest numbers, at or above `floor`, at a quarter (bit 0) or three quarters (bit 1) of a step."""
     offset = (0.25 + 0.5 * bits) * _STEP
     steps = np.maximum(np.round((values - offset) / _STEP), np.ceil((floor - offset) / _STEP))
     return np.maximum(steps, 0) * _STEP + offset
 
 
 def _approximation(pixels: np.ndarray) -> np.ndarray:
-    """Haar approximation [h/2, w/2] of U = 0.492 (B − Y) + 128, on sides cut to multiples of 4."""
+    """Haar approximation [h/2, w/2] of U = 0.492 (B − Y) + 128; sides are cropped to multiples of 4."""
     height, width = (side // 4 * 4 for side in pixels.shape[:2])
     whole = pixels[:height, :width].astype(np.uint16)
     sums = whole[::2, ::2] + whole[::2, 1::2] + whole[1::2, ::2] + whole[1::2, 1::2]
@@ -71,14 +76,14 @@ def _approximation(pixels: np.ndarray) -> np.ndarray:
 
 
 def _blocks(plane: np.ndarray) -> np.ndarray:
-    """[n, 16]: the whole blocks of 4×4, row by row."""
+    """The complete blocks of 4×4, row by row: [n, 16]."""
     height, width = (side // 4 * 4 for side in plane.shape)
     cut = plane[:height, :width].reshape(height // 4, 4, width // 4, 4)
     return cut.transpose(0, 2, 1, 3).reshape(-1, 16)
 
 
 def _add_chroma(pixels: np.ndarray, change: np.ndarray) -> Image.Image:
-    """The picture with a change [n, 16] of the approximation, its luma untouched."""
+    """Add a change [n, 16] of the approximation's blocks to the picture; its luma stays the same."""
     rows, columns = pixels.shape[0] // 4 * 4 // 8, pixels.shape[1] // 4 * 4 // 8
     plane = change.reshape(rows, columns, 4, 4).transpose(0, 2, 1, 3).reshape(rows * 4, columns * 4)
     blue = plane / 2 / 0.492

@@ -1,0 +1,133 @@
+"""The painter: one loaded base that draws requests, with or without fine-tunes.
+
+Owns the pipeline, the fine-tunes applied to it, the runners of its UNets, the refiner and the placement, and keeps them in
+step. Does not know Cog, or what happens to a picture after it is drawn.
+"""
+
+import logging
+import time
+from collections.abc import Generator
+
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from sdxl import settings
+from sdxl.files import hub
+from sdxl.model.components import native_resolution
+from sdxl.serving.fine_tune_cache import FineTuneCache
+from sdxl.serving.generation import draw, generate
+from sdxl.serving.pipeline import load_pipeline, load_refiner
+from sdxl.serving.placement import placement_here
+from sdxl.serving.request import FineTuneOptions, GenerationRequest
+from sdxl.serving.tuned_pipeline import ScaledFineTune, TunedPipeline, require_loras
+from sdxl.serving.unet_runner import Runners, speed_here
+from sdxl.speed.compiled_blocks import fuse_blocks
+
+log = logging.getLogger(__name__)
+
+SMALLEST_REAL_BASE = 512
+"""Pixels; a base made for smaller pictures is a miniature."""
+WARMING_STEPS = 5
+"""Steps of a warm-up picture: enough calls of the UNet to capture its graph."""
+
+
+class Painter:
+    """Draws requests with the base, plus the fine-tunes that each request names."""
+
+    def __init__(self, *, weights: str | None = None) -> None:
+        """Load the base that `SDXL_BASE` names.
+
+        weights: source of the fine-tune for requests that name none.
+
+        Raises:
+            UserInputError: a setting is wrong, or the base or the fine-tune cannot be fetched or read.
+        """
+        base = hub.local_folder(settings.base_name())
+        self.native_resolution = native_resolution(base)
+        """Side in pixels of the pictures that the base was made for."""
+        self.placement = placement_here()
+        self.tuned = TunedPipeline(load_pipeline(base, self.placement))
+        self.refiner: UNet2DConditionModel | None = None
+        self.fine_tunes = FineTuneCache(settings.cache_folder(), settings.cache_limits(), self.tuned.load)
+        self.default_fine_tune = self.fine_tunes.get(weights) if weights else None
+        self.runners = Runners(speed_here(self.placement))
+        if self.runners.speed != "eager":
+            fuse_blocks(self.tuned.pipeline.vae)
+        log.info("Serving %s: %s", settings.base_name(), self.placement.describe())
+
+    @property
+    def is_miniature(self) -> bool:
+        """Whether the base is a small one for tests and demos, rather than a real SDXL."""
+        return self.native_resolution < SMALLEST_REAL_BASE
+
+    def warm_up(self) -> None:
+        """Compile and capture the most common shapes, so that the first request does not wait for them.
+
+        These are pictures of the base's own size, one at a time and as many at once as the placement allows.
+        """
+        if self.runners.speed == "eager":
+            return
+        started = time.monotonic()
+        side = self.native_resolution
+        for count in (1, self.placement.at_once):
+            request = GenerationRequest(
+                prompt="",
+                width=side,
+                height=side,
+                num_outputs=count,
+                num_inference_steps=WARMING_STEPS,
+                seed=0,
+            )
+            with self.runners.warming(self.tuned.pipeline.unet):
+                generate(self.tuned.pipeline, request, self.tuned.token_map, runner=self.runners)
+        log.info("Warmed up (%s) in %.1f s", self.runners.speed, time.monotonic() - started)
+
+    def draw(self, request: GenerationRequest, options: FineTuneOptions) -> Generator[Image.Image]:
+        """Apply the fine-tunes that `options` name, and return `generation.draw` of the request.
+
+        Raises:
+            UserInputError: a fine-tune or the refiner cannot be fetched, or does not fit the base.
+        """
+        refiner = None if request.refine == "no_refiner" else self._refiner()
+        self.apply(options)
+        return draw(
+            self.tuned.pipeline,
+            request,
+            self.tuned.token_map,
+            refiner,
+            at_once=self.placement.at_once,
+            runner=self.runners,
+        )
+
+    def apply(self, options: FineTuneOptions) -> None:
+        """Make the pipeline the base plus the fine-tunes that `options` name.
+
+        The runners cache values that depend on the weights, so they always follow the change.
+
+        Raises:
+            UserInputError: a fine-tune cannot be fetched, or does not fit the base.
+        """
+        self.tuned.apply(self._load(options))
+        self.runners.follow(self.tuned.changes)
+
+    def _load(self, options: FineTuneOptions) -> tuple[ScaledFineTune, ...]:
+        """Fetch and read the fine-tunes of `options`, in order, or take them from the cache."""
+        source = options.replicate_weights
+        main = self.fine_tunes.get(source) if source else self.default_fine_tune
+        extra = tuple(
+            ScaledFineTune(fine_tune=self.fine_tunes.get(lora), scale=float(scale))
+            for lora, scale in options.extra
+        )
+        require_loras(extra)
+        if main is None:
+            return extra
+        return (ScaledFineTune(fine_tune=main, scale=float(options.lora_scale)), *extra)
+
+    def _refiner(self) -> UNet2DConditionModel:
+        """The refiner, loaded when a request first needs it."""
+        if self.refiner is None:
+            name = settings.refiner_name()
+            folder = hub.local_folder(name, setting="SDXL_REFINER", parts=["unet"])
+            self.refiner = load_refiner(folder, self.tuned.pipeline)
+            log.info("Loaded the refiner %s", name)
+        return self.refiner

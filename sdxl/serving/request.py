@@ -1,0 +1,232 @@
+"""What a user may ask for: every option of a request, its default, its range and its choices.
+
+The only home of defaults, ranges and choices; predict.py repeats them literally for Cog, and a test compares the two.
+Each record checks itself when it is made. Knows no models and imports no torch, so that wrong inputs are refused at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from PIL import Image
+
+from sdxl.errors import UserInputError
+from sdxl.serving.samplers import SCHEDULERS
+
+if TYPE_CHECKING:
+    from sdxl.serving.canvas import Canvas
+
+MULTIPLE = 8
+"""Pixels per latent pixel: SDXL draws sides that are multiples of it."""
+SIDES = (64, 2048)
+"""Shortest and longest side, in pixels."""
+ASPECT_RATIOS = {
+    "1:1": (1024, 1024),
+    "5:4": (896, 1152),
+    "4:3": (896, 1152),
+    "3:2": (832, 1216),
+    "16:9": (768, 1344),
+    "21:9": (640, 1536),
+    "4:5": (1152, 896),
+    "3:4": (1152, 896),
+    "2:3": (1216, 832),
+    "9:16": (1344, 768),
+    "9:21": (1536, 640),
+}
+"""Preset → (height, width) in pixels for a base of 1024 pixels: the training sizes of SDXL that come nearest to the
+ratio (arXiv:2307.01952, appendix I)."""
+FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG"}
+"""File format, also the file's suffix → Pillow's name."""
+Refine = Literal["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
+
+CHOICES = {
+    "aspect_ratio": ("custom", *ASPECT_RATIOS),
+    "scheduler": tuple(SCHEDULERS),
+    "refine": get_args(Refine),
+    "output_format": tuple(FORMATS),
+}
+"""Input → its choices."""
+RANGES = {
+    "num_outputs": (1, 4),
+    "num_inference_steps": (1, 500),
+    "guidance_scale": (1, 50),
+    "prompt_strength": (0, 1),
+    "seed": (0, 2**32 - 1),
+    "high_noise_frac": (0, 1),
+    "refine_steps": (1, 500),
+    "lora_scale": (0, 1),
+    "extra_lora_scale": (0, 1),
+    "output_quality": (1, 100),
+}
+"""Input → its smallest and largest value; for a list, those of each number in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """What to draw and how, except for the size.
+
+    Raises:
+        UserInputError: an input is out of its range or not among its choices.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    """What to keep out of the picture; empty for nothing."""
+    num_outputs: int = 1
+    scheduler: str = "K_EULER"
+    """A key of `samplers.SCHEDULERS`."""
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    """Strength of classifier-free guidance (arXiv:2207.12598); 1 turns it off."""
+    prompt_strength: float = 0.8
+    """With an input picture: the share of the steps to run on it; 1 ignores the picture."""
+    seed: int
+    """Picture i is drawn from the seed `seed + i`, whatever the number of pictures."""
+    refine: Refine = "no_refiner"
+    """expert_ensemble_refiner: the refiner takes over for the last of the noise. base_image_refiner: it redraws the
+    finished picture a little."""
+    high_noise_frac: float = 0.8
+    """For expert_ensemble_refiner: the share of the noise that the base removes before the refiner takes over."""
+    refine_steps: int | None = None
+    """For base_image_refiner: the steps of its schedule; None for `num_inference_steps`."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def on(self, canvas: "Canvas") -> "GenerationRequest":
+        """The complete request: these options on a `canvas`."""
+        return GenerationRequest(**vars(self), **vars(canvas))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest(DrawingOptions):
+    """What to draw, complete and checked: the options, the size and the input picture.
+
+    Raises:
+        UserInputError: an input is out of its range, not among its choices, or excludes another.
+    """
+
+    width: int
+    """Pixels; a multiple of 8 without `image`."""
+    height: int
+    """Pixels; a multiple of 8 without `image`."""
+    image: Image.Image | None = None
+    """RGB picture of `width` × `height` to start from."""
+    mask: Image.Image | None = None
+    """Black and white, of the same size: white is repainted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_sides(self.width, self.height, multiple=MULTIPLE if self.image is None else 1)
+        _check_mask(self.image, self.mask)
+
+    @property
+    def starts_from_image(self) -> bool:
+        """Whether any of the input picture is under the first noise."""
+        return self.image is not None and self.prompt_strength < 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOptions:
+    """Which size to draw, and on which input picture, as the user gave them.
+
+    Raises:
+        UserInputError: a side is out of range, or inputs exclude each other.
+    """
+
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    width: int | None = None
+    height: int | None = None
+    aspect_ratio: str = "custom"
+
+    def __post_init__(self) -> None:
+        _check(self)
+        _check_mask(self.image, self.mask)
+        if self.aspect_ratio != "custom":
+            if self.width is not None or self.height is not None:
+                raise UserInputError(
+                    "aspect_ratio is given together with width or height: give one or the other."
+                )
+        elif self.image is not None and (self.width is None) != (self.height is None):
+            raise UserInputError(
+                "Only one of width and height is given: give both, or neither to keep the size of image."
+            )
+        _check_sides(self.width, self.height, multiple=MULTIPLE if self.image is None else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneOptions:
+    """Which fine-tunes to draw with, and how strongly.
+
+    Raises:
+        UserInputError: a scale is out of range, or the scales do not match the LoRAs.
+    """
+
+    replicate_weights: str | None = None
+    """Path, URL, `data:` URI or hub repository; None for the fine-tune given at setup, if any."""
+    lora_scale: float = 1.0
+    extra_lora: Sequence[str] | None = None
+    """LoRAs to add, named like `replicate_weights`."""
+    extra_lora_scale: Sequence[float] | None = None
+    """One scale per LoRA; None for 1 each."""
+
+    def __post_init__(self) -> None:
+        scales, loras = self.extra_lora_scale, self.extra_lora or ()
+        if scales is not None and len(scales) != len(loras):
+            raise UserInputError(
+                f"extra_lora_scale has {len(scales)} numbers for {len(loras)} LoRAs in extra_lora: give one number each."
+            )
+        _check(self)
+
+    @property
+    def extra(self) -> list[tuple[str, float]]:
+        """Each extra LoRA with its scale."""
+        loras = self.extra_lora or ()
+        scales = [1.0] * len(loras) if self.extra_lora_scale is None else self.extra_lora_scale
+        return list(zip(loras, scales, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliveryOptions:
+    """What happens to the pictures after they are drawn.
+
+    Raises:
+        UserInputError: an input is out of its range or not among its choices.
+    """
+
+    apply_watermark: bool = True
+    disable_safety_checker: bool = False
+    output_format: str = "png"
+    """A key of `FORMATS`."""
+    output_quality: int = 95
+    """For webp and jpg."""
+    embed_metadata: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def _check(options: Any) -> None:
+    """Compare the fields of a record with `RANGES` and `CHOICES`."""
+    for name, value in vars(options).items():
+        if name in CHOICES and value not in CHOICES[name]:
+            raise UserInputError(f"{name} is {value!r}, but must be one of {', '.join(CHOICES[name])}.")
+        if name in RANGES and value is not None:
+            low, high = RANGES[name]
+            for number in value if isinstance(value, Sequence) else (value,):
+                if not low <= number <= high:
+                    raise UserInputError(f"{name} is {number}, but must be from {low} to {high}.")
+
+
+def _check_sides(width: int | None, height: int | None, *, multiple: int) -> None:
+    for name, side in (("width", width), ("height", height)):
+        if side is not None and (not SIDES[0] <= side <= SIDES[1] or side % multiple):
+            raise UserInputError(
+                f"{name} is {side}, but must be a multiple of 8 from 64 to 2048, such as 1024."
+            )
+
+
+def _check_mask(image: Image.Image | None, mask: Image.Image | None) -> None:
+    if mask is not None and image is None:
+        raise UserInputError("mask is given without image: give the picture that the mask belongs to.")

@@ -1,0 +1,123 @@
+"""The signature of predict.py against the options of requests, and wrong inputs that are refused without a model."""
+
+import inspect
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from predict import Predictor
+from sdxl.command_line import run_command_line
+from sdxl.errors import UserInputError
+from sdxl.serving.request import (
+    CHOICES,
+    RANGES,
+    DeliveryOptions,
+    DrawingOptions,
+    FineTuneOptions,
+    GenerationRequest,
+    LayoutOptions,
+)
+from tests.conftest import REPOSITORY
+
+SIGNATURE = {
+    name: one.default for name, one in inspect.signature(Predictor.run).parameters.items() if name != "self"
+}
+FIELDS = {
+    field.name: field
+    for options in (DrawingOptions, LayoutOptions, FineTuneOptions, DeliveryOptions)
+    for field in fields(options)
+}
+
+
+def test_every_input_is_a_field_and_the_reverse():
+    assert SIGNATURE.keys() == FIELDS.keys()
+
+
+def test_the_defaults_are_those_of_the_fields():
+    without = {name for name, field in FIELDS.items() if field.default is MISSING}
+    assert without == {"prompt", "seed"}, "the entry point has an example prompt, and makes a seed"
+    for name in FIELDS.keys() - without:
+        declared, ours = SIGNATURE[name].default, FIELDS[name].default
+        assert (type(declared), declared) == (type(ours), ours), name
+    assert SIGNATURE["seed"].default is None
+
+
+def test_the_choices_are_those_of_the_tables():
+    declared = {name: tuple(one.choices) for name, one in SIGNATURE.items() if one.choices}
+    assert declared == CHOICES
+
+
+def test_the_ranges_are_those_of_the_table():
+    declared = {name: (one.ge, one.le) for name, one in SIGNATURE.items() if one.ge is not None}
+    assert declared.pop("seed") == (RANGES["seed"][0], None), "the largest seed is checked by the options"
+    lists = {"extra_lora_scale"}
+    assert declared == {name: limits for name, limits in RANGES.items() if name not in lists | {"seed"}}
+
+
+def test_help_and_wrong_inputs_need_no_torch():
+    heavy = {"torch", "diffusers", "transformers", "pandas"}
+    code = f"import predict, sys; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (["mask=@MASK"], "mask is given without image"),
+        (
+            ["extra_lora=a.tar", "extra_lora_scale=0.5", "extra_lora_scale=0.5"],
+            "extra_lora_scale has 2 numbers",
+        ),
+        (["extra_lora=a.tar", "extra_lora_scale=1.5"], "extra_lora_scale is 1.5"),
+        (["aspect_ratio=1:1", "width=512"], "give one or the other"),
+        (["image=@MASK", "width=512"], "Only one of width and height"),
+        (["width=100"], "width is 100"),
+        ([f"seed={2**32}"], "seed is 4294967296"),
+    ],
+)
+def test_contradictions_are_refused_before_the_base_is_loaded(
+    inputs: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(Predictor, "setup", lambda self: pytest.fail("the base must not be loaded"))
+    Image.new("L", (64, 64)).save(tmp_path / "mask.png")
+    given = [f"-i{one.replace('MASK', str(tmp_path / 'mask.png'))}" for one in inputs]
+    code = run_command_line(
+        Predictor().run, description="Draw.", argv=[*given, "-o", str(tmp_path / "pictures")]
+    )
+    assert code == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "pictures").exists()
+    assert list((tmp_path / "workspace").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        (DrawingOptions, {"num_outputs": 5}, "num_outputs is 5, but must be from 1 to 4"),
+        (DrawingOptions, {"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        (DrawingOptions, {"scheduler": "EULER"}, "scheduler is 'EULER', but must be one of DDIM"),
+        (GenerationRequest, {"width": 68, "height": 64}, "width is 68"),
+        (GenerationRequest, {"width": 64, "height": 2056}, "height is 2056"),
+        (
+            GenerationRequest,
+            {"width": 64, "height": 64, "mask": Image.new("L", (64, 64))},
+            "mask is given without image",
+        ),
+        (DeliveryOptions, {"output_quality": 0}, "output_quality is 0"),
+        (DeliveryOptions, {"output_format": "gif"}, "must be one of png, webp, jpg"),
+    ],
+)
+def test_options_check_themselves(options: Any, given: dict[str, Any], message: str):
+    needed = {"prompt": "a fish", "seed": 0} if issubclass(options, DrawingOptions) else {}
+    with pytest.raises(UserInputError, match=message):
+        options(**needed, **given)
