@@ -1,7 +1,12 @@
 """Shared ground of the tests: the embedded base, small archives, and the doors called as functions."""
 
+import contextlib
 import inspect
 import io
+import os
+import random
+import shutil
+import socket
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,11 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from sdxl.process import configure_logging, repeat_on_cpu
 
 repeat_on_cpu()  # before torch multiplies anything
+# The miniature is too small to gain from several threads, and on busy cores they wait for each other.
+# Subprocesses inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).parent.parent
 TINY_BASE = REPOSITORY / "base_models" / "tiny-sdxl"
@@ -60,6 +69,15 @@ def captioned_zip(tmp_path: Path) -> Path:
     rows = "".join(f"{i}.png,a photo of TOK number {i}\n" for i in range(4))
     pictures = {f"{i}.png": png(i) for i in range(4)}
     return write_zip(tmp_path / "captioned.zip", {**pictures, "captions.csv": "image_file,caption\n" + rows})
+
+
+def free_port() -> int:
+    """A port that is free now and stays so: the system gives those below 32768 to nobody that does not name one."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def call(function: Callable[..., Any], **inputs: Any) -> Any:

@@ -16,7 +16,7 @@ from sdxl.model.components import load_components
 from sdxl.training import data_parallel
 from sdxl.training.examples import cache_examples
 from sdxl.training.recipe import fine_tune
-from tests.conftest import QUICK, REPOSITORY, TINY_BASE
+from tests.conftest import QUICK, REPOSITORY, TINY_BASE, free_port
 from tests.test_training import CONFIG
 
 
@@ -47,14 +47,6 @@ def learn(folder: str, name: str) -> None:
     losses: list[float] = []
     model = fine_tune(components, data, config, on_step=lambda report: losses.append(report.loss))
     torch.save({"weights": model.weights, "rows": model.token_rows, "losses": losses}, f"{folder}/{name}.pt")
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_two_processes_learn_as_one(captioned_zip: Path, tmp_path: Path):

@@ -94,7 +94,6 @@ def test_fidelity_is_1_for_real_pictures_and_0_for_the_untuned_base():
     assert "full UNet + pivotal | 1.00 | 0.80" in markdown(table)
 
 
-@pytest.mark.timeout(600)
 def test_a_small_run_of_the_quality_bench_goes_on_where_it_was(tmp_path):
     arguments = ["--subjects", "1", "--development", "--methods", "untuned", "lora_pivotal", "--steps", "2"]
     arguments += [
@@ -159,7 +158,6 @@ def test_dino_and_clip_give_unit_vectors_and_real_scores_leave_out_a_picture_aga
     assert real_scores(encoders, pictures)["dino"] < 0.99999
 
 
-@pytest.mark.timeout(600)
 def test_a_small_run_of_the_dreambench_writes_its_table(tmp_path):
     folder = tmp_path / "pictures" / "bear_plushie2"
     folder.mkdir(parents=True)
