@@ -23,7 +23,7 @@ demo: env
 	SDXL_BASE=$(TINY) $(BIN)/python demo.py -o demo_out
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu

@@ -50,4 +50,5 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _start(workers: int) -> None:
-    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))

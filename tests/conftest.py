@@ -1,7 +1,12 @@
 """Shared ground of the tests: the embedded base, small archives, and the doors called as functions."""
 
+import contextlib
 import inspect
 import io
+import os
+import random
+import socket
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,11 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from sdxl.process import configure_logging, repeat_on_cpu
 
 repeat_on_cpu()  # before torch multiplies anything
+# The miniature is too small to gain from several threads, and on busy cores they wait for each other.
+# Subprocesses inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).parent.parent
 TINY_BASE = REPOSITORY / "base_models" / "tiny-sdxl"
@@ -31,11 +40,47 @@ def _tiny_base_and_own_workspace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.fixture(scope="session")
-def upscaler_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`make_once(name, make)`: the folder that `make` fills, once for all processes of a test run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # then the processes share the folder above their own
+        folder = folder.parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(folder / f"{name}.lock"):
+            if not (folder / name).exists():
+                partial = Path(tempfile.mkdtemp(dir=folder))
+                make(partial)
+                partial.rename(folder / name)
+        return folder / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def upscaler_folder(make_once: Callable[..., Path]) -> Path:
     """A small upscaler, taught once for all tests."""
     from tests.tiny_helpers import write_upscaler
 
-    return write_upscaler(tmp_path_factory.mktemp("upscaler"))
+    return make_once("upscaler", write_upscaler)
+
+
+@pytest.fixture(scope="session")
+def fine_tunes(make_once: Callable[..., Path]) -> dict[str, Path]:
+    """trained_model.tar of a full training ("full") and of a LoRA ("lora") on the pictures of `captioned_zip`."""
+    import train
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SDXL_BASE", str(TINY_BASE))
+            patch.setenv("SDXL_WORKSPACE", str(folder / "workspace"))
+            archive = write_captioned_zip(folder / "captioned.zip")
+            for name, inputs in (("full", {}), ("lora", {"is_lora": True, "lora_lr": 1e-2})):
+                tar = call(train.train, input_images=archive, **QUICK, **inputs)
+                Path(tar).rename(folder / f"{name}.tar")
+
+    folder = make_once("fine_tunes", make)
+    return {name: folder / f"{name}.tar" for name in ("full", "lora")}
 
 
 def png(seed: int = 0, size: tuple[int, int] = (96, 80)) -> bytes:
@@ -54,12 +99,26 @@ def write_zip(path: Path, files: Mapping[str, bytes | str]) -> Path:
     return path
 
 
-@pytest.fixture
-def captioned_zip(tmp_path: Path) -> Path:
+def write_captioned_zip(path: Path) -> Path:
     """Four pictures with a captions csv that names TOK."""
     rows = "".join(f"{i}.png,a photo of TOK number {i}\n" for i in range(4))
     pictures = {f"{i}.png": png(i) for i in range(4)}
-    return write_zip(tmp_path / "captioned.zip", {**pictures, "captions.csv": "image_file,caption\n" + rows})
+    return write_zip(path, {**pictures, "captions.csv": "image_file,caption\n" + rows})
+
+
+@pytest.fixture
+def captioned_zip(tmp_path: Path) -> Path:
+    """The archive of `write_captioned_zip`."""
+    return write_captioned_zip(tmp_path / "captioned.zip")
+
+
+def free_port() -> int:
+    """A port that is free now and stays so: the system gives those below 32768 to nobody that does not name one."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def call(function: Callable[..., Any], **inputs: Any) -> Any:

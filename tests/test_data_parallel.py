@@ -16,14 +16,13 @@ from sdxl.model.components import load_components
 from sdxl.training import data_parallel
 from sdxl.training.examples import cache_examples
 from sdxl.training.recipe import fine_tune
-from tests.conftest import QUICK, REPOSITORY, TINY_BASE
+from tests.conftest import QUICK, REPOSITORY, TINY_BASE, free_port
 from tests.test_training import CONFIG
 
 
 def work(rank: int, folder: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     data_parallel.join()
     assert (data_parallel.rank(), data_parallel.world_size()) == (rank, 2)
     assert data_parallel.agreed(rank + 5) == 5
@@ -35,11 +34,6 @@ def work(rank: int, folder: str, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def work_alone(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    learn(folder, "alone")
-
-
 def learn(folder: str, name: str) -> None:
     config = dataclasses.replace(CONFIG, is_lora=True, lora_lr=1e-3)
     components = load_components(TINY_BASE, is_lora=True, device=torch.device("cpu"))
@@ -49,14 +43,6 @@ def learn(folder: str, name: str) -> None:
     torch.save({"weights": model.weights, "rows": model.token_rows, "losses": losses}, f"{folder}/{name}.pt")
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def test_two_processes_learn_as_one(captioned_zip: Path, tmp_path: Path):
     prepare_dataset(
         captioned_zip, tmp_path / "dataset", config=PreprocessConfig(target_size=CONFIG.resolution)
@@ -64,7 +50,7 @@ def test_two_processes_learn_as_one(captioned_zip: Path, tmp_path: Path):
     torch.multiprocessing.spawn(work, (str(tmp_path), free_port()), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["losses"] == second["losses"], "both are told the mean"
-    torch.multiprocessing.spawn(work_alone, (str(tmp_path),), nprocs=1)
+    learn(str(tmp_path), "alone")
     alone = torch.load(tmp_path / "alone.pt")
     assert first["losses"] != pytest.approx(alone["losses"], rel=1e-3), "each sees other pictures and noise"
     for name, value in first["weights"].items():
@@ -85,7 +71,7 @@ def test_torchrun_leaves_one_fine_tune(captioned_zip: Path, tmp_path: Path):
     ]
     settings = {name: value for name, value in QUICK.items() if name != "seed"}
     command += [word for name, value in settings.items() for word in ("-i", f"{name}={value}")]
-    environment = os.environ | {"SDXL_BASE": str(TINY_BASE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"SDXL_BASE": str(TINY_BASE), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import train
 from sdxl.files.archives import unpack
-from tests.conftest import QUICK, REPOSITORY, TINY_BASE, call
+from tests.conftest import REPOSITORY, TINY_BASE, call
 
 SCRIPT = """
 import sys
@@ -41,15 +40,15 @@ image.save("monster.png")
 """
 
 
-def test_one_file_and_the_artifacts_are_enough(captioned_zip: Path, tmp_path: Path):
+def test_one_file_and_the_artifacts_are_enough(fine_tunes: dict[str, Path], tmp_path: Path):
     from predict import Predictor
 
-    tar = call(train.train, input_images=captioned_zip, **QUICK)
+    tar = fine_tunes["full"]
     folder = tmp_path / "elsewhere"
     unpack(tar, folder / "training_out")
     shutil.copy(REPOSITORY / "dataset_and_utils.py", folder)
     (folder / "use.py").write_text(SCRIPT)
-    subprocess.run([sys.executable, "use.py", str(TINY_BASE)], cwd=folder, check=True, timeout=120)
+    subprocess.run([sys.executable, "use.py", str(TINY_BASE)], cwd=folder, check=True)
     assert sorted(path.name for path in folder.glob("*.py")) == ["dataset_and_utils.py", "use.py"]
 
     predictor = Predictor()

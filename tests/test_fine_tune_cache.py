@@ -206,13 +206,16 @@ while True:
 def test_kills_leave_nothing_half_written_in_use(tmp_path: Path):
     tar = str(make_tar(tmp_path / "a.tar", 7.0, size=2_000_000))
     folder = tmp_path / "cache"
-    for round_ in range(3):
+    for pattern in ("*", ".partial-*/content", ".partial-*/content/*"):  # a kill ever later in the building
+        before = set(folder.glob(pattern))
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(folder), tar], cwd=REPOSITORY, stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.05 + 0.07 * round_)
+        while set(folder.glob(pattern)) <= before:
+            assert process.poll() is None
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()

@@ -32,15 +32,6 @@ SDXL_WEIGHTS = 2_567_463_684
 PATHS = [FP32_ADAMW, FP32_ADAMW_8BIT, BF16_ADAMW_8BIT, FP32_ADAFACTOR, FP32_PRODIGY]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Thousands of small operations: threads that wait for each other on shared cores make them far slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def path_name(path: WeightPrecision) -> str:
     return f"{str(path.weights).removeprefix('torch.')}-{path.optimizer}"
 

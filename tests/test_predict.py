@@ -1,6 +1,5 @@
 """predict.py called as a function: base and fine-tunes in one process."""
 
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -11,13 +10,12 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import train
 from predict import Predictor
 from sdxl.errors import UserInputError
 from sdxl.files.archives import unpack
 from sdxl.model import fine_tune_files
 from sdxl.serving.samplers import SCHEDULERS
-from tests.conftest import QUICK, TINY_BASE, call, png, write_zip
+from tests.conftest import TINY_BASE, call
 
 SMALL = {
     "prompt": "a photo of TOK",
@@ -29,18 +27,9 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def tars(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def tars(fine_tunes: dict[str, Path]) -> dict[str, Path]:
     """A full fine-tune and a LoRA, each with its tar."""
-    folder = tmp_path_factory.mktemp("tars")
-    archive = write_zip(folder / "x.zip", {f"{i}.png": png(i) for i in range(3)})
-    made = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SDXL_BASE", str(TINY_BASE))
-        patch.setenv("SDXL_WORKSPACE", str(folder))
-        for name, is_lora in (("full", False), ("lora", True)):
-            tar = call(train.train, input_images=archive, is_lora=is_lora, lora_lr=1e-2, **QUICK)
-            made[name] = Path(shutil.move(tar, folder / f"{name}.tar"))
-    return made
+    return fine_tunes
 
 
 @pytest.fixture(scope="module")

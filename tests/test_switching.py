@@ -1,9 +1,8 @@
 """Fine-tunes come and go as transactions: whatever fails or is cancelled, the base stays what it was."""
 
-import ctypes
+import itertools
 import random
-import threading
-import time
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from tests.conftest import TINY_BASE
 
 
 class Cancelled(BaseException):
-    """As Cog's cancelling: raised in the working thread at any bytecode."""
+    """As Cog's cancelling: raised in the working thread at any moment."""
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +82,7 @@ def test_any_order_with_failures_and_cancels_in_between(
     parameters = {name: value.detach().clone() for name, value in tuned._parameters.items()}
     addresses = {name: value.data_ptr() for name, value in tuned._parameters.items()}
     dice = random.Random(0)
+    events = {name: events_of_a_switch(tuned, fine_tunes) for name, layers in fine_tunes.items()}
     cancelled = 0
     for _ in range(40):
         name = dice.choice(list(fine_tunes))
@@ -91,7 +91,7 @@ def test_any_order_with_failures_and_cancels_in_between(
                 with pytest.raises(WeightsError, match="only LoRAs as extra_lora"):
                     tuned.apply((*fine_tunes["lora"], fine_tunes["full"][0]))
             case "cancelled":
-                cancelled += apply_and_cancel(tuned, fine_tunes[name], after_s=dice.uniform(0, 0.06))
+                cancelled += switch_and_cancel(tuned, fine_tunes[name], at=dice.randrange(events[name]))
         tuned.apply(fine_tunes[name])
         drawn = draw(tuned)
         assert np.array_equal(first.setdefault(name, drawn), drawn), name
@@ -104,30 +104,39 @@ def test_any_order_with_failures_and_cancels_in_between(
     assert addresses == {name: value.data_ptr() for name, value in tuned._parameters.items()}
 
 
-def apply_and_cancel(tuned: TunedPipeline, fine_tunes: tuple[ScaledFineTune, ...], *, after_s: float) -> bool:
-    """Apply in this thread while another raises `Cancelled` in it; returns whether it hit."""
-    working, lock = threading.get_ident(), threading.Lock()
-    running = True
+def switch(tuned: TunedPipeline, fine_tunes: tuple[ScaledFineTune, ...]) -> None:
+    """From `fine_tunes` to the base and back."""
+    tuned.apply(())
+    tuned.apply(fine_tunes)
 
-    def cancel() -> None:
-        time.sleep(after_s)
-        with lock:
-            if running:
-                raiser = ctypes.pythonapi.PyThreadState_SetAsyncExc
-                raiser(ctypes.c_ulong(working), ctypes.py_object(Cancelled))
 
-    canceller = threading.Thread(target=cancel)
-    canceller.start()
+def events_of_a_switch(tuned: TunedPipeline, fine_tunes: tuple[ScaledFineTune, ...]) -> int:
+    """How often functions are called in a switch, or return."""
+    seen: list[str] = []
+    tuned.apply(fine_tunes)
+    sys.setprofile(lambda frame, event, argument: seen.append(event))
+    switch(tuned, fine_tunes)
+    sys.setprofile(None)
+    return len(seen)
+
+
+def switch_and_cancel(tuned: TunedPipeline, fine_tunes: tuple[ScaledFineTune, ...], *, at: int) -> bool:
+    """Raise `Cancelled` in a switch, at the event number `at`; returns whether it hit."""
+    number = itertools.count()
+
+    def cancel(frame: object, event: str, argument: object) -> None:
+        if next(number) == at:
+            raise Cancelled
+
+    tuned.apply(fine_tunes)
     try:
-        while canceller.is_alive():
-            tuned.apply(())
-            tuned.apply(fine_tunes)
-        with lock:
-            running = False
+        sys.setprofile(cancel)
+        switch(tuned, fine_tunes)
+        sys.setprofile(None)
     except Cancelled:
         return True
     finally:
-        canceller.join()
+        sys.setprofile(None)
         torch.set_grad_enabled(True)  # a cancel can hit the very line that would have done it
     return False
 

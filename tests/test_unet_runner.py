@@ -138,7 +138,7 @@ def test_what_does_not_stay_on_a_gpu_runs_eagerly(monkeypatch: pytest.MonkeyPatc
 @torch.no_grad()
 def test_fp8_layers_are_near_and_follow_their_weights():
     pipeline = load_pipeline(TINY_BASE, CPU)
-    given = inputs(pipeline.unet, 2, 16)
+    given = inputs(pipeline.unet, 1, 8)  # CPUs multiply fp8 slowly
 
     def answer() -> torch.Tensor:
         return pipeline.unet(timestep=torch.tensor(300), **given, return_dict=False)[0]

@@ -99,8 +99,6 @@ def write_upscaler(folder: Path) -> Path:
     )  # fmt: skip
     model = Swin2SRForImageSuperResolution(config).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads do not speed up so small a model, and wait long for busy cores
     for _ in range(120):
         noise = torch.rand(4, 3, 6, 6)
         small = functional.interpolate(noise, size=16, mode="bicubic").clamp(0, 1)
@@ -109,7 +107,6 @@ def write_upscaler(folder: Path) -> Path:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.set_num_threads(threads)
     model.save_pretrained(folder)
     return folder
 
