@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdxl.errors import NotEnoughMemoryError, UserInputError
-from sdxl.training.optimizers import CAPTURABLE, OPTIMIZERS, Group, make_optimizers
 from sdxl.training.memory_plan import (
     BF16_ADAMW_8BIT,
     FP32_ADAFACTOR,
@@ -23,6 +22,7 @@ from sdxl.training.memory_plan import (
     MemoryPlan,
     choose_plan,
 )
+from sdxl.training.optimizers import CAPTURABLE, OPTIMIZERS, Group, make_optimizers
 from tests.conftest import REPOSITORY, TINY_BASE
 
 CPU = torch.device("cpu")
@@ -309,7 +309,10 @@ def test_what_would_lose_updates_is_refused():
 
 
 def test_the_libraries_of_optimizers_say_nothing_on_import():
-    code = "import predict, train, sdxl.training.optimizers"
+    code = (
+        "import train; from sdxl.process import configure_logging; configure_logging();"
+        "import predict, sdxl.training.optimizers"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
     )

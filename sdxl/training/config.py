@@ -19,7 +19,9 @@ OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "prodigy"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
-def limited(default: Any = MISSING, *, ge: float | None = None, gt: float | None = None, le: float | None = None):
+def limited(
+    default: Any = MISSING, *, ge: float | None = None, gt: float | None = None, le: float | None = None
+):
     """A dataclass field whose value must be at least `ge`, above `gt` and at most `le`. None is always in range."""
     return field(default=default, metadata={"ge": ge, "gt": gt, "le": le})
 

@@ -28,9 +28,7 @@ log = logging.getLogger(__name__)
 class Draw(Protocol):
     """Draws one picture of `prompt`, `side` × `side` pixels."""
 
-    def __call__(
-        self, prompt: str, *, side: int, steps: int, guidance: float, seed: int
-    ) -> Image.Image: ...
+    def __call__(self, prompt: str, *, side: int, steps: int, guidance: float, seed: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True, kw_only=True)
