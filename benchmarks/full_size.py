@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dataset_and_utils import Example, ExampleDataset, TokenMap
 from sdxl.model import fine_tune_files
 from sdxl.model.components import Components, add_placeholder_tokens
-from sdxl.training.recipe import TrainedFineTune
+from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.training.trainable import LORA_TARGETS
 
 DEVICE = "cuda"

@@ -22,6 +22,7 @@ from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.model import fine_tune_files
 from sdxl.model.components import load_components
 from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.previews import drawer
 from sdxl.serving.tuned_pipeline import TunedPipeline
 from sdxl.training.config import TrainingConfig
 from sdxl.training.examples import cache_examples
@@ -153,7 +154,8 @@ def learn(
     prior = None
     if method.prior:
         wanted = PriorConfig.parse(method.prior, base=str(base), images=PRIOR_IMAGES, resolution=resolution)
-        prior = cache_examples(prior_dataset(wanted, components), components, TokenMap({}), seed=0)
+        drawn = prior_dataset(wanted, drawer(components))
+        prior = cache_examples(drawn, components, TokenMap({}), seed=0)
     model = fine_tune(components, examples, config, prior=prior)
     fine_tune_files.write(model, folder / "tuned", {})
     return fine_tune_files.read(folder / "tuned", folder / "unpacked")

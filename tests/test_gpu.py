@@ -165,9 +165,10 @@ def test_a_captured_step_is_the_eager_step(
     """
     if not rounded:
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        monkeypatch.setattr(
-            "sdxl.training.recipe._autocast", lambda device, enabled: contextlib.nullcontext()
-        )
+        for module in ("step", "prompts"):
+            monkeypatch.setattr(
+                f"sdxl.training.{module}.autocast", lambda device, enabled=True: contextlib.nullcontext()
+            )
     curves = []
     for graph in (True, False):
         config = dataclasses.replace(

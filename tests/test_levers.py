@@ -18,13 +18,15 @@ from sdxl.model import fine_tune_files
 from sdxl.model.components import load_components
 from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.serving.pipeline import load_pipeline
+from sdxl.serving.previews import drawer
 from sdxl.serving.tuned_pipeline import TunedPipeline
 from sdxl.settings import cache_folder
 from sdxl.training.batches import Batches
 from sdxl.training.diffusion import drop_prompts, masked_mse, sample_noise
-from sdxl.training.examples import LARGEST_ZOOM, cache_examples
+from sdxl.training.examples import cache_examples
 from sdxl.training.prior import PriorConfig, prior_dataset
 from sdxl.training.recipe import StepReport, fine_tune, learning_rate_share
+from sdxl.training.views import LARGEST_ZOOM
 from tests.conftest import TINY_BASE
 from tests.test_training import CONFIG, run  # noqa: F401 - a fixture
 
@@ -256,12 +258,13 @@ def test_the_prior_is_drawn_once_and_learnt(run, monkeypatch: pytest.MonkeyPatch
         "a red house | a blue car", base=str(TINY_BASE), images=3, resolution=64, steps=2
     )
     components = load_components(TINY_BASE, is_lora=False, device=CPU)
-    folder = prior_dataset(config, components)
+    draw = drawer(components)
+    folder = prior_dataset(config, draw)
     kept = cache_folder() / "prior"
     assert folder.parent == kept
     assert sorted(path.name for path in folder.glob("*.png")) == ["0.src.png", "1.src.png", "2.src.png"]
     stamp = folder.stat().st_mtime_ns
-    assert prior_dataset(config, components) == folder and folder.stat().st_mtime_ns == stamp
+    assert prior_dataset(config, draw) == folder and folder.stat().st_mtime_ns == stamp
     assert [path.name for path in kept.iterdir()] == [folder.name]
     prior = cache_examples(folder, components, TokenMap({}), seed=0)
     data = run()[1]

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdxl.errors import NotEnoughMemoryError, UserInputError
-from sdxl.training.optimizers import CAPTURABLE, OPTIMIZERS, Group, make_optimizers
-from sdxl.training.precision import (
+from sdxl.training.memory_plan import (
     BF16_ADAMW_8BIT,
     FP32_ADAFACTOR,
     FP32_ADAMW,
     FP32_ADAMW_8BIT,
     FP32_PRODIGY,
-    WeightPrecision,
-    choose_precision,
+    MemoryPlan,
+    choose_plan,
 )
+from sdxl.training.optimizers import CAPTURABLE, OPTIMIZERS, Group, make_optimizers
 from tests.conftest import REPOSITORY, TINY_BASE
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ SDXL_WEIGHTS = 2_567_463_684
 PATHS = [FP32_ADAMW, FP32_ADAMW_8BIT, BF16_ADAMW_8BIT, FP32_ADAFACTOR, FP32_PRODIGY]
 
 
-def path_name(path: WeightPrecision) -> str:
+def path_name(path: MemoryPlan) -> str:
     return f"{str(path.weights).removeprefix('torch.')}-{path.optimizer}"
 
 
@@ -84,7 +84,7 @@ def exact() -> Tensor:
 
 
 @pytest.mark.parametrize("path", [FP32_ADAMW, FP32_ADAMW_8BIT], ids=path_name)
-def test_fp32_weights_move_as_they_should_at_a_small_rate(path: WeightPrecision, exact: Tensor):
+def test_fp32_weights_move_as_they_should_at_a_small_rate(path: MemoryPlan, exact: Tensor):
     assert distance(accumulated(path.optimizer, path.weights, path.gradients), exact) <= 0.05
 
 
@@ -171,7 +171,7 @@ def denoising_loss(model: UNet2DConditionModel, row: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=path_name)
-def test_every_path_trains_a_unet(path: WeightPrecision, unet: UNet2DConditionModel):
+def test_every_path_trains_a_unet(path: MemoryPlan, unet: UNet2DConditionModel):
     torch.manual_seed(0)
     model = copy.deepcopy(unet)
     path.apply(model)
@@ -300,7 +300,10 @@ def test_what_would_lose_updates_is_refused():
 
 
 def test_the_libraries_of_optimizers_say_nothing_on_import():
-    code = "import predict, train, sdxl.training.optimizers"
+    code = (
+        "import train; from sdxl.process import configure_logging; configure_logging();"
+        "import predict, sdxl.training.optimizers"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
     )
@@ -322,8 +325,8 @@ def test_the_libraries_of_optimizers_say_nothing_on_import():
         (17, "adafactor", "auto", FP32_ADAFACTOR, True),
     ],
 )
-def test_memory_decides(gib: int, optimizer: str, precision: str, expected: WeightPrecision, tight: bool):
-    chosen = choose_precision(
+def test_memory_decides(gib: int, optimizer: str, precision: str, expected: MemoryPlan, tight: bool):
+    chosen = choose_plan(
         free_bytes=gib * 2**30,
         parameters=SDXL_WEIGHTS,
         optimizer=optimizer,
@@ -341,7 +344,7 @@ def test_memory_decides(gib: int, optimizer: str, precision: str, expected: Weig
 def test_batch_resolution_and_checkpointing_count():
     def chosen(**changes: int) -> str:
         settings = {"batch": 1, "resolution": 1024, "checkpointing": True, **changes}
-        return choose_precision(
+        return choose_plan(
             free_bytes=46 * 2**30, parameters=SDXL_WEIGHTS, optimizer="adamw", **settings
         ).optimizer
 
@@ -350,7 +353,7 @@ def test_batch_resolution_and_checkpointing_count():
 
 
 def test_a_narrow_unet_needs_less_for_its_activations():
-    chosen = choose_precision(
+    chosen = choose_plan(
         free_bytes=10 * 2**30,
         parameters=7_400_000,
         optimizer="adamw",
@@ -364,12 +367,12 @@ def test_a_narrow_unet_needs_less_for_its_activations():
 def test_what_cannot_fit_is_said_before_it_starts():
     common = {"parameters": SDXL_WEIGHTS, "batch": 1, "resolution": 1024}
     with pytest.raises(NotEnoughMemoryError, match=r"14\.3 GiB .* 12\.0 GiB are free: use is_lora"):
-        choose_precision(free_bytes=12 * 2**30, optimizer="adamw", **common)
+        choose_plan(free_bytes=12 * 2**30, optimizer="adamw", **common)
     with pytest.raises(UserInputError, match="precision is 'fp16'"):
-        choose_precision(free_bytes=2**40, optimizer="adamw", precision="fp16", **common)
+        choose_plan(free_bytes=2**40, optimizer="adamw", precision="fp16", **common)
     for optimizer in ("adafactor", "prodigy"):
         with pytest.raises(UserInputError, match="would lose small updates"):
-            choose_precision(free_bytes=2**40, optimizer=optimizer, precision="bf16", **common)
+            choose_plan(free_bytes=2**40, optimizer=optimizer, precision="bf16", **common)
 
 
 @pytest.mark.gpu

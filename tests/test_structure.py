@@ -100,10 +100,21 @@ def test_the_table_names_every_room():
 
 @pytest.mark.parametrize("path", sources("sdxl"), ids=by_name)
 def test_settings_alone_read_the_environment(path: Path):
-    """`data_parallel` reads torchrun's own variables, and `process` and `command_line` set some."""
+    """`torchrun` reads its own variables, and `process` and `command_line` set some."""
     names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    allowed = path.stem in ("settings", "process", "command_line", "data_parallel")
+    allowed = path.stem in ("settings", "process", "command_line", "torchrun")
     assert allowed or not names & {"environ", "getenv"}
+
+
+def test_the_recipe_is_short_and_free_of_machinery():
+    text = (REPOSITORY / "sdxl" / "training" / "recipe.py").read_text()
+    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    recipe = functions["fine_tune"]
+    assert recipe.end_lineno is not None and recipe.end_lineno - recipe.lineno + 1 <= 80
+    machinery = [
+        word for word in ("graph", "capture", "cuda", "autocast", "zero_grad") if word in text.lower()
+    ]
+    assert not machinery, "how a step is computed belongs in step.py"
 
 
 @pytest.mark.parametrize("path", ALL, ids=by_name)

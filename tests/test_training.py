@@ -15,10 +15,11 @@ from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.errors import TrainingDivergedError, UserInputError
 from sdxl.model.components import Components, add_placeholder_tokens, load_components
 from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.training import token_rows
 from sdxl.training.config import TrainingConfig
 from sdxl.training.diffusion import encode_prompt, masked_mse, min_snr_weights
 from sdxl.training.examples import cache_examples
-from sdxl.training.recipe import StepReport, fine_tune, token_rows
+from sdxl.training.recipe import StepReport, fine_tune
 from sdxl.training.token_rows import TokenRows
 from tests.conftest import TINY_BASE
 

@@ -14,12 +14,12 @@ from dataset_and_utils import Example, ExampleDataset
 
 @dataclass(kw_only=True)
 class Bucket:
-    """All examples of one shape, and which of them the next step takes."""
+    """All examples of one shape, and which of them the next step uses."""
 
     examples: Example
     """Stacked: latents [n, 4, h, w], mask [n, 1, h, w], ids 2×[n, 77], time ids [n, 6]."""
     chosen: Tensor
-    """Rows of `examples` [micro-batches, b]; overwritten in place from step to step."""
+    """Rows of `examples` [micro-batches, b]. Every step overwrites them in place, where a captured step reads them."""
     prompts: tuple[Tensor, Tensor] | None = None
     """Text conditioning of every example, [n, t, d] and [n, d], once it no longer changes."""
 
@@ -27,20 +27,29 @@ class Bucket:
         return len(self.examples.latents)
 
     def micro_batches(self) -> Iterator[tuple[Example, tuple[Tensor, Tensor] | None]]:
-        """The chosen examples, and their text conditioning where it no longer changes."""
+        """The chosen examples, with their text conditioning once it no longer changes."""
         for rows in self.chosen:
             prompts = None if self.prompts is None else (self.prompts[0][rows], self.prompts[1][rows])
             yield self.examples.take(rows), prompts
 
 
 class Batches:
-    """Endless batches: a bucket is chosen in proportion to its pictures, and each bucket is gone through in shuffled
-    passes, so that every picture is seen equally often."""
+    """Endless batches of one dataset.
 
-    def __init__(self, dataset: ExampleDataset, size: int, *, micro_batches: int = 1, seed: int) -> None:
-        """Batches of `micro_batches` × `size` examples of one shape."""
+    Each draw picks a bucket in proportion to its number of pictures, then takes the next pictures of a shuffled pass
+    through that bucket. So every picture is seen equally often.
+    """
+
+    def __init__(
+        self, dataset: ExampleDataset, size: int, *, micro_batches: int = 1, seed: int, weight: float = 1.0
+    ) -> None:
+        """Batches of `micro_batches` × `size` examples of one shape.
+
+        weight: factor of their loss, for steps that add the losses of several datasets.
+        """
+        self.weight = weight
         self.generator = torch.Generator().manual_seed(seed)
-        self.buckets = []
+        self.buckets: list[Bucket] = []
         for indices in _by_shape(dataset):
             examples = dataset.collate(indices)
             chosen = torch.zeros(micro_batches, size, dtype=torch.long, device=examples.latents.device)
@@ -49,7 +58,7 @@ class Batches:
         self._shares = torch.tensor([float(len(bucket)) for bucket in self.buckets])
 
     def draw(self) -> int:
-        """Choose the next batch; returns the index of its bucket."""
+        """Choose the next batch. Returns the number of its bucket, which then holds the choice."""
         number = 0
         if len(self.buckets) > 1:
             number = int(torch.multinomial(self._shares, 1, generator=self.generator))
@@ -63,7 +72,7 @@ class Batches:
 
 
 def _by_shape(dataset: ExampleDataset) -> list[list[int]]:
-    """Indices of the examples of each shape of latents."""
+    """The indices of the examples of each shape of latents."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, example in enumerate(dataset.examples):
         groups.setdefault(tuple(example.latents.shape), []).append(index)

@@ -1,4 +1,6 @@
-"""The maths of a training step: pure functions over tensors.
+"""The maths of diffusion training: pure functions of tensors.
+
+Knows shapes and formulas; does not know where tensors come from, optimizers or devices.
 
 Shape suffixes: b pictures, c latent channels, h w latent pixels, t text positions (77), d features.
 """
@@ -13,23 +15,25 @@ from torch import Tensor, nn
 def encode_prompt(
     text_encoders: tuple[nn.Module, nn.Module], token_ids: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """SDXL's text conditioning of token ids 2×[b, t].
+    """SDXL's text conditioning for token ids 2×[b, t].
 
-    Returns the penultimate hidden states of both encoders side by side [b, t, d₀+d₁], and the second encoder's
-    pooled projection [b, d]. Source: SDXL (arXiv:2307.01952), section 2.1.
+    Returns the concatenated penultimate hidden states of both encoders [b, t, d₀+d₁], and the second encoder's pooled
+    projection [b, d]. Source: SDXL (arXiv:2307.01952), section 2.1.
     """
     hidden = []
     pooled = None
     for encoder, ids in zip(text_encoders, token_ids, strict=True):
         output = encoder(ids, output_hidden_states=True)
         hidden.append(output.hidden_states[-2])
-        pooled = output[0]  # of the last encoder: the projection
+        pooled = output[0]  # the last encoder is the second one, whose first output is the projection
     assert pooled is not None and pooled.ndim == 2
     return torch.cat(hidden, dim=-1), pooled
 
 
 def sample_noise(shape_bchw: torch.Size, offset: float, generator: torch.Generator) -> Tensor:
-    """Standard normal noise [b, c, h, w]; `offset` times one more value per picture and channel is added to it.
+    """Standard normal noise [b, c, h, w], plus `offset` times one more normal value per picture and channel.
+
+    Plain noise hardly ever changes a picture's mean brightness, so the model never learns to. The offset does.
 
     Source: N. Guttenberg, "Diffusion with Offset Noise" (crosslabs.org, 2023).
     """
@@ -42,7 +46,7 @@ def sample_noise(shape_bchw: torch.Size, offset: float, generator: torch.Generat
 def drop_prompts(
     hidden_btd: Tensor, pooled_bd: Tensor, share: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Put zeros, SDXL's unconditional branch, in the place of about a `share` of the prompts."""
+    """Replace about a `share` (0 to 1) of the prompts by zeros, which is SDXL's unconditional branch."""
     if not share:
         return hidden_btd, pooled_bd
     kept = torch.rand(len(pooled_bd), generator=generator, device=generator.device) >= share
@@ -50,7 +54,7 @@ def drop_prompts(
 
 
 def sample_timesteps(scheduler: DDPMScheduler, count: int, generator: torch.Generator) -> Tensor:
-    """Uniform timesteps [count] from 0 to below the scheduler's number."""
+    """Uniform random timesteps [count], from 0 to below the scheduler's number of timesteps."""
     total = scheduler.config["num_train_timesteps"]
     return torch.randint(total, (count,), generator=generator, device=generator.device)
 
@@ -58,16 +62,16 @@ def sample_timesteps(scheduler: DDPMScheduler, count: int, generator: torch.Gene
 def training_target(
     scheduler: DDPMScheduler, latents_bchw: Tensor, noise_bchw: Tensor, timesteps_b: Tensor
 ) -> Tensor:
-    """What the UNet is to predict [b, c, h, w]: the noise, or v (arXiv:2202.00512) where the base was made so."""
+    """What the UNet should predict [b, c, h, w]: the noise, or v (arXiv:2202.00512) if the base predicts v."""
     if scheduler.config["prediction_type"] == "v_prediction":
         return scheduler.get_velocity(latents_bchw, noise_bchw, timesteps_b)  # type: ignore[arg-type]
     return noise_bchw
 
 
 def min_snr_weights(scheduler: DDPMScheduler, timesteps_b: Tensor, gamma: float) -> Tensor:
-    """Weight [b] of each picture's loss: min(SNR, γ) over SNR for noise prediction, over SNR + 1 for v.
+    """Weight [b] of each picture's loss: min(SNR, γ) / SNR for noise prediction, min(SNR, γ) / (SNR + 1) for v.
 
-    Keeps the many easy, nearly clean timesteps from outweighing those that decide colour and composition.
+    It keeps the many easy, nearly clean timesteps from outweighing those that decide colour and composition.
     Source: Hang et al., min-SNR-γ (arXiv:2303.09556), section 3.4.
     """
     snr = compute_snr(scheduler, timesteps_b)
@@ -78,9 +82,10 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps_b: Tensor, gamma: float)
 def masked_mse(
     prediction_bchw: Tensor, target_bchw: Tensor, mask_b1hw: Tensor, weights_b: Tensor, floor: float = 0.0
 ) -> Tensor:
-    """Weighted mean squared error, in fp32, over the masked area: a picture counts alike, however small its mask.
+    """Mean squared error inside the mask, in fp32, weighted by picture. Every picture counts alike, however small its
+    mask is.
 
-    floor: weight, 0 to 1, of what the mask leaves out, where what it shows has 1.
+    floor: weight, 0 to 1, of the area outside the mask; the area inside has 1.
     """
     mask_b1hw = floor + (1 - floor) * mask_b1hw
     error_b1hw = F.mse_loss(prediction_bchw.float(), target_bchw.float(), reduction="none").mean(

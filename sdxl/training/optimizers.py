@@ -1,13 +1,13 @@
-"""The optimizers that a training may use, each from the library that keeps it.
+"""The optimizers that a training may use, each from a library that maintains it.
 
-Knows parameters, rates and state; does not know models, losses or schedules.
+Knows parameters, learning rates and state; does not know models, losses or schedules.
 
-| name         | weights         | state, bytes a weight   | in a captured CUDA graph                     |
-|--------------|-----------------|-------------------------|----------------------------------------------|
-| adamw        | fp32            | 8                       | yes                                          |
-| adamw_8bit   | fp32 or bf16    | 2                       | yes, after one step has compiled its kernels |
-| adafactor    | fp32            | 0.4 (SDXL's UNet)       | no: counts its steps on the host             |
-| prodigy      | fp32            | 8.7                     | no: reads its statistics back at every step  |
+| name         | weights         | state, bytes a weight   | in a captured CUDA graph                          |
+|--------------|-----------------|-------------------------|---------------------------------------------------|
+| adamw        | fp32            | 8                       | yes                                               |
+| adamw_8bit   | fp32 or bf16    | 2                       | yes, after one step has compiled its kernels      |
+| adafactor    | fp32            | 0.4 (SDXL's UNet)       | no: counts its steps on the CPU                   |
+| prodigy      | fp32            | 8.7                     | no: copies its statistics to the CPU in each step |
 
 Sources: AdamW (arXiv:1711.05101), 8-bit state (arXiv:2110.02861), Adafactor (arXiv:1804.04235), Prodigy
 (arXiv:2306.06101), stochastic rounding of bf16 weights (arXiv:2010.06192).
@@ -28,7 +28,7 @@ from transformers.optimization import Adafactor
 from sdxl.errors import UserInputError
 
 CAPTURABLE = frozenset({"adamw", "adamw_8bit"})
-"""Optimizers whose step never waits for the device: a CUDA graph may hold it, and then sees new learning rates."""
+"""Optimizers whose step never waits for the GPU: a CUDA graph may contain it, and still reads new learning rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,30 +37,89 @@ class Group:
 
     params: list[nn.Parameter]
     lr: float
-    """Learning rate, at least 0. Prodigy finds its own and multiplies it by this: 1 is meant."""
+    """Learning rate, at least 0. Prodigy multiplies the rate that it finds by this: use 1."""
     weight_decay: float = 0.0
     """Decoupled decay, at least 0: every step shrinks weights by `lr` times this."""
 
 
+class Optimizers:
+    """The optimizers of a run, addressed by what they train: `weights` (the UNet's or LoRA's) and token `rows`.
+
+    "adamw" trains both in one optimizer, so that the whole update is one fused kernel. Every other name trains the
+    weights, and a second optimizer, AdamW, trains the rows.
+    """
+
+    def __init__(self, name: str, *, weights: Group, rows: Group, device: torch.device) -> None:
+        """See `make_optimizers` for the arguments and errors."""
+        self.capturable = name in CAPTURABLE
+        """Whether a CUDA graph may contain `step`."""
+        self._optimizers = make_optimizers(name, weights, rows, device=device)
+        by_parameter = {id(group["params"][0]): group for group in self._groups()}
+        self._weights, self._rows = (by_parameter[id(group.params[0])] for group in (weights, rows))
+
+    @property
+    def rows_train(self) -> bool:
+        """Whether the token rows still train."""
+        return any(group is self._rows for group in self._groups())
+
+    def set_rates(self, *, weights: float, rows: float) -> None:
+        """Set the learning rates of the next step."""
+        for group, rate in ((self._weights, weights), (self._rows, rows)):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)  # in place: a captured step reads this tensor
+            else:
+                group["lr"] = rate
+
+    def freeze_rows(self) -> None:
+        """Stop training the token rows, for good."""
+        for optimizer in self._optimizers:
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group is not self._rows]
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of all parameters that have one."""
+        return [p.grad for group in self._groups() for p in group["params"] if p.grad is not None]
+
+    def clip(self, max_norm: float) -> list[Tensor]:
+        """Scale the gradients down to `max_norm`, and return their norms before: of the weights, then of the rows while
+        they train.
+
+        Each kind is clipped on its own: large gradients of the rows must not shrink the UNet's step, or the reverse.
+        """
+        return [nn.utils.clip_grad_norm_(group["params"], max_norm) for group in self._groups()]
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """Remove all gradients, or fill them with zeros where they are."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self) -> None:
+        """Update everything that trains."""
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+
 def make_optimizers(name: str, weights: Group, rows: Group, *, device: torch.device) -> list[Optimizer]:
-    """The optimizers of a run: one or two, of which every group of parameters knows its rate by itself.
+    """The one or two torch optimizers of a run. Each group of parameters has its own learning rate.
 
     Args:
         name: a key of `OPTIMIZERS`.
-        weights: the UNet's weights or LoRA matrices, the first group of the first optimizer. fp32; with "adamw_8bit"
-            bf16 too, which are then rounded stochastically.
-        rows: the token rows, fp32, the last group of the last optimizer. They always train with AdamW: a few
-            thousand numbers gain nothing from small state, and their rate must not follow what Prodigy finds for the
+        weights: the UNet's weights or LoRA matrices, the first group of the first optimizer. fp32, or with
+            "adamw_8bit" also bf16, which is then rounded stochastically.
+        rows: the token rows, fp32, the last group of the last optimizer. They always train with AdamW: small state
+            saves nothing on a few thousand numbers, and their rate must not depend on what Prodigy finds for the
             weights. May be empty.
-        device: where the parameters are.
+        device: the parameters' device.
 
     Returns:
-        `[optimizer]` with two groups for "adamw", else `[weights' optimizer, rows' AdamW]`; no optimizer is made for
-        an empty group. On CUDA the rates of capturable ones are fp32 tensors on the device: schedulers of torch
-        change them in place, and so should anyone else (`group["lr"].fill_(rate)`).
+        `[optimizer]` with two groups for "adamw", else `[the weights' optimizer, the rows' AdamW]`. An empty group gets
+        no optimizer. On CUDA the rates of capturable optimizers are fp32 tensors on the device. Change them in place, as
+        torch's schedulers do (`group["lr"].fill_(rate)`).
 
     Raises:
-        UserInputError: the name is not known, or the optimizer would lose updates of such weights.
+        UserInputError: unknown name, or the optimizer would lose updates of such weights.
     """
     if name not in OPTIMIZERS:
         raise UserInputError(f"optimizer is {name!r}, but must be one of {', '.join(OPTIMIZERS)}.")
@@ -75,20 +134,20 @@ def make_optimizers(name: str, weights: Group, rows: Group, *, device: torch.dev
 
 
 def adamw(groups: Iterable[Group], device: torch.device) -> Optimizer:
-    """AdamW with fp32 state. Capturable: on CUDA it is one fused kernel with its count and rates on the device.
+    """AdamW with fp32 state. Capturable: on CUDA it is one fused kernel, with its step count and rates on the device.
 
-    Its kernels take gradients of the weights' own dtype only.
+    Its kernels require gradients of the weights' dtype.
     """
     cuda = device.type == "cuda"
     return torch.optim.AdamW(_as_dicts(groups, device if cuda else None), fused=cuda, capturable=cuda)
 
 
 def adamw_8bit(groups: Iterable[Group], device: torch.device) -> Optimizer:
-    """AdamW with 8-bit state in blocks of 256, computed in fp32; bf16 weights are rounded stochastically.
+    """AdamW with 8-bit state in blocks of 256, computed in fp32. bf16 weights are rounded stochastically.
 
-    Takes bf16 gradients. Tensors under 4096 values, or not of whole blocks, have state in their own dtype.
-    Capturable once a first step has compiled its few kernels, which needs a C compiler. On a CPU the same operations run
-    uncompiled, several times slower than AdamW.
+    Accepts bf16 gradients. Tensors with fewer than 4096 values, or not made of whole blocks, keep state in their own
+    dtype. Capturable once a first step has compiled its few kernels, which needs a C compiler. On a CPU the same
+    operations run uncompiled, several times slower than AdamW.
     """
     return (_AdamW8bit if device.type == "cuda" else _UncompiledAdamW8bit)(
         _as_dicts(groups, device), bf16_stochastic_round=True
@@ -96,28 +155,28 @@ def adamw_8bit(groups: Iterable[Group], device: torch.device) -> Optimizer:
 
 
 def adafactor(groups: Iterable[Group], device: torch.device) -> Optimizer:
-    """Adafactor without momentum, its second moments factored into rows and columns (fp32), at the rates given.
+    """Adafactor without momentum, with second moments factored into rows and columns (fp32), at the given rates.
 
-    Takes bf16 gradients. Updates are clipped to a root mean square of 1 before the rate, so that rates mean about
-    what they mean to AdamW. Not capturable.
+    Accepts bf16 gradients. Clips updates to a root mean square of 1 before it applies the rate, so that rates mean
+    about the same as for AdamW. Not capturable.
     """
     return Adafactor(_as_dicts(groups), relative_step=False, scale_parameter=False)
 
 
 def prodigy(groups: Iterable[Group], device: torch.device) -> Optimizer:
-    """Prodigy: Adam at a rate that it estimates from how far the weights have come; one estimate for all groups.
+    """Prodigy: Adam at a rate that it estimates from how far the weights have moved. All groups share one estimate.
 
-    The settings that its authors advise for diffusion models: bias correction, and a safeguard for warm-up. The
-    estimate looks at every 11th weight, to save memory. Not capturable.
+    Uses the settings that its authors recommend for diffusion models: bias correction, and a safeguard for warm-up.
+    To save memory the estimate uses every 11th weight. Not capturable.
 
     Raises:
-        UserInputError: a rate is above 0 and below 0.1, so most likely meant for another optimizer.
+        UserInputError: a rate is above 0 and below 0.1, so it was most likely meant for another optimizer.
     """
     groups = list(groups)
     for group in groups:
         if 0 < group.lr < 0.1:
             raise UserInputError(
-                f"The learning rate is {group.lr}, but prodigy finds it itself and multiplies it by this: use 1."
+                f"The learning rate is {group.lr}, but prodigy finds its own rate and multiplies it by this: use 1."
             )
     return Prodigy(_as_dicts(groups), safeguard_warmup=True, use_bias_correction=True, slice_p=11)
 
@@ -128,17 +187,20 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Group], torch.device], Optimizer]] = {
     "adafactor": adafactor,
     "prodigy": prodigy,
 }
-"""Public name → how it is made, from groups and the device of their parameters."""
+"""Public name → function that makes it from groups and the device of their parameters."""
 
 
 class _AdamW8bit(AdamW8bit):
-    """The library's arithmetic, compiled for kinds of shapes, where the library compiles for each (44 in
-    SDXL's UNet), in every run anew: weights are seen as rows of a block each, small ones as one row."""
+    """torchao's arithmetic with fewer compiled kernels.
+
+    torchao compiles its step for each shape, 44 of them in SDXL's UNet, again in every run. This class views every weight
+    as rows of one block each, and small weights as one row, so that a few kernels serve all shapes.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], *, bf16_stochastic_round: bool) -> None:
         super().__init__(groups, bf16_stochastic_round=bf16_stochastic_round)
-        # Made here rather than at the first step, and the count of steps on the device: on the host, where the library
-        # keeps it, a captured graph would not see it grow.
+        # torchao makes the state in the first step and counts steps on the CPU, where a captured graph would not see
+        # the count grow. So make the state here, with the count on the device.
         for group in self.param_groups:
             for p in group["params"]:
                 seen = self._seen(p, p)
@@ -150,7 +212,7 @@ class _AdamW8bit(AdamW8bit):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step of all weights that have a gradient."""
+        """Update all weights that have a gradient."""
         update: Callable[..., None] = torch.compile(single_param_adam, fullgraph=True, dynamic=True)
         for group in self.param_groups:
             for p in group["params"]:
@@ -174,23 +236,22 @@ class _AdamW8bit(AdamW8bit):
                 )
 
     def _seen(self, values: Tensor, p: nn.Parameter) -> Tensor:
-        """`values` of the weight `p` in the order in which it lies in memory: [blocks, 256], or [n] where not of whole blocks."""
+        """`values` of the weight `p` in its memory order: [blocks, 256], or [n] if it is not made of whole blocks."""
         row = values.permute(sorted(range(p.dim()), key=p.stride, reverse=True))
-        row = (
-            row.view(-1) if values.data_ptr() == p.data_ptr() else row.reshape(-1)
-        )  # the weight itself, no copy
+        # The weight itself must be a view, never a copy: the step writes into it.
+        row = row.view(-1) if values.data_ptr() == p.data_ptr() else row.reshape(-1)
         whole = row.numel() >= 4096 and row.numel() % self.block_size == 0
         return row.view(-1, self.block_size) if whole else row
 
 
 class _UncompiledAdamW8bit(_AdamW8bit):
-    """The same, its operations run as they are."""
+    """The same, without compiling."""
 
     step = torch.compiler.set_stance("force_eager")(_AdamW8bit.step)
 
 
 def _as_dicts(groups: Iterable[Group], rates_on: torch.device | None = None) -> list[dict[str, Any]]:
-    """`groups` as torch takes them; rates are numbers, or fp32 tensors on the device `rates_on`."""
+    """`groups` as torch expects them. Rates are floats, or fp32 tensors on the device `rates_on`."""
 
     def rate(lr: float) -> float | Tensor:
         return lr if rates_on is None else torch.tensor(lr, dtype=torch.float32, device=rates_on)

@@ -1,7 +1,7 @@
-"""Prior preservation: pictures that the base itself draws, learnt beside the subject's so that it goes on drawing them.
+"""Prior preservation: pictures that the base itself draws, learned beside the subject's, so that it goes on drawing them.
 
-Source: DreamBooth (arXiv:2208.12242), section 3.3. Knows the base's parts and where the pictures are kept; does not know
-the loss.
+Source: DreamBooth (arXiv:2208.12242), section 3.3. Knows which pictures are wanted and where they are kept; does not know
+how they are drawn, nor the loss.
 """
 
 import hashlib
@@ -11,66 +11,71 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from diffusers import EulerDiscreteScheduler
+from PIL import Image
 from tqdm import tqdm
 
-from sdxl.data.dataset_folder import write_captions
+from sdxl.data.dataset_folder import TABLE, picture_file, write_captions
 from sdxl.data.framing import Framing
 from sdxl.errors import UserInputError
-from sdxl.model.components import Components
 from sdxl.settings import cache_folder
+from sdxl.training.config import split_prompts
 
 log = logging.getLogger(__name__)
 
-SEPARATOR = "|"
+
+class Draw(Protocol):
+    """Draws one picture of `prompt`, `side` × `side` pixels."""
+
+    def __call__(self, prompt: str, *, side: int, steps: int, guidance: float, seed: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """What is drawn, and how."""
+    """Which pictures are drawn, and how. Its values are the key of the cache."""
 
     base: str
     """Folder or hub name of the base model."""
     prompts: tuple[str, ...]
-    """In turn, one for each picture."""
+    """Used in turn, one for each picture."""
     images: int
     """How many pictures, at least 1."""
     resolution: int
-    """Their side, in pixels."""
+    """Side of the pictures in pixels."""
     steps: int = 25
     """Sampling steps."""
     guidance: float = 5.0
+    """Scale of classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        if not self.prompts:
-            raise UserInputError("prior_prompts names no prompt: write some, such as 'a photo of a dog'.")
         if self.images < 1:
             raise UserInputError(f"prior_images is {self.images}, but must be 1 or more, such as 100.")
 
     @classmethod
     def parse(cls, text: str, **settings: Any) -> "PriorConfig":
-        """Prompts separated by |."""
-        prompts = tuple(part.strip() for part in text.split(SEPARATOR) if part.strip())
-        return cls(prompts=prompts, **settings)
+        """`text` holds the prompts, separated by |.
+
+        Raises:
+            UserInputError: there is no prompt in the text, or a setting is wrong.
+        """
+        return cls(prompts=split_prompts(text), **settings)
 
 
-def prior_dataset(config: PriorConfig, components: Components) -> Path:
-    """The dataset folder of the prior's pictures: from the cache, else drawn by `components` as they are, the base.
+def prior_dataset(config: PriorConfig, draw: Draw) -> Path:
+    """The dataset folder of the prior's pictures: from the cache, else drawn by `draw` with the base's weights.
 
-    The folder appears in the cache when it is complete.
+    The folder appears in the cache only when it is complete.
     """
     key = hashlib.sha256(json.dumps(asdict(config)).encode()).hexdigest()[:16]
     folder = cache_folder() / "prior" / key
     if folder.is_dir():
-        log.info("The prior's %d pictures come from %s", config.images, folder)
+        log.info("The base has drawn the prior's %d pictures before; they are in %s.", config.images, folder)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
     try:
-        _draw(config, components, partial)
+        _fill(partial, config, draw)
         try:
             partial.replace(folder)
         except OSError:  # another run was faster
@@ -81,43 +86,16 @@ def prior_dataset(config: PriorConfig, components: Components) -> Path:
     return folder
 
 
-@torch.no_grad()
-def _draw(config: PriorConfig, components: Components, folder: Path) -> None:
-    from diffusers import (
-        StableDiffusionXLPipeline,
-    )  # here: it takes a second, and warns before logging is configured
-
-    pipeline = StableDiffusionXLPipeline(
-        vae=components.vae,
-        text_encoder=components.text_encoders[0],
-        text_encoder_2=components.text_encoders[1],
-        tokenizer=components.tokenizers[0],
-        tokenizer_2=components.tokenizers[1],
-        unet=components.unet,
-        scheduler=EulerDiscreteScheduler.from_config(components.noise_scheduler.config),  # type: ignore[arg-type]
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    side = config.resolution
+def _fill(folder: Path, config: PriorConfig, draw: Draw) -> None:
     captions: dict[str, str] = {}
-    on_gpu = components.device.type == "cuda"
     for index in tqdm(range(config.images), desc="Drawing the prior", unit="picture"):
         prompt = config.prompts[index % len(config.prompts)]
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-            output: Any = pipeline(
-                prompt=prompt,
-                width=side,
-                height=side,
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
-                generator=torch.Generator().manual_seed(index),
-                output_type="latent",
-            )
-        latents = output.images.to(components.vae.dtype) / components.vae.config["scaling_factor"]
-        decoded = components.vae.decode(latents).sample  # type: ignore[union-attr]
-        pictures: Any = pipeline.image_processor.postprocess(decoded)
-        pictures[0].save(folder / f"{index}.src.png")
-        captions[f"{index}.src.png"] = prompt
-    whole = Framing(original_size=(side, side), crop_top_left=(0, 0), target_size=(side, side))
-    write_captions(folder / "captions.csv", captions, [whole] * len(captions))
+        picture = draw(
+            prompt, side=config.resolution, steps=config.steps, guidance=config.guidance, seed=index
+        )
+        file = picture_file(folder, index)
+        picture.save(file)
+        captions[file.name] = prompt
+    size = (config.resolution, config.resolution)
+    whole = Framing(original_size=size, crop_top_left=(0, 0), target_size=size)
+    write_captions(folder / TABLE, captions, [whole] * len(captions))

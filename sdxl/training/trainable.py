@@ -1,6 +1,6 @@
-"""What trains of the UNet: all of it, or LoRA matrices beside it; and how either is handed on.
+"""What trains of the UNet: all of it, or LoRA matrices beside it; and how both are exported.
 
-Knows parameters; does not know losses, text or files.
+Knows the UNet's parameters and how they are prepared for training; does not know losses, text or files.
 """
 
 import logging
@@ -13,14 +13,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.speed.lean_lora import make_lean
 from sdxl.speed.memory import free_bytes
 from sdxl.training.config import TrainingConfig
-from sdxl.training.precision import WeightPrecision, activation_bytes, choose_precision
+from sdxl.training.memory_plan import MemoryPlan, activation_bytes, choose_plan
+from sdxl.training.optimizers import Group
 
 log = logging.getLogger(__name__)
 
@@ -32,42 +33,40 @@ LORA_TARGETS = {
     "transformer": _ATTENTION + _FEED_FORWARD,
     "all": _ATTENTION + _FEED_FORWARD + _CONVOLUTIONS,
 }
-"""Public name → ends of the names of the UNet's layers that get LoRA matrices."""
+"""Public name → how the names of the layers that get LoRA matrices end."""
 _WORTH_COMPILING = 1e8
-"""Weights from which compiling the blocks, half a minute when it is first done, pays in a run."""
+"""A UNet with more weights than this saves more time in a run than the half minute that compiling takes."""
 LORA_WEIGHT_DECAY = 1e-4
-"""AdamW's decay of LoRA matrices; full weights have none, since 0 is not where they started."""
+"""Decay of LoRA matrices, which start near 0. The full UNet has none: decay would pull it to 0, away from the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainable:
-    """The weights of the UNet that train, and how they are handed on."""
+    """The weights of the UNet that train, and how they are exported."""
 
     kind: str
     """"unet" or "lora"."""
-    parameters: list[nn.Parameter]
-    learning_rate: float
-    weight_decay: float
+    weights: Group
     optimizer: str
     """A key of `OPTIMIZERS`."""
-    autocast: bool
-    """Whether weights are multiplied in another precision than they are held in, on CUDA."""
+    mixed_precision: bool
+    """Whether, on CUDA, layers compute in bf16 although their weights or inputs have another dtype."""
     export: Callable[[], dict[str, Tensor]]
-    """The weights as they are now: tensors on the CPU, in names and dtypes in which they are stored."""
+    """The current weights: tensors on the CPU, with the names and dtypes in which they are stored."""
 
 
 def full_unet(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
-    """Every parameter of the UNet, stored in half precision as inference uses it.
+    """Every parameter of the UNet, exported in half precision as inference uses it.
 
     Raises:
-        NotEnoughMemoryError: neither fp32 nor bf16 weights fit on the device.
+        NotEnoughMemoryError: the weights fit on the device neither in fp32 nor in bf16.
     """
-    precision = _precision(unet, config)
+    plan = _memory_plan(unet, config)
     if unet.device.type == "cuda":
-        log.log(logging.WARNING if precision.tight else logging.INFO, precision.reason)
+        log.log(logging.WARNING if plan.tight else logging.INFO, plan.reason)
     unet.requires_grad_(True)
-    precision.apply(unet)
-    _prepare(unet, config, checkpointing=precision.checkpointing)
+    plan.apply(unet)
+    _prepare(unet, config, checkpointing=plan.checkpointing)
 
     def export() -> dict[str, Tensor]:
         return {
@@ -77,23 +76,21 @@ def full_unet(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
 
     return Trainable(
         kind="unet",
-        parameters=list(unet.parameters()),
-        learning_rate=config.unet_learning_rate,
-        weight_decay=0.0,
-        optimizer=precision.optimizer,
-        autocast=True,
+        weights=Group(params=list(unet.parameters()), lr=config.unet_learning_rate),
+        optimizer=plan.optimizer,
+        mixed_precision=True,
         export=export,
     )
 
 
 def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
-    """LoRA matrices (arXiv:2106.09685), or DoRA's (arXiv:2402.09353), on the layers of `lora_targets`, trained in fp32
-    beside the frozen UNet, stored as diffusers reads them.
+    """LoRA matrices (arXiv:2106.09685), or DoRA's (arXiv:2402.09353), on the layers of `lora_targets`.
 
-    The matrices start from torch's global generator.
+    They train in fp32 beside the frozen UNet, and are exported as diffusers reads them. torch's global generator draws
+    their start.
     """
     alpha = config.lora_alpha or config.lora_rank
-    with unet.device:  # else peft makes every matrix on the CPU and moves it
+    with unet.device:  # otherwise peft makes every matrix on the CPU and moves it
         unet.add_adapter(
             LoraConfig(
                 r=config.lora_rank,
@@ -103,41 +100,42 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
                 target_modules=LORA_TARGETS[config.lora_targets],
             )
         )
-    cast_training_params(unet, dtype=torch.float32)
+    cast_training_params(unet, dtype=torch.float32)  # in half precision small updates would vanish
     if not config.use_dora:
         make_lean(unet)
     _prepare(unet, config, checkpointing=_lora_checkpointing(unet, config))
     scale = alpha / config.lora_rank
 
     def export() -> dict[str, Tensor]:
-        # Under these names diffusers reads every kind of layer alike. It takes alpha for the rank where none is told:
-        # the second matrices carry the factor.
+        # With these names diffusers reads every kind of layer. It assumes that alpha equals the rank, so multiply the
+        # second matrices by alpha / rank.
         state = get_peft_model_state_dict(unet)
         return {
             f"unet.{name}": value.detach().float().mul(scale if "lora_B" in name else 1.0).cpu().contiguous()
             for name, value in state.items()
         }
 
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     return Trainable(
         kind="lora",
-        parameters=[parameter for parameter in unet.parameters() if parameter.requires_grad],
-        learning_rate=config.lora_lr,
-        weight_decay=LORA_WEIGHT_DECAY,
+        weights=Group(params=parameters, lr=config.lora_lr, weight_decay=LORA_WEIGHT_DECAY),
         optimizer=config.optimizer,
-        autocast=config.use_dora,
+        mixed_precision=config.use_dora,  # our own LoRA layers mix precisions themselves; peft's DoRA needs autocast
         export=export,
     )
 
 
 def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[..., Any]:
-    """The UNet as it is before it trains, to be called like it: the same one without its adapter for LoRA, else a copy,
-    in half precision on CUDA."""
+    """The UNet as it is before it trains, to be called like it.
+
+    For LoRA it is the same UNet with its adapter turned off. Otherwise it is a copy, on CUDA in half precision.
+    """
     if not config.is_lora:
         half = torch.bfloat16 if unet.device.type == "cuda" else unet.dtype
         with torch.device("meta"):
             copy = UNet2DConditionModel.from_config(unet.config)
         assert isinstance(copy, UNet2DConditionModel)
-        # Cast as it is copied: a second one in fp32 might not fit.
+        # Cast each tensor while it is copied: a second UNet in fp32 might not fit.
         weights = {name: value.to(half, copy=True) for name, value in unet.state_dict().items()}
         copy.load_state_dict(weights, assign=True)
         if config.cuda_graph:
@@ -154,10 +152,10 @@ def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[...,
     return without_adapter
 
 
-def _precision(unet: UNet2DConditionModel, config: TrainingConfig) -> WeightPrecision:
-    """How the weights are held while they train: as well as free memory allows; on a CPU always as asked for."""
+def _memory_plan(unet: UNet2DConditionModel, config: TrainingConfig) -> MemoryPlan:
+    """How to hold the weights while they train. A CPU always counts as having enough memory."""
     size = sum(parameter.nbytes for parameter in unet.parameters())
-    return choose_precision(
+    return choose_plan(
         free_bytes=free_bytes(unet.device) + size,
         parameters=sum(parameter.numel() for parameter in unet.parameters()),
         optimizer=config.optimizer,
@@ -169,11 +167,12 @@ def _precision(unet: UNet2DConditionModel, config: TrainingConfig) -> WeightPrec
 
 
 def _lora_checkpointing(unet: UNet2DConditionModel, config: TrainingConfig) -> bool:
-    """Whether activations are computed again: as asked for, else where they would not fit beside the LoRA."""
+    """Whether to recompute activations: as requested, else only if they would not fit beside the LoRA."""
     if config.gradient_checkpointing is not None:
         return config.gradient_checkpointing
     weights = sum(parameter.numel() for parameter in unet.parameters())
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    # 16 bytes for each trained number: fp32 weight, gradient, and AdamW's two moments.
     need = 16 * trained + activation_bytes(
         weights, batch=config.train_batch_size, resolution=config.resolution, checkpointing=False
     )
@@ -181,14 +180,15 @@ def _lora_checkpointing(unet: UNet2DConditionModel, config: TrainingConfig) -> b
 
 
 def _prepare(unet: UNet2DConditionModel, config: TrainingConfig, *, checkpointing: bool) -> None:
+    """Put the UNet into training mode and make it fast on CUDA."""
     unet.train()
     if unet.device.type != "cuda":
         return
     if checkpointing:
-        # Nothing in SDXL's UNet is random, and saving the state of random numbers would wait for the GPU.
+        # Nothing in SDXL's UNet is random, and saving the state of random generators would wait for the GPU.
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
-    log.info("Activations are %s", "computed again in the backward pass" if checkpointing else "kept")
+    log.info("Activations are %s.", "recomputed in the backward pass" if checkpointing else "kept in memory")
     if config.cuda_graph:
         fuse_blocks(unet)
     if config.compile_blocks and sum(parameter.numel() for parameter in unet.parameters()) > _WORTH_COMPILING:
-        compile_blocks(unet, fullgraph=not config.use_dora)  # peft's DoRA breaks the graph
+        compile_blocks(unet, fullgraph=not config.use_dora)  # peft's DoRA cannot be traced as one graph

@@ -1,0 +1,141 @@
+"""The inputs of `train`, typed and checked at once.
+
+Knows public names, old and new, and which setting each one becomes; does not know cog, files or models.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from dataset_and_utils import TokenMap
+from sdxl import settings
+from sdxl.errors import UserInputError
+from sdxl.training.config import TrainingConfig, TrainingOptions, check_limits, limited, resolve_steps
+
+if TYPE_CHECKING:
+    from sdxl.data.config import PreprocessConfig
+
+_ANY_RESOLUTION = 1024
+_MANY_PICTURES = 10**9
+"""Stand-ins for what only the base and the pictures tell, so that all else is checked before they are read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainInputs:
+    """What a user asked for. The base and the pictures still decide what is None here.
+
+    Defaults have their home in `TrainingOptions` and `PreprocessConfig`.
+    """
+
+    input_images: str
+    """Path, http(s) URL or data: URI of the archive."""
+    resolution: int | None
+    """Side of the training pictures in pixels. None: the base's own."""
+    num_train_epochs: int | None = limited(ge=1)
+    """How often every picture is shown, unless `max_train_steps` is given."""
+    max_train_steps: int | None = limited(ge=1)
+    """Optimizer steps. None: as many as the epochs need, or the default."""
+    seed: int
+    """A random one if the user gave none."""
+    global_caption: str | None
+    caption_prefix: str
+    bucketing: bool
+    mask_target_prompts: str | None
+    crop_based_on_salience: bool
+    use_face_detection_instead: bool
+    clipseg_temperature: float
+    """These seven are fields of `PreprocessConfig`; see there."""
+    options: TrainingOptions
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        resolution = _ANY_RESOLUTION if self.resolution is None else self.resolution
+        self.preprocess_config(resolution)
+        self.training_config(resolution=resolution, images=_MANY_PICTURES)
+
+    @property
+    def token_map(self) -> TokenMap:
+        """The tokens to learn."""
+        return TokenMap.parse(self.options.token_map)
+
+    def preprocess_config(self, resolution: int) -> "PreprocessConfig":
+        """How to prepare the pictures.
+
+        Raises:
+            UserInputError: a setting is wrong.
+        """
+        from sdxl.data.config import PreprocessConfig
+
+        return PreprocessConfig(
+            target_size=resolution,
+            global_caption=self.global_caption,
+            caption_prefix=self.caption_prefix,
+            token_map=self.token_map,
+            bucketing=self.bucketing,
+            mask_target_prompts=self.mask_target_prompts,
+            crop_based_on_salience=self.crop_based_on_salience,
+            use_face_detection_instead=self.use_face_detection_instead,
+            mask_temperature=self.clipseg_temperature,
+        )
+
+    def training_config(
+        self, *, resolution: int, images: int, processes: int = 1, seed: int | None = None
+    ) -> TrainingConfig:
+        """How to train on `images` prepared pictures, in `processes` that train together.
+
+        seed: replaces this process's own.
+
+        Raises:
+            UserInputError: a setting is wrong.
+        """
+        options, speed = self.options, settings.speed()
+        steps = resolve_steps(
+            max_train_steps=self.max_train_steps,
+            epochs=self.num_train_epochs,
+            images=images,
+            batch_size=options.train_batch_size * options.gradient_accumulation_steps * processes,
+        )
+        return TrainingConfig(
+            **vars(options),
+            base=settings.base_name(),
+            resolution=resolution,
+            max_train_steps=steps,
+            seed=self.seed if seed is None else seed,
+            cuda_graph=speed != "eager",
+            compile_blocks=speed in ("compiled", "fp8"),
+        )
+
+
+def train_inputs(given: Mapping[str, Any]) -> TrainInputs:
+    """Turn the arguments of `train` into `TrainInputs`. The only place that knows the deprecated names.
+
+    Raises:
+        UserInputError: a value is wrong, an input is missing, or both names of one input are given.
+    """
+    values = dict(given)
+    archive = values.pop("input_data_tar_or_zip")
+    multiplier = values.pop("ti_learning_rate_multiplier")
+    token = values.pop("token_string")
+    temperature = values.pop("temp")
+
+    if archive is not None:
+        if values["input_images"] is not None:
+            raise UserInputError(
+                "input_data_tar_or_zip is the old name of input_images: give only input_images."
+            )
+        values["input_images"] = archive
+    if values["input_images"] is None:
+        raise UserInputError("input_images is missing: give a zip or tar of pictures.")
+    if multiplier is not None:
+        values["ti_lr"] = multiplier * values["unet_learning_rate"]
+    if token is not None:
+        if values["token_map"] not in (TrainingOptions.token_map, f"{token}:2"):
+            raise UserInputError("token_string is the old form of token_map: give only token_map.")
+        values["token_map"] = f"{token}:2"
+    if temperature is not None:
+        values["clipseg_temperature"] = temperature
+
+    options = TrainingOptions(**{entry.name: values.pop(entry.name) for entry in fields(TrainingOptions)})
+    values["input_images"] = str(values["input_images"])
+    values["seed"] = settings.resolve_seed(values["seed"])
+    return TrainInputs(**values, options=options)

@@ -1,0 +1,104 @@
+"""The machinery of one training step: gradients, then the update, each captured as a CUDA graph.
+
+Knows graphs, precision, accumulation and clipping; does not know what the loss measures, schedules or when the pivot is.
+
+A step is two pieces of work, so that the loss can be read between them, before a bad step reaches the weights. What
+differs between steps (the chosen pictures, the learning rates) is written into fixed tensors first. So a captured graph
+can repeat the step without the CPU, which would take longer than the GPU to launch its thousands of kernels.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dataset_and_utils import Example
+from sdxl.speed.autocast import autocast
+from sdxl.speed.cuda_graphs import GraphedWork
+from sdxl.training.batches import Batches
+from sdxl.training.config import TrainingConfig
+from sdxl.training.data_parallel import average
+from sdxl.training.optimizers import Optimizers
+from sdxl.training.token_rows import NewTokens
+
+MAX_GRAD_NORM = 1.0
+"""Gradients are clipped to this norm."""
+
+Loss = Callable[[Example, tuple[Tensor, Tensor] | None], Tensor]
+"""A batch and, if already encoded, its prompts → the loss, a scalar."""
+
+
+class TrainingStep:
+    """One optimizer step, run again and again: `gradients`, then `update`."""
+
+    def __init__(
+        self,
+        loss: Loss,
+        sources: Sequence[Batches],
+        optimizers: Optimizers,
+        tokens: NewTokens,
+        config: TrainingConfig,
+        generator: torch.Generator,
+        *,
+        mixed_precision: bool,
+    ) -> None:
+        """A step on one batch of each of `sources`.
+
+        generator: draws everything random in `loss`; it is on the device that trains.
+        mixed_precision: on CUDA, compute in bf16 whatever dtype the weights are held in.
+        """
+        self._loss, self._sources = loss, sources
+        self._optimizers, self._tokens = optimizers, tokens
+        self._device, self._mixed_precision = generator.device, mixed_precision
+        self._graphed = GraphedWork(self._device, generator, enabled=config.cuda_graph)
+        self._one_graph = all(len(batches.buckets) == 1 for batches in sources)
+
+    def gradients(self, drawn: tuple[int, ...]) -> tuple[float, list[float]]:
+        """Compute clipped gradients of the batches in the buckets `drawn`, one number for each source.
+
+        Returns the loss, and the gradients' norms before clipping: of the weights, then of the token rows while they
+        train.
+        """
+        # With one graph, gradients may start as None: the graph allocates them, and finds them at the same place in
+        # every replay. Before it is captured, each step must allocate them anew.
+        if self._one_graph and not self._graphed.holds(drawn):
+            self._optimizers.zero_grad(set_to_none=True)
+        loss, *norms = self._graphed(drawn, lambda: self._compute_gradients(drawn)).tolist()
+        return loss, norms
+
+    def update(self) -> None:
+        """Let the optimizers apply the gradients."""
+        if self._optimizers.capturable:
+            self._graphed("update", self._compute_update)
+        else:
+            self._compute_update()
+
+    def rebuild(self) -> None:
+        """Drop all graphs, because what trains is about to change; the next steps capture new ones."""
+        self._graphed.forget()
+
+    def _compute_gradients(self, drawn: tuple[int, ...]) -> Tensor:
+        # With several buckets there is one graph for each, and all must add to the same gradients: fill these with
+        # zeros inside the graph instead of allocating new ones.
+        if not self._one_graph:
+            self._optimizers.zero_grad(set_to_none=False)
+
+        # Add up the loss and its gradients: over micro-batches (accumulation), and over the subject and the prior.
+        total = torch.zeros((), device=self._device)
+        for batches, number in zip(self._sources, drawn, strict=True):
+            bucket = batches.buckets[number]
+            for batch, prompts in bucket.micro_batches():
+                with autocast(self._device, self._mixed_precision):
+                    loss = self._loss(batch, prompts) * (batches.weight / len(bucket.chosen))
+                loss.backward()
+                total += loss.detach()
+
+        # Average over all processes. The loss too: if one process must stop, all must.
+        average([*self._optimizers.gradients(), total])
+        return torch.stack([total, *self._optimizers.clip(MAX_GRAD_NORM)])
+
+    def _compute_update(self) -> Tensor:
+        self._optimizers.step()
+        if self._optimizers.rows_train:
+            self._tokens.pull_to_scale()
+        return self._tokens.parameters[0]  # graphed work must return a tensor; nobody reads this one
