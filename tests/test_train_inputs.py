@@ -101,7 +101,11 @@ def test_inputs_become_both_configs():
         defaults(input_images="x.zip", resolution=512, num_train_epochs=3, bucketing=True, temp=0.5, seed=7)
     )
     config = inputs.training_config(resolution=512, images=10, processes=2)
-    assert (config.max_train_steps, config.seed, config.resolution) == (4, 7, 512)  # 3 · 10 / (4 · 2), rounded up
+    assert (config.max_train_steps, config.seed, config.resolution) == (
+        4,
+        7,
+        512,
+    )  # 3 · 10 / (4 · 2), rounded up
     assert inputs.training_config(resolution=512, images=10, seed=8).seed == 8
     preprocess = inputs.preprocess_config(512)
     assert (preprocess.target_size, preprocess.bucketing, preprocess.mask_temperature) == (512, True, 0.5)
@@ -138,7 +142,11 @@ def imported(stderr: str) -> set[str]:
         (["-i", "input_images=http://x/y.zip", "-i", "token_init=CAT:dog"], 1, "token_init 'CAT:dog'"),
         (["-i", "input_images=http://x/y.zip", "-i", "resolution=100"], 1, "multiple of 8"),
         (["-i", "input_images=http://x/y.zip", "-i", "caption_prefix=a <s0>"], 1, "<s0>"),
-        (["-i", "input_images=http://x/y.zip", "-i", "prior_prompts=|"], 1, "prior_prompts contains no prompt"),
+        (
+            ["-i", "input_images=http://x/y.zip", "-i", "prior_prompts=|"],
+            1,
+            "prior_prompts contains no prompt",
+        ),
         (
             ["-i", "input_images=http://x/y.zip", "-i", "max_train_steps=5", "-i", "lr_warmup_steps=5"],
             1,
