@@ -5,15 +5,13 @@ Knows public names, old and new, and which setting each one becomes; does not kn
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dataset_and_utils import TokenMap
 from sdxl import settings
+from sdxl.data.config import PreprocessConfig
 from sdxl.errors import UserInputError
 from sdxl.training.config import TrainingConfig, TrainingOptions, check_limits, limited, resolve_steps
-
-if TYPE_CHECKING:
-    from sdxl.data.config import PreprocessConfig
 
 _ANY_RESOLUTION = 1024
 _MANY_PICTURES = 10**9
@@ -58,14 +56,12 @@ class TrainInputs:
         """The tokens to learn."""
         return TokenMap.parse(self.options.token_map)
 
-    def preprocess_config(self, resolution: int) -> "PreprocessConfig":
+    def preprocess_config(self, resolution: int) -> PreprocessConfig:
         """How to prepare the pictures.
 
         Raises:
             UserInputError: a setting is wrong.
         """
-        from sdxl.data.config import PreprocessConfig
-
         return PreprocessConfig(
             target_size=resolution,
             global_caption=self.global_caption,
