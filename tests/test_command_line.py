@@ -90,7 +90,7 @@ def test_values_are_typed_and_files_delivered(tmp_path: Path, capsys: pytest.Cap
         (["words=a", "words=b"], "given twice"),
         (["words=a", "cuont=3"], "did you mean count?"),
         (["words=a", "zzz=3"], "There is no input zzz"),
-        (["words=a", "count=three"], "must be a whole number"),
+        (["words=a", "count=three"], "must be an integer"),
         (["words=a", "count=0"], "at least 1"),
         (["words=a", "count=6"], "at most 5"),
         (["words=a", "rate=x"], "must be a number"),

@@ -297,7 +297,7 @@ def test_a_fine_tune_by_url_keeps_its_name(tmp_path: Path, served):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("http://[::1/a.tar", "is no URL"),
+        ("http://[::1/a.tar", "is not a URL"),
         ("https://my..host/a.tar", "check the address"),
         (base64.b64encode(bytes(9000)).decode(), "^AAAAAAAA[A]*… does not exist"),
         ("a\0b", "does not exist"),

@@ -117,7 +117,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: object):
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match="damaged or no safetensors"):
+    with pytest.raises(WeightsError, match="damaged or not a safetensors"):
         WeightFile(path, path.name).read()
 
 
