@@ -54,7 +54,10 @@ def existing(source: str) -> Path | None:
     """`source` as a path, or None if nothing exists there."""
     try:
         return Path(source) if Path(source).exists() else None
-    except (OSError, ValueError):  # too long for a file name, or with characters that no file name may contain
+    except (
+        OSError,
+        ValueError,
+    ):  # too long for a file name, or with characters that no file name may contain
         return None
 
 

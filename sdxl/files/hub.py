@@ -143,7 +143,9 @@ def _fetch_model(
             f"The model {name} could not be fetched from the hub ({type(error).__name__}): connect this machine, "
             f"or {remedy}."
         ) from error
-    if not is_complete(folder):  # without network, the hub's library returns an incomplete folder without an error
+    if not is_complete(
+        folder
+    ):  # without network, the hub's library returns an incomplete folder without an error
         raise DownloadError(
             f"The model {name} is incomplete in the hub's cache, or has no safetensors weights: connect this machine, "
             f"or {remedy}."
