@@ -1,4 +1,4 @@
-"""Fine-tunes as other tools write them draw the pictures of the same fine-tune in this project's format."""
+"""A fine-tune in another tool's format draws the same pictures as in this project's format."""
 
 import json
 from collections.abc import Callable
