@@ -248,7 +248,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str, list[int]]]:
         def log_request(self, code="-", size="-") -> None:
             codes.append(int(code))
 
-        def log_message(self, *given) -> None: ...
+        def log_message(self, format: str, *args: object) -> None: ...
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever).start()
@@ -375,7 +375,7 @@ def test_a_repository_of_more_than_a_fine_tune_is_not_fetched(
                 self.send_header(name, str(value))
             self.end_headers()
 
-        def log_message(self, *given) -> None: ...
+        def log_message(self, format: str, *args: object) -> None: ...
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever).start()
