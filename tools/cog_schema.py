@@ -105,7 +105,7 @@ def _read_input(
     if "default" in values and values["default"] is None and not optional:
         raise SchemaError(f"{where} has the default None: annotate it Optional[...], or it becomes required.")
 
-    # Cog's layout: a list of choices is a schema of its own, and an input without a default is required.
+    # Cog's layout: a list of choices is a separate schema, and an input without a default is required.
     shape: dict[str, Any] = {"x-order": order, "description": values["description"]}
     if choices is None:
         shape |= {"title": _title(name), **kind}
