@@ -1,10 +1,10 @@
-# Everything runs in .venv, which the first target that needs it makes.
+# Everything runs in .venv. The first target that needs it creates it.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 TINY := base_models/tiny-sdxl
 
-# Subjects of `make quality`; 10 for the full table.
+# The number of subjects for `make quality`; 10 gives the full table.
 K ?= 3
 ALL_METHODS := untuned ti lora lora_class full full_class lora_pivotal full_pivotal
 
@@ -50,7 +50,7 @@ serve: env
 serve-train: env
 	PORT=5001 COG_TRAIN_TYPE_STUB=train.py:train exec python -m cog.server.http --x-mode train
 
-# Cog's server reads the schema from the folder it is started in, and there is one for each model.
+# Cog's server reads the schema from the folder that it starts in, so each model needs its own folder.
 serve-preprocess: env
 	$(BIN)/python -m tools.cog_schema --config cog.preprocess.yaml --folder runs/preprocessor
 	cd runs/preprocessor && PORT=5002 PYTHONPATH=$(CURDIR) COG_PREDICT_TYPE_STUB=$(CURDIR)/preprocess.py:Preprocessor exec python -m cog.server.http

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class Predictor(BaseRunner):
     """Loads one base; each request draws with it, alone or with the fine-tunes that the request names."""
 
-    def setup(self, weights: Optional[Path] = None) -> None:
+    def setup(self, weights: Optional[Path] = None) -> None:  # type: ignore[override]
         """Load the base. `weights` (`COG_WEIGHTS`) is the fine-tune for requests without `replicate_weights`."""
         repeat_on_cpu()
         configure_logging()

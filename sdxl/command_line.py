@@ -1,7 +1,7 @@
-"""The doors without a container: `python train.py -i name=value -i file=@path -o DIR`.
+"""Run an entry point without a container: `python train.py -i name=value -i file=@path -o DIR`.
 
-The inputs are those that the door declares to Cog, read from its signature; the grammar is that of Cog's own command
-line. Knows declared inputs by their attributes (default, description, ge, le, choices, deprecated); never imports cog.
+Reads the inputs from the entry point's signature, as declared to Cog, and follows the grammar of Cog's own command line.
+Knows the attributes of a declared input (default, description, ge, le, choices, deprecated); does not import cog.
 """
 
 import argparse
@@ -29,31 +29,31 @@ _REQUIRED = object()
 
 @dataclass(frozen=True, kw_only=True)
 class DeclaredInput:
-    """One input of a door."""
+    """One input of an entry point."""
 
     name: str
     kind: type
     """str, int, float, bool or a Path class."""
     optional: bool
-    """Whether it may be left out and then is None."""
+    """Whether the user may omit it; it is then None."""
     many: bool = False
-    """Whether it is a list, of which each `-i` gives one value."""
+    """Whether it is a list; each `-i` adds one value."""
     declaration: Any
-    """What `cog.Input(...)` gave."""
+    """The object that `cog.Input(...)` returned."""
 
     @property
     def default(self) -> Any:
-        """The value when it is not given; `_REQUIRED` when it must be."""
+        """The value if the user gives none; `_REQUIRED` if the user must give one."""
         default = self.declaration.default
         if default is None:
             return None if self.optional else _REQUIRED
         return default
 
     def parse(self, text: str) -> Any:
-        """The typed value of `text`.
+        """Convert `text` to this input's type and check it.
 
         Raises:
-            UserInputError: wrong type, out of range, not among the choices, or no such file.
+            UserInputError: wrong type, out of range, not one of the choices, or no such file.
         """
         value = self._convert(text)
         declared = self.declaration
@@ -71,20 +71,20 @@ class DeclaredInput:
         if issubclass(self.kind, PurePath):
             return text if is_remote(text) else _existing(text.removeprefix("@"), self.name)
         if text.startswith("@"):
-            return str(_existing(text[1:], self.name))  # a path for an input that also takes URLs
+            return str(_existing(text[1:], self.name))  # such inputs take a path or a URL
         if self.kind is bool:
-            truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-            if text.lower() not in truth:
+            booleans = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+            if text.lower() not in booleans:
                 raise UserInputError(f"{self.name} is {text!r}, but must be true or false.")
-            return truth[text.lower()]
+            return booleans[text.lower()]
         try:
             return self.kind(text)
         except ValueError as error:
-            wanted = {int: "a whole number", float: "a number"}.get(self.kind, self.kind.__name__)
-            raise UserInputError(f"{self.name} is {text!r}, but must be {wanted}.") from error
+            expected = {int: "an integer", float: "a number"}.get(self.kind, self.kind.__name__)
+            raise UserInputError(f"{self.name} is {text!r}, but must be {expected}.") from error
 
     def describe(self) -> str:
-        """Name, type, default and range in one line, the description wrapped under it."""
+        """The help text: name, type, default and range in one line, the wrapped description below it."""
         declared = self.declaration
         facts = ["file" if issubclass(self.kind, PurePath) else self.kind.__name__]
         if self.default is _REQUIRED:
@@ -100,7 +100,7 @@ class DeclaredInput:
         if declared.choices:
             facts.append("one of " + ", ".join(map(str, declared.choices)))
         if self.many:
-            facts.append("may be given several times")
+            facts.append("repeat for several values")
         if declared.deprecated:
             facts.append("deprecated")
         wrapped = textwrap.fill(
@@ -109,11 +109,11 @@ class DeclaredInput:
         return f"  {self.name} ({'; '.join(facts)})\n{wrapped}"
 
 
-def declared_inputs(door: Callable[..., Any]) -> dict[str, DeclaredInput]:
-    """The inputs of a Cog function or bound method, in their order."""
-    hints = typing.get_type_hints(door)
+def declared_inputs(entry_point: Callable[..., Any]) -> dict[str, DeclaredInput]:
+    """The inputs of a Cog function or bound method, in the order of its signature."""
+    hints = typing.get_type_hints(entry_point)
     inputs = {}
-    for name, parameter in inspect.signature(door).parameters.items():
+    for name, parameter in inspect.signature(entry_point).parameters.items():
         kind, optional = hints[name], False
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             optional = type(None) in typing.get_args(kind)
@@ -128,20 +128,21 @@ def declared_inputs(door: Callable[..., Any]) -> dict[str, DeclaredInput]:
 
 
 def run_command_line(
-    door: Callable[..., Any],
+    entry_point: Callable[..., Any],
     *,
     description: str,
     setup: Callable[[], None] = lambda: None,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse `argv`, run `setup` and `door`, move the files it returns into the output folder and print their paths.
+    """Parse `argv`, run `setup` and `entry_point`, move the returned files into the output folder and print their paths.
 
-    The run's own folder is made in the output folder too (`SDXL_WORKSPACE`, unless it is set), so that checkpoints of
-    a killed run lie where the user looks. Returns the exit code: 0, 1 for a failed run, 2 for wrong inputs, 130 for
-    Ctrl-C or SIGTERM.
+    Sets `SDXL_WORKSPACE` to the output folder unless the user has set it: the checkpoints of a killed run are then
+    where the user looks for them.
+
+    Returns the exit code: 0 for success, 1 for a failed run, 2 for wrong inputs, 130 for Ctrl-C or SIGTERM.
     """
     repeat_on_cpu()
-    inputs = declared_inputs(door)
+    inputs = declared_inputs(entry_point)
     parser = argparse.ArgumentParser(
         prog=f"python {Path(sys.argv[0]).name}",
         usage="%(prog)s -i NAME=VALUE [-i NAME=@FILE ...] [-o DIR]",
@@ -155,24 +156,28 @@ def run_command_line(
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an input; @ before a path means its file",
+        help="an input; write @ before the path of a file",
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(), metavar="DIR", help="folder for the results"
     )
     arguments = parser.parse_args(argv)
+
+    # Reject wrong inputs before anything is created or loaded.
     try:
         values = _parse_all(arguments.input, inputs)
     except UserInputError as error:
         print(f"{error} See --help.", file=sys.stderr)
         return 2
-    ours = not arguments.output.exists()
+
+    # SIGTERM, which `kill` and `docker stop` send, ends the run as Ctrl-C does.
+    is_new_folder = not arguments.output.exists()
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("SDXL_WORKSPACE", str(arguments.output))
-    before = signal.signal(signal.SIGTERM, _stop)  # as `kill` and `docker stop` ask
+    previous_handler = signal.signal(signal.SIGTERM, _stop)
     try:
         setup()
-        for path in _deliver(door(**values), arguments.output):
+        for path in _deliver(entry_point(**values), arguments.output):
             print(path)
     except UserInputError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -181,8 +186,8 @@ def run_command_line(
         print("Stopped.", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if ours and not any(arguments.output.iterdir()):
+        signal.signal(signal.SIGTERM, previous_handler)
+        if is_new_folder and not any(arguments.output.iterdir()):
             arguments.output.rmdir()
     return 0
 
@@ -191,15 +196,15 @@ def _stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _parse_all(given: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[str, Any]:
+def _parse_all(items: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for item in given:
+    for item in items:
         name, equals, text = item.partition("=")
         if not equals:
-            raise UserInputError(f"-i {item} is no input: write -i name=value.")
+            raise UserInputError(f"-i {item} is not an input: write -i name=value.")
         if name not in inputs:
-            near = difflib.get_close_matches(name, inputs, n=1)
-            hint = f"did you mean {near[0]}?" if near else "look at the list of inputs."
+            similar = difflib.get_close_matches(name, inputs, n=1)
+            hint = f"did you mean {similar[0]}?" if similar else "choose one from the list of inputs."
             raise UserInputError(f"There is no input {name}: {hint}")
         value = inputs[name].parse(text)
         if inputs[name].many:
@@ -218,19 +223,19 @@ def _parse_all(given: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[s
 
 def _existing(path: str, name: str) -> Path:
     if not Path(path).exists():
-        raise UserInputError(f"{name} names {path}, which does not exist: give an existing file.")
+        raise UserInputError(f"{name} is {path}, which does not exist: give an existing file.")
     return Path(path)
 
 
 def _deliver(result: Any, folder: Path) -> list[Path]:
-    """Move the returned files into `folder`, each appearing whole, and remove the folders they were made in."""
+    """Move the returned files atomically into `folder`, and remove their old folders if these are now empty."""
     delivered = []
     files = [Path(file) for file in (result if isinstance(result, list) else [result])]
     for file in files:
         with atomic_path(folder / file.name) as partial:
             shutil.move(file, partial)
         delivered.append(folder / file.name)
-    for made_in in {file.parent for file in files} - {folder}:
-        if not any(made_in.iterdir()):
-            made_in.rmdir()
+    for old_folder in {file.parent for file in files} - {folder}:
+        if not any(old_folder.iterdir()):
+            old_folder.rmdir()
     return delivered

@@ -1,6 +1,6 @@
-"""Errors that are the user's to mend.
+"""Errors that the user can fix.
 
-Every message is one sentence that names the file or input and the remedy; the doors pass it on as it is.
+Each message is one sentence that names the file or input and the remedy. The entry points show it unchanged.
 """
 
 from dataset_and_utils import UserInputError
@@ -18,28 +18,28 @@ __all__ = [
 
 
 class ArchiveError(UserInputError):
-    """An archive cannot be read, is unsafe, too large or empty."""
+    """An archive is unreadable, unsafe, too large or empty."""
 
 
 class DatasetError(UserInputError):
-    """Images, captions or the token map do not make a data set."""
+    """The pictures, captions and token map do not form a usable dataset."""
 
 
 class DownloadError(UserInputError):
-    """A URL or a hosted model could not be fetched."""
+    """A URL or a model on the hub could not be fetched."""
 
 
 class WeightsError(UserInputError):
-    """A fine-tune is incomplete, malformed or does not fit the base model."""
+    """A fine-tune is incomplete, malformed or does not fit the base."""
 
 
 class NotEnoughMemoryError(UserInputError):
-    """The device's memory cannot hold what is to be trained."""
+    """The device has too little memory for this training."""
 
 
 class WithheldError(UserInputError):
-    """Every picture of a request was judged not safe for work."""
+    """The safety checker withheld every picture of a request."""
 
 
 class TrainingDivergedError(UserInputError):
-    """The loss is no longer a number."""
+    """The loss became NaN or infinite."""

@@ -1,4 +1,4 @@
-"""What a program of this project does to its own process: logs, library loggers, heaps, compiler caches, errors.
+"""Set up the process of an entry point: logging, reproducible CPU results, compiler caches, heaps, and its workspace.
 
 Knows the process and the libraries in it; does not know models, files or inputs.
 """
@@ -21,22 +21,22 @@ _NOISY = (
     "httpcore",
     "huggingface_hub",
     "urllib3",
-    # torchao: without CUDA it reports kernels that it cannot load; only its optimizer is used here.
+    # Without CUDA, torchao warns about kernels that it cannot load. This project uses only its optimizer.
     "torchao",
     "torch.utils._pytree",
     "diffusers.quantizers.torchao.torchao_quantizer",
 )
 _M_ARENA_MAX = -8
-"""The number of this setting in glibc's malloc.h."""
+"""The option's number in glibc's malloc.h."""
 
 
 def configure_logging() -> None:
-    """Send messages to stderr as plain text, and silence the libraries' own messages; safe to call again."""
+    """Log to stderr as plain text, and silence the libraries' own messages. Safe to call more than once."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
-    # After the levels are set: diffusers reports on torchao while it is imported.
+    # Import these only after the levels are set: diffusers logs about torchao during its import.
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
@@ -47,11 +47,11 @@ def configure_logging() -> None:
 
 @contextlib.contextmanager
 def workspace_of_run(name: str, *, keep: str | None = None) -> Iterator[Path]:
-    """A new workspace folder for one run of an entry point; it is removed if the run fails or is cancelled.
+    """Create a workspace folder for one run of an entry point, and remove it if the run fails or is cancelled.
 
-    An error that is not the user's is logged with its traceback, since Cog shows only its message.
+    Logs the traceback of any error that is not a `UserInputError`, because Cog shows only the message.
 
-    keep: path inside the workspace of what a failed run leaves behind, such as its checkpoints.
+    keep: path inside the workspace that survives a failed run, such as its checkpoints.
     """
     workspace = new_workspace(name)
     try:
@@ -64,25 +64,26 @@ def workspace_of_run(name: str, *, keep: str | None = None) -> Iterator[Path]:
 
 
 def repeat_on_cpu() -> None:
-    """Make equal products of matrices equal to the last bit on a CPU, wherever the matrices lie in memory.
+    """Make matrix products on a CPU reproducible to the last bit.
 
-    Intel's MKL otherwise chooses kernels by address, so that one seed could give two results. Must be called before the
-    first product. Source: MKL's "conditional numerical reproducibility", strict mode.
+    By default, Intel's MKL chooses kernels by the alignment of the matrices in memory, so one seed could give two results.
+    Call this before the first product. Source: MKL's "conditional numerical reproducibility", strict mode.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def keep_compiled_kernels() -> None:
-    """Keep compiled kernels between runs, in `cache_folder` unless torch's own variables name another folder."""
+    """Cache compiled kernels on disk, in `cache_folder` unless torch's own variables name another folder."""
     folder = cache_folder() / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def share_heaps() -> None:
-    """Make all threads of this process share two heaps, where the C library is glibc.
+    """Limit glibc to two heaps for all threads of this process; with another C library, do nothing.
 
-    glibc gives each thread a heap of its own, which keeps the memory that it once needed. A server draws on many threads.
+    By default, each thread gets its own heap, and a heap rarely returns memory to the system. A server draws on many
+    threads.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, 2)

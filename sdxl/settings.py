@@ -1,6 +1,6 @@
-"""The environment variables that configure a process, and the folders they name.
+"""The environment variables that configure a process, and the folders that they name.
 
-Knows every `SDXL_*` variable, its default and its range; does not know the inputs of a run, or any model.
+Knows every `SDXL_*` variable, its default and its range; does not know the inputs of a run or any model.
 """
 
 import logging
@@ -18,19 +18,19 @@ log = logging.getLogger(__name__)
 
 VARIABLES = {
     "SDXL_BASE": "The base model: a folder in diffusers' layout or the name of a hub repository. Default: SDXL 1.0.",
-    "SDXL_REFINER": "The refiner, named in the same ways. Default: the refiner of SDXL 1.0.",
+    "SDXL_REFINER": "The refiner, in the same form. Default: the refiner of SDXL 1.0.",
     "SDXL_CAPTIONER": "The captioning model: a folder in transformers' layout or a hub repository. Default: BLIP.",
-    "SDXL_SEGMENTER": "The segmentation model, named in the same ways. Default: CLIPSeg.",
-    "SDXL_UPSCALER": "The upscaling model, named in the same ways. Default: Swin2SR.",
-    "SDXL_SAFETY_CHECKER": "The pipeline whose safety checker judges pictures. Default: that of Stable Diffusion 1.4.",
+    "SDXL_SEGMENTER": "The segmentation model, in the same form. Default: CLIPSeg.",
+    "SDXL_UPSCALER": "The upscaling model, in the same form. Default: Swin2SR.",
+    "SDXL_SAFETY_CHECKER": "The pipeline whose safety checker judges pictures. Default: Stable Diffusion 1.4.",
     "SDXL_SPEED": "How a GPU runs the UNet: compiled (default), fp8, graphs or eager.",
     "SDXL_MEMORY": "Where serving keeps the model: auto (default), whole, 12gb, 8gb or cpu.",
-    "SDXL_CACHE": "Folder for what is kept between runs. Default: ~/.cache/sdxl-subject-tuning.",
+    "SDXL_CACHE": "Folder for caches that outlive a run. Default: ~/.cache/sdxl-subject-tuning.",
     "SDXL_CACHE_DISK_GB": "Disk space for cached fine-tunes, in gigabytes. Default: 50.",
     "SDXL_CACHE_MEMORY_GB": "Memory for cached fine-tunes, in gigabytes. Default: a quarter of the machine's memory.",
-    "SDXL_WORKSPACE": "Folder in which each run makes its own folder. Default: the system's temporary folder.",
+    "SDXL_WORKSPACE": "Folder in which each run creates its own folder. Default: the system's temporary folder.",
 }
-"""Variable → what it sets. No other file reads the environment for a setting of this project."""
+"""Variable → description. No other file reads the environment for a setting of this project."""
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
@@ -39,7 +39,7 @@ Speed = Literal["compiled", "graphs", "eager", "fp8"]
 
 
 def variable(name: str) -> str | None:
-    """The value of one of `VARIABLES`; None where it is unset or empty."""
+    """The value of one of `VARIABLES`; None if it is unset or empty."""
     assert name in VARIABLES
     return os.environ.get(name) or None
 
@@ -58,12 +58,12 @@ def speed() -> Speed:
     """How a GPU runs the UNet (`SDXL_SPEED`).
 
     - "compiled": CUDA graphs of compiled blocks.
-    - "fp8": the same, and drawing multiplies in 8 bits where the GPU can.
+    - "fp8": as "compiled", and drawing multiplies in fp8 if the GPU supports it.
     - "graphs": CUDA graphs without compiling.
-    - "eager": kernels launched one by one, for debugging.
+    - "eager": launches kernels one by one, for debugging.
 
     Raises:
-        UserInputError: no such setting.
+        UserInputError: any other value.
     """
     setting = variable("SDXL_SPEED") or "compiled"
     if setting not in get_args(Speed):
@@ -73,7 +73,7 @@ def speed() -> Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheLimits:
-    """The size that the cache of fine-tunes may reach, in bytes."""
+    """The largest size of the cache of fine-tunes, in bytes."""
 
     disk: int
     memory: int
@@ -103,7 +103,7 @@ def _gigabytes(name: str, default: float) -> int:
 
 
 def cache_folder() -> Path:
-    """The folder for what is kept between runs (`SDXL_CACHE`)."""
+    """The folder for caches that outlive a run (`SDXL_CACHE`)."""
     return Path(variable("SDXL_CACHE") or "~/.cache/sdxl-subject-tuning").expanduser()
 
 
@@ -119,11 +119,11 @@ def discard_workspace(workspace: Path, *, keep: Path | None = None) -> None:
     if keep is None or not keep.is_dir():
         shutil.rmtree(workspace, ignore_errors=True)
         return
-    for unneeded in ("fetched", "dataset"):
-        shutil.rmtree(workspace / unneeded, ignore_errors=True)
+    for subfolder in ("fetched", "dataset"):
+        shutil.rmtree(workspace / subfolder, ignore_errors=True)
     log.info("The checkpoints saved so far are in %s", keep)
 
 
 def resolve_seed(seed: int | None) -> int:
-    """The given seed (0 is a seed too), or a random one for None."""
+    """Return `seed` itself (0 is a valid seed), or a random one for None."""
     return random.SystemRandom().randrange(2**32) if seed is None else seed

@@ -1,4 +1,4 @@
-"""The schema tool: what it reads, what it refuses, and that the committed file is fresh."""
+"""The schema tool reads what Cog reads, rejects the rest, and the committed file is up to date."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def inputs(root: Path, name: str = "Input") -> dict:
     return build(root / "cog.yaml")["components"]["schemas"][name]
 
 
-def test_the_committed_schema_is_fresh():
+def test_the_committed_schema_is_up_to_date():
     assert main(["--check", "--config", str(REPOSITORY / "cog.yaml")]) == 0
 
 
@@ -91,7 +91,7 @@ def test_declarations_become_properties_in_order(tmp_path: Path):
         ("a: int,", "every parameter"),
     ],
 )
-def test_what_cog_would_misread_is_refused(tmp_path: Path, declaration: str, message: str):
+def test_declarations_that_cog_would_misread_are_rejected(tmp_path: Path, declaration: str, message: str):
     with pytest.raises(SchemaError, match=message) as caught:
         build(project(tmp_path, f"        {declaration}") / "cog.yaml")
     assert "predict.py" in str(caught.value)

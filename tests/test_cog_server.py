@@ -1,4 +1,4 @@
-"""Both doors behind the real Cog server, driven over HTTP on the embedded base."""
+"""Both entry points behind the real Cog server, driven over HTTP with the miniature."""
 
 import base64
 import http.server

@@ -1,4 +1,4 @@
-"""The grammar of the command lines, and the whole way through them in processes of their own."""
+"""The command lines of the entry points: their grammar, and complete runs in separate processes."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from tests.conftest import REPOSITORY
 seen: dict = {}
 
 
-def door(
+def entry_point(
     words: str = Input(
-        description="Some words, which are described at such length that the line must be wrapped to fit."
+        description="Some words, with a description so long that the help must wrap the line to make it fit."
     ),
     count: int = Input(default=2, description="How many.", ge=1, le=5),
     rate: float = Input(default=0.5, description="How fast."),
@@ -55,7 +55,9 @@ def run(tmp_path: Path, *inputs: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SDXL_WORKSPACE", str(tmp_path / "out"))
         return run_command_line(
-            door, description="A door.", argv=[*(f"-i{text}" for text in inputs), "-o", str(tmp_path / "out")]
+            entry_point,
+            description="An entry point.",
+            argv=[*(f"-i{text}" for text in inputs), "-o", str(tmp_path / "out")],
         )
 
 
@@ -90,7 +92,7 @@ def test_values_are_typed_and_files_delivered(tmp_path: Path, capsys: pytest.Cap
         (["words=a", "words=b"], "given twice"),
         (["words=a", "cuont=3"], "did you mean count?"),
         (["words=a", "zzz=3"], "There is no input zzz"),
-        (["words=a", "count=three"], "must be a whole number"),
+        (["words=a", "count=three"], "must be an integer"),
         (["words=a", "count=0"], "at least 1"),
         (["words=a", "count=6"], "at most 5"),
         (["words=a", "rate=x"], "must be a number"),
@@ -99,7 +101,7 @@ def test_values_are_typed_and_files_delivered(tmp_path: Path, capsys: pytest.Cap
         (["words=a", "file=@/nowhere"], "does not exist"),
     ],
 )
-def test_wrong_inputs_are_told_in_one_line(
+def test_a_wrong_input_gives_one_line(
     tmp_path: Path, inputs: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ):
     assert run(tmp_path, *inputs) == 2

@@ -248,7 +248,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str, list[int]]]:
         def log_request(self, code="-", size="-") -> None:
             codes.append(int(code))
 
-        def log_message(self, *given) -> None: ...
+        def log_message(self, format: str, *args: object) -> None: ...
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever).start()
@@ -297,7 +297,7 @@ def test_a_fine_tune_by_url_keeps_its_name(tmp_path: Path, served):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("http://[::1/a.tar", "is no URL"),
+        ("http://[::1/a.tar", "is not a URL"),
         ("https://my..host/a.tar", "check the address"),
         (base64.b64encode(bytes(9000)).decode(), "^AAAAAAAA[A]*… does not exist"),
         ("a\0b", "does not exist"),
@@ -375,7 +375,7 @@ def test_a_repository_of_more_than_a_fine_tune_is_not_fetched(
                 self.send_header(name, str(value))
             self.end_headers()
 
-        def log_message(self, *given) -> None: ...
+        def log_message(self, format: str, *args: object) -> None: ...
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever).start()

@@ -187,7 +187,7 @@ def test_an_interrupted_download_is_not_used(tmp_path: Path, monkeypatch: pytest
     (snapshot / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("SDXL_CAPTIONER", "some/model")
-    with pytest.raises(DownloadError, match="is not whole in the hub's cache"):
+    with pytest.raises(DownloadError, match="is incomplete in the hub's cache"):
         helper_folder(CAPTIONER)
     (snapshot / "model.safetensors").write_bytes(b"x")
     assert helper_folder(CAPTIONER) == snapshot

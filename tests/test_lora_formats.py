@@ -1,4 +1,4 @@
-"""Fine-tunes as other tools write them draw the pictures of the same fine-tune in this project's format."""
+"""A fine-tune in another tool's format draws the same pictures as in this project's format."""
 
 import json
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def peft_keys(matrices: Matrices, part: str = "unet") -> dict[str, Tensor]:
 
 
 def sgm_keys(tuned: TunedPipeline, matrices: Matrices, alpha: float) -> dict[str, Tensor]:
-    """As kohya's trainer names the layers of SDXL's first code, each with its alpha."""
+    """As kohya's sd-scripts save it with sgm's layer names, each layer with its alpha."""
     names = sgm_names([f"unet.{name}" for name in matrices], tuned.pipeline.unet.config)
     keys = {}
     for name, (down, up) in matrices.items():
@@ -160,7 +160,7 @@ def test_kohya(tuned, attention: Matrices, reference: np.ndarray, tmp_path: Path
     )
 
 
-def test_the_names_of_sdxls_first_code_are_those_known():
+def test_layer_names_in_sgm_are_correct():
     config = {
         "block_out_channels": (320, 640, 1280),
         "layers_per_block": 2,
@@ -247,19 +247,19 @@ def test_several_loras_add_up_and_keep_their_words_apart(tuned, attention: Matri
         (lambda keys: {key: value[:, :1] for key, value in keys.items()}, "does not fit this base"),
         (
             lambda keys: {**keys, "unet.mid_block.attentions.0.proj_in.dora_scale": torch.ones(1)},
-            "no plain LoRA",
+            "a plain LoRA has no such key",
         ),
         (lambda keys: {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
-        (lambda keys: {key: value[:0] for key, value in keys.items()}, "no LoRA's matrices"),
-        (lambda keys: {key: value.flatten() for key, value in keys.items()}, "no LoRA's matrices"),
-        (lambda keys: {key: torch.tensor(1.0) for key in keys}, "no LoRA's matrices"),
+        (lambda keys: {key: value[:0] for key, value in keys.items()}, "no valid LoRA matrices"),
+        (lambda keys: {key: value.flatten() for key, value in keys.items()}, "no valid LoRA matrices"),
+        (lambda keys: {key: torch.tensor(1.0) for key in keys}, "no valid LoRA matrices"),
         (
             lambda keys: {
                 "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(1, 4),
                 "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.ones(4, 1),
                 "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.ones(2),
             },
-            "no LoRA's matrices",
+            "no valid LoRA matrices",
         ),
         (lambda keys: {"something.weight": torch.ones(2, 2)}, "holds no UNet, LoRA or embeddings"),
     ],

@@ -21,7 +21,7 @@ ROOMS = {
     "training": {"dataset_and_utils", "errors", "settings", "files", "model", "data", "speed"},
     "serving": {"dataset_and_utils", "errors", "settings", "files", "model", "data", "speed"},
 }
-"""Room, or module directly in `sdxl` → what it may import of this project beside itself."""
+"""Room, or module directly in `sdxl` → what it may import from this project besides itself."""
 TOP = {
     "dataset_and_utils": set(),
     "preprocess": {"dataset_and_utils", "sdxl"},
@@ -29,9 +29,9 @@ TOP = {
     "predict": {"dataset_and_utils", "sdxl"},
     "demo": {"dataset_and_utils", "sdxl"},
 }
-"""File at the top level → what it may import of this project."""
+"""File at the top level → what it may import from this project."""
 OUTSIDE = {"tiny_world", "benchmarks", "tools"}
-"""Packages that may import anything of the project, and that the product never imports."""
+"""Packages that may import everything in the project. The product never imports them."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -47,7 +47,7 @@ def by_name(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """The modules that a source imports anywhere in it, by their full names."""
+    """The full names of all modules that a source imports, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def packages(path: Path) -> set[str]:
 
 
 def room_of(module: str) -> str:
-    """The room of a module of sdxl, such as "files" of "sdxl.files.archives.unpack"."""
+    """The room of a module in `sdxl`, such as "files" for "sdxl.files.archives.unpack"."""
     return module.split(".")[1]
 
 
@@ -81,8 +81,8 @@ def test_rooms_import_what_the_table_allows(path: Path):
     room = room_of(module)
     assert room in ROOMS, "a new room needs a row in the table and a docstring that says what it knows"
     project = {*TOP, *OUTSIDE, "sdxl", "tests"}
-    found = {room_of(name) if name.startswith("sdxl.") else name.split(".")[0] for name in imported(path)}
-    ours = found & (set(ROOMS) | project)
+    names = {room_of(name) if name.startswith("sdxl.") else name.split(".")[0] for name in imported(path)}
+    ours = names & (set(ROOMS) | project)
     assert ours - {room} <= ROOMS[room]
 
 
@@ -93,9 +93,9 @@ def test_top_level_files_import_what_the_table_allows(path: Path):
 
 
 def test_the_table_names_every_room():
-    there = {path.stem for path in (REPOSITORY / "sdxl").glob("*.py")} - {"__init__"}
-    there |= {path.parent.name for path in (REPOSITORY / "sdxl").glob("*/__init__.py")}
-    assert there == set(ROOMS)
+    rooms = {path.stem for path in (REPOSITORY / "sdxl").glob("*.py")} - {"__init__"}
+    rooms |= {path.parent.name for path in (REPOSITORY / "sdxl").glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
 
 
 @pytest.mark.parametrize("path", sources("sdxl"), ids=by_name)
@@ -119,8 +119,8 @@ def test_the_recipe_is_short_and_free_of_machinery():
 
 @pytest.mark.parametrize("path", ALL, ids=by_name)
 def test_files_stay_readable(path: Path):
-    assert len(path.read_text().splitlines()) <= 350, "a file this long knows a second thing"
-    assert ast.get_docstring(ast.parse(path.read_text())), "a module says what it knows"
+    assert len(path.read_text().splitlines()) <= 350, "the file is too long: move its second topic out"
+    assert ast.get_docstring(ast.parse(path.read_text())), "the module needs a docstring"
 
 
 @pytest.mark.parametrize("room", sorted(path.parent for path in (REPOSITORY / "sdxl").glob("*/__init__.py")))
@@ -132,5 +132,5 @@ def test_a_room_says_what_it_knows_and_what_not(room: Path):
 
 @pytest.mark.parametrize("path", sources("benchmarks", "tools"), ids=by_name)
 def test_benchmarks_and_tools_import(path: Path):
-    """They are rarely run in tests: a renamed function must not break them unseen."""
+    """Tests rarely run them, so a renamed function could break them unnoticed."""
     importlib.import_module(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))

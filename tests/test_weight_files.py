@@ -1,4 +1,4 @@
-"""safetensors read by this project's own reader: as the library does, and nothing that a header claims is believed."""
+"""This project's safetensors reader gives the library's result and checks every claim of a header."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_a_file_is_read_as_the_library_reads_it(file: Path):
     assert all(tensor.is_contiguous() for tensor in read.values())
 
 
-def test_a_file_is_read_where_it_lies_in_a_tar(file: Path, tmp_path: Path):
+def test_a_file_is_read_directly_from_a_tar(file: Path, tmp_path: Path):
     (tmp_path / "before.txt").write_text("x" * 700)
     tar = tmp_path / "x.tar"
     pack_tar({"a.txt": tmp_path / "before.txt", "sub/x.safetensors": file}, tar)
@@ -61,7 +61,7 @@ def test_a_file_is_read_where_it_lies_in_a_tar(file: Path, tmp_path: Path):
     assert in_place(file) is None
 
 
-def test_tensors_at_odd_places_are_read(tmp_path: Path):
+def test_unaligned_tensors_are_read(tmp_path: Path):
     values = torch.randn(4)
     header = json.dumps(
         {
@@ -114,10 +114,10 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: object):
 @pytest.mark.parametrize(
     "content", [b"", b"abc", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 5) + b"\xff\xff{}}"]
 )
-def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes):
+def test_other_files_are_refused(tmp_path: Path, content: bytes):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match="damaged or no safetensors"):
+    with pytest.raises(WeightsError, match="damaged or not a safetensors"):
         WeightFile(path, path.name).read()
 
 

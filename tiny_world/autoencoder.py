@@ -105,11 +105,12 @@ def use_faster_format(model: torch.nn.Module, loss_fn) -> None:
     seconds = {}
     for name in (torch.contiguous_format, torch.channels_last):
         model.to(memory_format=name)
-        for i in range(6):
-            if i == 3:
-                torch.cuda.synchronize()
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
+        for _ in range(3):  # warm up
+            loss_fn().backward()
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(3):
             loss_fn().backward()
         end.record()
         torch.cuda.synchronize()

@@ -1,1 +1,1 @@
-"""Tools of this repository."""
+"""Tools for work on this repository: Cog's schema, and the generated tables in docs/."""

@@ -73,14 +73,14 @@ def sampling_table(results: dict[str, Any], fp8: dict[str, Any], tiers: list[dic
         "| | one picture, ms per step | four pictures, ms per step | mean difference from the eager picture, levels of 255 |",
         "|---|---|---|---|",
     ]
-    for name, measured, whose in (
+    for name, measured, key in (
         ("diffusers, eager", results, "eager"),
         ("`SDXL_SPEED=compiled`", results, "ours"),
         ("`SDXL_SPEED=fp8`", fp8, "ours"),
     ):
         calls = measured["calls"]
-        levels = measured["picture_difference_levels"] if whose == "ours" else 0
-        lines.append(f"| {name} | {calls[f'{whose}_2_rows_ms']} | {calls[f'{whose}_8_rows_ms']} | {levels} |")
+        levels = measured["picture_difference_levels"] if key == "ours" else 0
+        lines.append(f"| {name} | {calls[f'{key}_2_rows_ms']} | {calls[f'{key}_8_rows_ms']} | {levels} |")
     slower = [
         f"| one picture with `SDXL_MEMORY={tier['memory']}` ({tier['speed']}), s (peak GPU memory, GiB) "
         f"| {tier['request_s']:.3g} ({tier['peak_gib']:.3g}) |"

@@ -1,4 +1,4 @@
-"""Bytes from strangers: archives, downloads, the Hugging Face hub, safetensors files.
+"""Files from strangers: archives, downloads, the Hugging Face hub and safetensors files.
 
-Knows how to read and write them safely; does not know what is in them.
+Knows how to read and write them safely; does not know what they contain.
 """

@@ -1,6 +1,6 @@
-"""Safe unpacking of archives from strangers, and deterministic packing.
+"""Unpack archives from strangers safely, and pack tars deterministically.
 
-Knows zip and tar; does not know what is inside them.
+Knows zip and tar; does not know what they contain.
 """
 
 import itertools
@@ -23,17 +23,18 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What an archive may unpack to, whatever its headers claim."""
+    """Limits on an archive's unpacked content. They count real bytes, not the sizes that headers claim."""
 
     files: int = 10_000
-    """Largest number of files."""
+    """Maximum number of files."""
     total_bytes: int = 16 << 30
-    """Largest sum of the unpacked sizes."""
+    """Maximum sum of the unpacked sizes."""
 
 
 def in_place(archive: Path, *, limits: Limits = Limits()) -> dict[Path, tuple[int, int]] | None:
-    """Where the regular files of a plain tar lie in it: safe relative path → (first byte, size); None for anything else,
-    and for a tar of more files than `limits` allows.
+    """The byte ranges of the regular files in an uncompressed tar: safe relative path → (first byte, size).
+
+    Returns None for anything else, and for a tar with more files than `limits` allows.
 
     Raises:
         ArchiveError: a member's path is unsafe.
@@ -59,34 +60,34 @@ def unpack(
     limits: Limits = Limits(),
     leave: Callable[[Path], bool] = lambda path: False,
 ) -> list[Path]:
-    """Unpack a zip or tar (plain or compressed; told by content, not by name) into `folder`.
+    """Unpack a zip or tar into `folder`, and return the written files in the archive's order.
 
-    Only regular files are written, under relative paths that stay inside `folder`; folders, links, devices and what
-    to `leave`, by its path in the archive, are skipped. Returns the written files in the archive's order.
+    Detects the format, also of compressed tars, by content and ignores the file name. Writes only regular files, and only
+    inside `folder`; skips folders, links, devices, and members for whose path `leave` returns True.
 
     Raises:
         ArchiveError: not an archive, damaged, encrypted, empty, over `limits`, or a member's path leaves `folder`.
     """
     written: list[Path] = []
-    left = False
-    budget = limits.total_bytes
+    has_skipped = False
+    remaining_bytes = limits.total_bytes
     try:
         for name, source in _members(archive):
             if len(written) == limits.files:
                 raise ArchiveError(f"{archive.name} holds more than {limits.files} files: split it.")
             relative = _safe_relative(name, archive)
             if leave(relative):
-                left = True
+                has_skipped = True
                 continue
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as sink:
-                while chunk := source.read(min(_CHUNK, budget + 1)):
-                    budget -= len(chunk)
-                    if budget < 0:
+                while chunk := source.read(min(_CHUNK, remaining_bytes + 1)):
+                    remaining_bytes -= len(chunk)
+                    if remaining_bytes < 0:
                         raise ArchiveError(
                             f"{archive.name} unpacks to more than {limits.total_bytes / 2**30:.1f} GiB: "
-                            "hand over a smaller archive."
+                            "use a smaller archive."
                         )
                     sink.write(chunk)
             written.append(target)
@@ -103,17 +104,17 @@ def unpack(
         RuntimeError,
         NotImplementedError,
     ) as error:
-        # zipfile answers RuntimeError for encrypted members and NotImplementedError for unknown compression, tarfile
-        # ValueError for some damaged headers
+        # zipfile raises RuntimeError for encrypted members and NotImplementedError for an unknown compression.
+        # tarfile raises ValueError for some damaged headers.
         raise ArchiveError(f"{archive.name} cannot be unpacked ({error}): pack the files again.") from error
-    if not written and not left:
-        raise ArchiveError(f"{archive.name} is empty: put files into it and pack it again.")
+    if not written and not has_skipped:
+        raise ArchiveError(f"{archive.name} is empty: add files and pack it again.")
     return written
 
 
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     if not archive.is_file():
-        raise ArchiveError(f"{archive} does not exist: name an existing zip or tar file.")
+        raise ArchiveError(f"{archive} does not exist: give an existing zip or tar file.")
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             for entry in opened.infolist():
@@ -147,9 +148,9 @@ def _safe_relative(name: str, archive: Path) -> Path:
 
 
 def pack_tar(files: dict[str, Path], target: Path) -> None:
-    """Write an uncompressed tar of `files` (name inside → file) to `target`, atomically.
+    """Write an uncompressed tar of `files` (name in the tar → file) to `target`, atomically.
 
-    Equal contents give equal bytes: names are sorted, times, owners and modes fixed.
+    Equal contents give equal bytes: names are sorted; times, owners and modes are fixed.
     """
     with atomic_path(target) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
         for name in sorted(files):
@@ -162,7 +163,7 @@ def pack_tar(files: dict[str, Path], target: Path) -> None:
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target` that becomes `target` on success and is removed on any failure."""
+    """Yield a temporary path in the folder of `target`. On success rename it to `target`; on failure delete it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:

@@ -1,6 +1,6 @@
-"""Turn what a user hands over — a path, a `data:` URI or a URL — into a local file.
+"""Turn a user's source, which may be a path, a `data:` URI or a URL, into a local file.
 
-Models of the hub are not fetched here: see `files.hub`.
+Does not know the Hugging Face hub; see `files.hub`.
 """
 
 import base64
@@ -21,20 +21,20 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 16 << 30
 TIMEOUT_S = (10, 60)
-"""Seconds to connect, and to wait between two chunks."""
+"""Seconds to wait for the connection, and for each chunk."""
 
 
 def is_remote(source: str) -> bool:
-    """Whether `source` must be fetched before it is a file."""
+    """Whether `source` is a URL or `data:` URI rather than a path."""
     return source.startswith(("http://", "https://", "data:"))
 
 
 def fetch(source: str, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:
-    """Return a local file for `source`: an existing path as it is, a `data:` URI or http(s) URL saved in `folder`.
+    """Return a local file for `source`: the path itself, or the content of a `data:` URI or http(s) URL in `folder`.
 
     Raises:
-        DownloadError: the URL or URI cannot be fetched, or is larger than `max_bytes`.
-        UserInputError: no such file.
+        DownloadError: the URI is malformed, or the URL cannot be fetched or is larger than `max_bytes`.
+        UserInputError: the path does not exist.
     """
     if source.startswith("data:"):
         return decode_data_uri(source, folder)
@@ -51,28 +51,31 @@ def fetch(source: str, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:
 
 
 def existing(source: str) -> Path | None:
-    """The path `source`, if there is anything."""
+    """`source` as a path, or None if nothing exists there."""
     try:
         return Path(source) if Path(source).exists() else None
-    except (OSError, ValueError):  # longer than a name may be, or of characters that no name has
+    except (
+        OSError,
+        ValueError,
+    ):  # too long for a file name, or with characters that no file name may contain
         return None
 
 
 def shortened(source: str) -> str:
-    """A source as messages show it: what was pasted by mistake may be megabytes."""
+    """A source as messages show it. Text that a user pastes by mistake may be megabytes long."""
     return source if len(source) <= 300 else f"{source[:60]}…"
 
 
 def decode_data_uri(uri: str, folder: Path) -> Path:
-    """The content of a base64 `data:` URI, as a file in `folder`.
+    """Save the content of a base64 `data:` URI as a file in `folder`.
 
     Raises:
-        DownloadError: malformed.
+        DownloadError: the URI is malformed.
     """
     header, comma, body = uri.partition(",")
     try:
         if not comma or not header.endswith(";base64"):
-            raise ValueError("only base64 is read")
+            raise ValueError("it must be base64")
         content = base64.b64decode(body, validate=True)
     except (ValueError, binascii.Error) as error:
         raise DownloadError(
@@ -90,23 +93,27 @@ class Fetched:
 
     path: Path
     validators: dict[str, str]
-    """Headers that ask the server, next time, only for what has changed since; empty if it offers none."""
+    """Request headers that make the next download conditional on a change; empty if the server offers none."""
 
 
 def download(
     url: str, folder: Path, *, max_bytes: int = MAX_BYTES, known: Mapping[str, str] | None = None
 ) -> Fetched | None:
-    """Save what is at `url` in `folder`; None where it was fetched before, with the validators `known`, and the server says
-    that it is the same or cannot be reached.
+    """Save the content of `url` in `folder`.
+
+    known: the validators of an earlier download. With them, return None if the server says that nothing changed or cannot
+    be reached; the caller then uses its earlier file.
 
     Raises:
-        DownloadError: it cannot be fetched, or is larger than `max_bytes`.
+        DownloadError: the URL cannot be fetched, or its content is larger than `max_bytes`.
     """
+    # Messages omit the query and the login, which may be secrets.
     try:
         parts = urllib.parse.urlsplit(url)
-        shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"  # without query and login, which can be secrets
+        shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
     except ValueError as error:
-        raise DownloadError(f"{shortened(url)} is no URL ({error}): check the address.") from error
+        raise DownloadError(f"{shortened(url)} is not a URL ({error}): check the address.") from error
+
     target = folder / "download.bin"
     received = 0
     try:
@@ -122,19 +129,21 @@ def download(
                             f"{shown} is larger than {max_bytes / 2**30:.1f} GiB: give a smaller file."
                         )
                     sink.write(chunk)
-            offered = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
+            pairs = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
             validators = {
-                ask: response.headers[has] for ask, has in offered.items() if has in response.headers
+                request: response.headers[answer]
+                for request, answer in pairs.items()
+                if answer in response.headers
             }
     except requests.RequestException as error:
         if known is not None and isinstance(error, requests.ConnectionError | requests.Timeout):
-            log.warning("%s cannot be reached: what was fetched before is used", shown)
+            log.warning("%s cannot be reached; using the earlier download", shown)
             return None
         reason = f"HTTP {error.response.status_code}" if error.response is not None else type(error).__name__
         raise DownloadError(
             f"{shown} could not be fetched ({reason}): check the address and that it is public."
         ) from error
-    except LocationParseError as error:  # which requests lets through
-        raise DownloadError(f"{shown} is no URL ({error}): check the address.") from error
+    except LocationParseError as error:  # an error of urllib3 that requests does not wrap
+        raise DownloadError(f"{shown} is not a URL ({error}): check the address.") from error
     log.info("Fetched %s (%.1f MB)", shown, received / 1e6)
     return Fetched(path=target, validators=validators)

@@ -1,4 +1,7 @@
-"""Model name → local folder. The only place that downloads models."""
+"""Turn the name of a model into a local folder.
+
+The only module that downloads models; does not know how to load them.
+"""
 
 import contextlib
 import logging
@@ -23,9 +26,9 @@ from sdxl.settings import SDXL
 log = logging.getLogger(__name__)
 
 SDXL_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
-"""The revision of the default base that is fetched: a moved branch must not change results."""
+"""The pinned revision of the default base, so that a new commit on the hub cannot change results."""
 LARGEST_FINE_TUNE = 12 << 30
-"""Bytes that are fetched of a hub's repository: SDXL's UNet has 10.3 GB in fp32. What is fetched stays in the hub's cache."""
+"""Maximum bytes of a fine-tune's repository, since downloads stay in the hub's cache. SDXL's UNet has 10.3 GB in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +36,13 @@ class Helper:
     """A model that helps to prepare pictures."""
 
     purpose: str
-    """What it does, as in "the captioner"."""
+    """Its role as a noun, such as "the captioner"."""
     setting: str
     """The environment variable that names another hub model, or a folder in transformers' layout."""
     hub_name: str
-    """The model that is used without that setting."""
+    """The default model."""
     revision: str | None = None
-    """The state of it that is fetched; None, the newest, where none is known to work."""
+    """The default model's pinned revision; None fetches the newest."""
 
 
 CAPTIONER = Helper(
@@ -54,20 +57,22 @@ UPSCALER = Helper(
 
 
 def local_folder(name: str, *, setting: str = "SDXL_BASE", parts: Sequence[str] = ()) -> Path:
-    """Return the folder of the pipeline `name`, in diffusers' layout, fetching it from the hub when need be.
+    """Return the folder of the pipeline `name` in diffusers' layout, and fetch it from the hub if necessary.
 
-    Of a hub repository only the half-precision safetensors weights and the configuration files are fetched, and only
-    those of `parts` (subfolders such as "unet", that of the weights first) where any are given. Files already in the hub's cache are used without
-    network; `HF_HOME` moves that cache. `setting` is the environment variable that errors name.
+    Fetches only half-precision safetensors weights and configuration files. Uses the hub's cache without network if it is
+    complete; `HF_HOME` moves that cache.
+
+    setting: the environment variable that errors name.
+    parts: the subfolders to fetch, such as "unet", the one with the weights first; by default all.
 
     Raises:
-        DownloadError: the folder is no pipeline, or the hub cannot be reached or does not have `name`.
+        DownloadError: the folder is not a pipeline, the hub cannot be reached, or it does not have `name`.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise DownloadError(
-                f"{setting}={name} holds no model_index.json: name a folder in diffusers' layout."
+                f"{setting}={name} has no model_index.json: give a folder in diffusers' layout."
             )
         return folder
     kinds: list[str] = ["*.json", "*.txt", "*.fp16*.safetensors"]
@@ -76,19 +81,19 @@ def local_folder(name: str, *, setting: str = "SDXL_BASE", parts: Sequence[str] 
     )
     revision = SDXL_REVISION if name == SDXL else None
     remedy = f"set {setting} to a local folder in diffusers' layout, such as those in base_models"
-    weighty = parts[:1] or ("unet", "vae", "text_encoder", "text_encoder_2")
-    needed = [f"{part}/*.safetensors" for part in weighty]
-    return _fetched(name, revision, patterns, needed, setting=setting, remedy=remedy)
+    parts_with_weights = parts[:1] or ("unet", "vae", "text_encoder", "text_encoder_2")
+    required = [f"{part}/*.safetensors" for part in parts_with_weights]
+    return _fetch_model(name, revision, patterns, required, setting=setting, remedy=remedy)
 
 
 def helper_folder(helper: Helper) -> Path:
-    """Return the folder of a helper model in transformers' layout: safetensors weights and configuration files only.
+    """Return the folder of a helper model in transformers' layout, and fetch it from the hub if necessary.
 
-    It is the folder or hub name that the helper's setting gives, with an optional `@revision` after a hub name, else
-    the helper's default. Files already in the hub's cache are used without network.
+    The helper's setting names a folder or a hub model, with an optional `@revision`; without it, use the default model.
+    Fetches only safetensors weights and configuration files. Uses the hub's cache without network if it is complete.
 
     Raises:
-        DownloadError: the folder is no model, the hub cannot be reached, or it has no safetensors weights of it.
+        DownloadError: the folder is not a model, the hub cannot be reached, or it has no safetensors weights.
     """
     name = settings.variable(helper.setting) or helper.hub_name
     folder = Path(name).expanduser()
@@ -96,31 +101,36 @@ def helper_folder(helper: Helper) -> Path:
         name, _, revision = name.partition("@")
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
         remedy = f"set {helper.setting} to a local folder in transformers' layout"
-        known = helper.revision if name == helper.hub_name else None
-        needed = ["config.json", "*.safetensors"]
-        folder = _fetched(name, revision or known, patterns, needed, setting=helper.setting, remedy=remedy)
+        pinned = helper.revision if name == helper.hub_name else None
+        required = ["config.json", "*.safetensors"]
+        folder = _fetch_model(
+            name, revision or pinned, patterns, required, setting=helper.setting, remedy=remedy
+        )
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise DownloadError(
-            f"{helper.setting}={name} holds no config.json with safetensors weights: name a model in transformers' layout."
+            f"{helper.setting}={name} has no config.json with safetensors weights: give a model in transformers' layout."
         )
     return folder
 
 
-def _fetched(
-    name: str, revision: str | None, patterns: list[str], needed: list[str], *, setting: str, remedy: str
+def _fetch_model(
+    name: str, revision: str | None, patterns: list[str], required: list[str], *, setting: str, remedy: str
 ) -> Path:
-    """The folder of the hub's model `name` with the files of `patterns`: from the cache if it has files of all that is
-    `needed`, which an interrupted download does not, else from the network."""
+    """Return the folder of the hub model `name` with the files that match `patterns`.
 
-    def is_whole(folder: Path) -> bool:
-        return all(any(folder.glob(pattern)) for pattern in needed)
+    Uses the cache if each pattern of `required` matches a file there. After an interrupted download, some match none.
+    """
+
+    def is_complete(folder: Path) -> bool:
+        return all(any(folder.glob(pattern)) for pattern in required)
 
     with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
         cached = Path(
             snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
         )
-        if is_whole(cached):
+        if is_complete(cached):
             return cached
+
     log.info("Fetching %s from the hub (once)", name)
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -133,44 +143,47 @@ def _fetched(
             f"The model {name} could not be fetched from the hub ({type(error).__name__}): connect this machine, "
             f"or {remedy}."
         ) from error
-    if not is_whole(folder):  # without network the hub's library gives what there is
+    if not is_complete(
+        folder
+    ):  # without network, the hub's library returns an incomplete folder without an error
         raise DownloadError(
-            f"The model {name} is not whole in the hub's cache, or has no safetensors weights: connect this machine, "
+            f"The model {name} is incomplete in the hub's cache, or has no safetensors weights: connect this machine, "
             f"or {remedy}."
         )
     return folder
 
 
-def _refuse_large(name: str, wanted: Mapping[str, Any]) -> None:
-    with contextlib.suppress(DryRunError):  # out of reach: fetching says so
-        files: Any = snapshot_download(name, **wanted, dry_run=True)
+def _check_download_size(name: str, filters: Mapping[str, Any]) -> None:
+    """Raise `DownloadError` if the files of repository `name` that pass `filters` exceed `LARGEST_FINE_TUNE`."""
+    with contextlib.suppress(DryRunError):  # no network: the download itself then reports that
+        files: Any = snapshot_download(name, **filters, dry_run=True)
         size = sum(file.file_size or 0 for file in files)
         if size > LARGEST_FINE_TUNE:
             raise DownloadError(
-                f"{name} on the hub holds {size / 2**30:.0f} GiB of weights, more than a fine-tune: name the repository of "
-                "a LoRA or of a UNet alone."
+                f"{name} on the hub holds {size / 2**30:.0f} GiB of weights, more than a fine-tune: give the repository of "
+                "a single LoRA or UNet."
             )
 
 
 def fine_tune_folder(name: str) -> Path:
-    """The folder of the fine-tune in the hub's repository `name`: its safetensors, embeddings and JSON files.
+    """Return the folder of the fine-tune in the hub repository `name`, with its safetensors, embeddings and JSON files.
 
     Raises:
-        DownloadError: the hub cannot be reached or does not have `name`, or it has more than `LARGEST_FINE_TUNE`.
+        DownloadError: the hub cannot be reached, does not have `name`, or has more than `LARGEST_FINE_TUNE` there.
     """
-    wanted = {"allow_patterns": ["*.safetensors", "*.pti", "*.json"], "ignore_patterns": ["*/*"]}
+    filters = {"allow_patterns": ["*.safetensors", "*.pti", "*.json"], "ignore_patterns": ["*/*"]}
     try:
         try:
-            snapshot_download(name, **wanted, local_files_only=True)  # type: ignore[call-overload]
-        except LocalEntryNotFoundError:  # asked for the first time
-            _refuse_large(name, wanted)
-        return Path(snapshot_download(name, **wanted))  # type: ignore[arg-type]
+            snapshot_download(name, **filters, local_files_only=True)  # type: ignore[call-overload]
+        except LocalEntryNotFoundError:  # the first download: check its size
+            _check_download_size(name, filters)
+        return Path(snapshot_download(name, **filters))  # type: ignore[arg-type]
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DownloadError(
             f"{name} is neither an existing path nor a repository on the hub: check the spelling."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DownloadError(
-            f"{name} is no existing path, and could not be fetched from the hub ({type(error).__name__}): check the "
+            f"{name} is not an existing path and could not be fetched from the hub ({type(error).__name__}): check the "
             "spelling and the connection."
         ) from error

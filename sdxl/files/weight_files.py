@@ -1,8 +1,8 @@
-"""safetensors, in files of their own or where they lie in a plain tar, read as fast as memory takes them.
+"""Read safetensors quickly, from a file or directly from inside an uncompressed tar.
 
-A file's tensors become views of one block of memory, filled by several threads; on a machine with CUDA the block can be
-pinned, so that it is copied to the GPU without another pass. The library's own reader maps files, and every page that is
-touched for the first time costs. Knows the format (https://huggingface.co/docs/safetensors); does not know fine-tunes.
+Several threads fill one block of memory, and a file's tensors are views of it. On a machine with CUDA the block can be
+pinned, so that it goes to the GPU without another copy. The safetensors library maps the file instead and pays a page
+fault for each page. Knows the format (https://huggingface.co/docs/safetensors); does not know fine-tunes.
 """
 
 import contextlib
@@ -37,9 +37,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LARGEST_HEADER = 16 << 20
-"""Bytes; that of SDXL's UNet has 0.2 million."""
-_MOST_SIDES, _LARGEST_SIDE = 8, 2**40
+_MAX_HEADER = 16 << 20
+"""Bytes. The header of SDXL's UNet has 0.2 million."""
+_MAX_DIMS, _MAX_NUMBER = 8, 2**40
+"""Limits on the dimensions of a tensor, and on the sizes and offsets in a header."""
 _PIECE = 32 << 20
 """Bytes that a thread reads at a time."""
 _THREADS = 8
@@ -47,42 +48,44 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A stranger's safetensors file; everything that its header claims is checked against its size."""
+    """A stranger's safetensors file. Checks all claims of the header against the file's size."""
 
     path: Path
     name: str
-    """What messages call it."""
+    """Its name in messages."""
     start: int = 0
-    """Where it begins in `path`, in bytes."""
+    """The offset in `path`, in bytes, at which it begins."""
     size: int | None = None
-    """Its bytes; None for all from `start`."""
+    """Its size in bytes; None for everything from `start`."""
 
     @cached_property
     def _header(self) -> tuple[int, dict[str, tuple[torch.dtype, list[int], int, int]], dict[str, str]]:
-        """Where the data begins in `path`; name → (dtype, shape, first byte, byte after the last); what else is told.
+        """The offset of the data in `path`; name → (dtype, shape, first byte, byte after the last); the metadata.
 
         Raises:
-            WeightsError: not of the format, or damaged.
+            WeightsError: not a safetensors file, or damaged.
         """
         try:
+            # The format: 8 bytes with the header's length, the header in JSON, the data.
             with self.path.open("rb") as file:
                 file.seek(self.start)
-                there = os.fstat(file.fileno()).st_size - self.start
-                size = there if self.size is None else min(self.size, there)
+                available = os.fstat(file.fileno()).st_size - self.start
+                size = available if self.size is None else min(self.size, available)
                 (length,) = struct.unpack("<Q", file.read(8))
-                if length > min(_LARGEST_HEADER, size - 8):
-                    raise ValueError("its header is too long")
+                if length > min(_MAX_HEADER, size - 8):
+                    raise ValueError("the header is too long")
                 header = json.loads(file.read(length))
-            told = header.pop("__metadata__", {})
-            entries = {name: _entry(entry) for name, entry in header.items()}
-            # As the format demands it: no holes, nothing twice, so that memory is bounded by the file.
+            metadata = header.pop("__metadata__", {})
+            entries = {name: _parse_entry(entry) for name, entry in header.items()}
+
+            # The format forbids gaps and overlaps. This also bounds the memory that `read` takes by the file's size.
             end = 0
             for *_, start, stop in sorted(entries.values(), key=lambda entry: entry[2:]):
                 if start != end:
-                    raise ValueError("its tensors overlap, or leave holes")
+                    raise ValueError("the tensors overlap or leave gaps")
                 end = stop
             if end != size - 8 - length:
-                raise ValueError("its tensors do not fill it")
+                raise ValueError("the tensors do not fill the file")
         except (
             OSError,
             ValueError,
@@ -93,99 +96,107 @@ class WeightFile:
             RecursionError,
         ) as error:
             raise WeightsError(
-                f"{self.name} is damaged or no safetensors file: download it again."
+                f"{self.name} is damaged or not a safetensors file: download it again."
             ) from error
-        told = told if isinstance(told, dict) else {}
-        told = {name: text for name, text in told.items() if isinstance(text, str)}
-        return self.start + 8 + length, entries, told
+        metadata = metadata if isinstance(metadata, dict) else {}
+        metadata = {name: text for name, text in metadata.items() if isinstance(text, str)}
+        return self.start + 8 + length, entries, metadata
 
     @property
     def keys(self) -> set[str]:
-        """The tensors' names.
+        """The names of the tensors.
 
         Raises:
-            WeightsError: not of the format, or damaged.
+            WeightsError: not a safetensors file, or damaged.
         """
         return set(self._header[1])
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What else the header tells."""
+        """The header's `__metadata__`, without values that are not text."""
         return self._header[2]
 
     def read(self, *, pinned: bool = False) -> dict[str, Tensor]:
-        """All tensors, in memory of their own, which is pinned if asked for and there is CUDA.
+        """Read all tensors into memory.
+
+        pinned: pin that memory if CUDA is available.
 
         Raises:
-            WeightsError: damaged.
+            WeightsError: not a safetensors file, or damaged.
         """
-        begin, entries, _ = self._header
+        data_start, entries, _ = self._header
         length = max((stop for *_, stop in entries.values()), default=0)
         if not length:
             return {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, *_) in entries.items()}
+
+        # Anonymous memory in huge pages: 512 times fewer page faults than with pages of 4 KiB.
         block = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # a five-hundredth of the pages to touch
+        if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):
                 block.madvise(mmap.MADV_HUGEPAGE)
-        self._fill(block, begin, length)
-        whole = torch.frombuffer(block, dtype=torch.uint8)
+        self._fill(block, data_start, length)
+
+        data = torch.frombuffer(block, dtype=torch.uint8)
         if pinned and torch.cuda.is_available():
-            _pin(whole, block)
+            _pin(data, block)
         return {
-            name: _view(whole[start:stop], dtype, shape)
+            name: _view(data[start:stop], dtype, shape)
             for name, (dtype, shape, start, stop) in entries.items()
         }
 
-    def _fill(self, block: mmap.mmap, begin: int, length: int) -> None:
+    def _fill(self, block: mmap.mmap, data_start: int, length: int) -> None:
+        """Read `length` bytes from `data_start` into `block`, in pieces on several threads."""
         file = os.open(self.path, os.O_RDONLY)
         target = memoryview(block)
 
-        def piece(start: int) -> None:
+        def read_piece(start: int) -> None:
             stop = min(start + _PIECE, length)
             while start < stop:
-                count = os.preadv(file, [target[start:stop]], begin + start)
+                count = os.preadv(file, [target[start:stop]], data_start + start)
                 if not count:
                     raise WeightsError(f"{self.name} is damaged: download it again.")
                 start += count
 
         try:
             with ThreadPoolExecutor(_THREADS) as threads:
-                list(threads.map(piece, range(0, length, _PIECE)))
+                list(threads.map(read_piece, range(0, length, _PIECE)))
         finally:
             os.close(file)
             target.release()
 
 
-def _entry(entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-    """One tensor of a header."""
+def _parse_entry(entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+    """Check one tensor's entry in the header, and return its dtype, shape, first byte and the byte after its last."""
     dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or len(shape) > _MOST_SIDES:
-        raise ValueError("a shape is none")
-    if not all(type(number) is int and 0 <= number <= _LARGEST_SIDE for number in (*shape, start, stop)):
-        raise ValueError("a size is no whole number")
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
+        raise ValueError("a shape is not a list of at most 8 sizes")
+    if not all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in (*shape, start, stop)):
+        raise ValueError("a size or offset is not an integer in range")
     if stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError("a tensor's place does not fit its shape")
+        raise ValueError("a tensor's offsets do not match its shape")
     return dtype, shape, start, stop
 
 
 def _view(part: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    if part.storage_offset() % dtype.itemsize:  # where tensors of several sizes are oddly ordered
+    """View the bytes `part` as a tensor; copy them first if they are not aligned for `dtype`."""
+    if part.storage_offset() % dtype.itemsize:
         part = part.clone()
     return part.view(dtype).view(shape)
 
 
-def _pin(whole: Tensor, block: mmap.mmap) -> None:
-    """Lock the block's pages for the GPU as long as tensors of it live."""
+def _pin(data: Tensor, block: mmap.mmap) -> None:
+    """Pin the memory of `data` until its last view is gone; `block` owns that memory."""
     cudart: Any = torch.cuda.cudart()
-    address, length = whole.data_ptr(), whole.nbytes
+    address, length = data.data_ptr(), data.nbytes
     if int(cudart.cudaHostRegister(address, length, 0)) != 0:
-        # Too much is locked already: copies only take longer. CUDA remembers the error for whoever launches next.
+        # The limit on pinned memory is reached: go on without, copies are only slower. CUDA reports this error once
+        # more at the next launch, so launch something here to clear it.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device="cuda")
         return
 
-    def release(kept: mmap.mmap = block) -> None:  # the memory must outlast the lock
-        torch.cuda.synchronize()  # a copy from it may be under way
+    def release(kept: mmap.mmap = block) -> None:  # `kept` holds the memory until it is unpinned
+        torch.cuda.synchronize()  # a copy from this memory may still be running
         cudart.cudaHostUnregister(address)
 
-    weakref.finalize(whole.untyped_storage(), release).atexit = False
+    weakref.finalize(data.untyped_storage(), release).atexit = False

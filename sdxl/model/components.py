@@ -1,4 +1,4 @@
-"""Load the parts of an SDXL, and decide their precision.
+"""Load the components of an SDXL, and decide their precision.
 
 Knows diffusers' layout and devices; does not know training or serving.
 """
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Components:
-    """The parts of an SDXL, frozen, for training."""
+    """The components of an SDXL for training, frozen."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -41,7 +41,7 @@ def default_device() -> torch.device:
 
 
 def native_resolution(folder: Path) -> int:
-    """Side of the pictures that the base in `folder` was made for, in pixels (1024 for SDXL 1.0).
+    """The picture size in pixels (height = width) for which the base in `folder` was trained; 1024 for SDXL 1.0.
 
     Raises:
         WeightsError: the configuration files are missing or damaged.
@@ -57,31 +57,27 @@ def native_resolution(folder: Path) -> int:
 
 
 def weights_variant(folder: Path) -> str | None:
-    """ "fp16" where `folder` holds SDXL's half-precision files, else None for plain names."""
+    """diffusers' `variant` for the pipeline in `folder`: "fp16" if its UNet's files are named so, else None."""
     return weights_variant_of(folder / "unet")
 
 
 def weights_variant_of(part: Path) -> str | None:
-    """ "fp16" where the folder of one part of a pipeline holds half-precision files, else None for plain names."""
+    """diffusers' `variant` for one component's folder: "fp16" if its files are named so, else None."""
     return "fp16" if any(part.glob("*.fp16*.safetensors")) else None
 
 
 def load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
-    """The UNet of the base or refiner in `folder`, frozen and in eval mode.
+    """Load the UNet of the base or refiner in `folder`, frozen and in eval mode.
 
     Raises:
-        WeightsError: its files are missing or damaged, or are not those of the UNet that its configuration describes.
+        WeightsError: its files are missing or damaged, or do not match its configuration.
     """
     try:
         return _load_unet(folder, dtype, device).requires_grad_(False).eval()
     except (torch.AcceleratorError, torch.OutOfMemoryError, WeightsError):
-        raise  # a GPU's errors, which are RuntimeErrors too, are not the files' fault
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-    ) as error:  # NotImplementedError: weights left on "meta"
+        raise  # errors of the GPU are RuntimeErrors too, but the files are not to blame
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        # Missing weights stay on the device "meta", which raises NotImplementedError, a RuntimeError.
         problem = "; ".join(str(error).split("\n\t"))
         raise WeightsError(
             f"{folder / 'unet'} is not a complete UNet in diffusers' layout ({problem}): fetch it again."
@@ -96,13 +92,14 @@ def _load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> UNet2D
         config: Any = UNet2DConditionModel.load_config(folder / "unet")
         unet: Any = UNet2DConditionModel.from_config(config)
     if path.is_file() and file.keys == unet.state_dict().keys():
-        # The UNet's are three quarters of all bytes: read so, in 1.5 seconds in the place of several.
-        read = file.read(pinned=device.type == "cuda")
+        # The UNet holds three quarters of SDXL's bytes. This way it loads in 1.5 seconds, with diffusers in several.
+        weights = file.read(pinned=device.type == "cuda")
         unet.load_state_dict(
-            {name: value.to(device, non_blocking=True).to(dtype) for name, value in read.items()}, assign=True
+            {name: value.to(device, non_blocking=True).to(dtype) for name, value in weights.items()},
+            assign=True,
         )
         return unet
-    # in several files, or under names of old: the library knows how
+    # Sharded files and older names of weights: leave these to diffusers.
     return UNet2DConditionModel.from_pretrained(
         folder,
         subfolder="unet",
@@ -114,13 +111,13 @@ def _load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> UNet2D
 
 
 def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Components:
-    """Load every part from `folder` onto `device`, frozen and in eval mode.
+    """Load every component from `folder` onto `device`, frozen and in eval mode.
 
-    Precision: what trains in full is fp32 (updates of 1e-6 vanish in half precision); frozen parts that are only
-    multiplied through are bf16 on CUDA, the autoencoder too, since SDXL's overflows in fp16. On a CPU all is fp32.
+    Precision: a UNet that trains in full is fp32, because updates of 1e-6 vanish in half precision. On CUDA all frozen
+    components are bf16, also the autoencoder, because SDXL's overflows in fp16. On a CPU everything is fp32.
 
     Raises:
-        WeightsError: a part is missing or is not of SDXL's kind.
+        WeightsError: a component is missing or does not belong to an SDXL.
     """
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     variant = weights_variant(folder)
@@ -132,7 +129,7 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
             variant=variant,
             use_safetensors=True,
             dtype=dtype,
-            device_map={"": str(device)},  # straight to the device, where its precision changes faster
+            device_map={"": str(device)},  # directly onto the device, which also converts dtypes faster
         )
         return model.requires_grad_(False).eval()
 
@@ -165,6 +162,6 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
 
 
 def add_placeholder_tokens(components: Components, token_map: TokenMap) -> tuple[list[int], list[int]]:
-    """Add the map's tokens `<s0>`, … to both tokenizers; return their ids in each."""
+    """Add the map's placeholder tokens `<s0>`, … to both tokenizers; return their ids for each tokenizer."""
     first, second = (add_tokens(tokenizer, token_map.new_tokens) for tokenizer in components.tokenizers)
     return first, second

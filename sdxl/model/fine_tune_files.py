@@ -1,6 +1,6 @@
 """A fine-tune on disk: `unet.safetensors` or `lora.safetensors`, `embeddings.pti`, `special_params.json`.
 
-The only place that writes or reads the format, and that tells other tools' files apart; knows nothing of training or
+The only module that writes and reads this format and recognises the files of other tools. Does not know training or
 pipelines.
 """
 
@@ -26,18 +26,18 @@ from sdxl.model.lora_formats import is_lora
 UNET, LORA = "unet.safetensors", "lora.safetensors"
 EMBEDDINGS, TOKENS, RECORD = "embeddings.pti", "special_params.json", "training.json"
 CHECKPOINTS = "checkpoints"
-"""Folder of a training's fine-tunes at earlier steps."""
+"""Folder in a fine-tune's archive with the fine-tunes of earlier training steps."""
 
 LIMITS = Limits(files=1000, total_bytes=32 << 30)
-"""What the archive of a fine-tune may unpack to."""
-_LARGE, _MOST_LEFT = 16 << 20, 16
-"""Bytes from which a file in a tar is left there, and of how many."""
+"""Limits on the unpacked archive of a fine-tune."""
+_LARGE, _MAX_IN_PLACE = 16 << 20, 16
+"""Files in a tar above this size in bytes stay packed, unless there are more than this many."""
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedFineTune:
-    """What a training gives: tensors on the CPU, in the dtypes in which they are stored."""
+    """A fine-tune in memory after training: tensors on the CPU, in the dtypes in which they are saved."""
 
     kind: str
     """"unet" or "lora"."""
@@ -50,21 +50,21 @@ class TrainedFineTune:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneFiles:
-    """A fine-tune's files, checked: at most one of `unet` and `lora` is there, and anything of it is."""
+    """A fine-tune on disk, checked: it has at least one file, and not both a UNet and a LoRA."""
 
     name: str
-    """What messages call it."""
+    """Its name in messages."""
     unet: WeightFile | None
     lora: WeightFile | None
     embeddings: Path | None
-    """Rows under `text_encoders_0` and `text_encoders_1`."""
+    """Token rows under the keys `text_encoders_0` and `text_encoders_1`."""
     clip_embeddings: tuple[WeightFile, ...] = ()
-    """Embeddings of other tools, each with its rows under `clip_l` and `clip_g` and its word as its name."""
+    """Embeddings of other tools: token rows under the keys `clip_l` and `clip_g`; the file name is the token."""
     token_map: TokenMap
 
 
 def write(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> dict[str, Path]:
-    """Write `model` and the run's `record` into `folder`; return name → file."""
+    """Write `model` and the run's `record` into `folder`; return file name → path."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / (LORA if model.kind == "lora" else UNET)
     save_file(model.weights, weights, metadata={"format": "pt"})
@@ -75,7 +75,7 @@ def write(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> di
 
 
 def write_atomically(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> None:
-    """`write`, but `folder` appears only when it is complete; one that is there already stays."""
+    """Call `write`, but create `folder` only when it is complete. Do nothing if it exists already."""
     if folder.exists():
         return
     partial = folder.with_name(f".{folder.name}.partial")
@@ -89,18 +89,17 @@ def pack(folder: Path, target: Path) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file of a fine-tune's archive is of an earlier step of its training: never read from there."""
+    """Whether a file in a fine-tune's archive belongs to an earlier training step. `read` ignores such files."""
     return path.parts[0] == CHECKPOINTS
 
 
 def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFiles:
-    """Open the fine-tune `source`: a folder, a .safetensors file, or an archive, which is unpacked into `folder`; large
-    files in a plain tar are left there and read where they lie.
+    """Open the fine-tune `source`: a folder, a safetensors file, or an archive.
 
-    Besides this project's files, those of other tools are told by their content: LoRAs under any name, and embeddings
-    for both CLIP encoders.
+    Unpacks an archive into `folder`. Large files of an uncompressed tar stay in it, to be read directly from there.
+    Recognises files of other tools by their content: LoRAs under any name, and embeddings for both text encoders.
 
-    name: what messages call it; by default its file name.
+    name: its name in messages; by default the file name.
 
     Raises:
         ArchiveError: the archive cannot be unpacked.
@@ -108,37 +107,41 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
         ContractError: special_params.json is malformed.
     """
     name = name or source.name
-    left: dict[Path, WeightFile] = {}
+
+    # Unpack what is packed. A copy of a tar's large files would only cost time and disk space.
+    still_packed: dict[Path, WeightFile] = {}
     if source.is_dir():
         folder = source
     elif is_safetensors(source):
         return _classify(name, [WeightFile(source, source.name)], TokenMap({}))
     else:
-        left = {
+        still_packed = {
             path: WeightFile(source, path.name, start, size)
             for path, (start, size) in (in_place(source, limits=LIMITS) or {}).items()
             if path.suffix == ".safetensors" and size > _LARGE and not is_checkpoint(path)
         }
-        if len(left) > _MOST_LEFT:
-            left = {}
-        unpack(source, folder, limits=LIMITS, leave=lambda path: path in left or is_checkpoint(path))
+        if len(still_packed) > _MAX_IN_PLACE:
+            still_packed = {}
+        unpack(source, folder, limits=LIMITS, leave=lambda path: path in still_packed or is_checkpoint(path))
+
+    # Take the first folder with weights or embeddings: the root, or a folder that the user packed.
     folders = [Path(), *(Path(path.name) for path in sorted(folder.iterdir()) if path.is_dir())]
-    for root in dict.fromkeys([*folders, *sorted(path.parent for path in left)]):
-        files = {path.name: file for path, file in left.items() if path.parent == root}
+    for root in dict.fromkeys([*folders, *sorted(path.parent for path in still_packed)]):
+        files = {path.name: file for path, file in still_packed.items() if path.parent == root}
         for path in (folder / root).glob("*"):
             if path.is_file() and (path.suffix == ".safetensors" or path.name == EMBEDDINGS):
                 files[path.name] = WeightFile(path, path.name)
         if files:
             tokens = folder / root / TOKENS
             token_map = TokenMap.read(tokens) if tokens.is_file() else TokenMap({})
-            return _classify(name, [files[one] for one in sorted(files)], token_map)
+            return _classify(name, [files[key] for key in sorted(files)], token_map)
     raise WeightsError(
         f"{name} holds neither {UNET} nor {LORA} nor {EMBEDDINGS}: give the trained_model.tar of a training."
     )
 
 
 def _classify(name: str, files: list[WeightFile], token_map: TokenMap) -> FineTuneFiles:
-    """Tell each file's part in the fine-tune by its name, or else by its keys."""
+    """Find each file's role in the fine-tune, by its name or its keys, and check that the roles fit together."""
     parts: dict[str, list[WeightFile]] = {"unet": [], "lora": [], "embeddings": [], "clip": []}
     for file in files:
         keys = file.keys
@@ -148,7 +151,9 @@ def _classify(name: str, files: list[WeightFile], token_map: TokenMap) -> FineTu
             parts["unet"].append(file)
         elif file.name == EMBEDDINGS or "text_encoders_0" in keys:
             if file.size is not None:
-                raise WeightsError(f"{file.name} is too large for rows of tokens: take it from a training.")
+                raise WeightsError(
+                    f"{file.name} is too large for token rows: take it from a finished training."
+                )
             parts["embeddings"].append(file)
         elif {"clip_l", "clip_g"} <= keys:
             parts["clip"].append(file)
@@ -157,9 +162,9 @@ def _classify(name: str, files: list[WeightFile], token_map: TokenMap) -> FineTu
     weights = parts["unet"] + parts["lora"]
     if len(weights) > 1:
         listed = " and ".join(sorted(file.name for file in weights))
-        raise WeightsError(f"{name} holds both {listed}: keep the one that you trained.")
+        raise WeightsError(f"{name} holds {listed}: keep only the one that you trained.")
     if not weights and not parts["embeddings"] and not parts["clip"]:
-        raise WeightsError(f"{name} holds no UNet, LoRA or embeddings of SDXL: give the file of a fine-tune.")
+        raise WeightsError(f"{name} holds no UNet, LoRA or embeddings of SDXL: give a fine-tune's file.")
     return FineTuneFiles(
         name=name,
         unet=next(iter(parts["unet"]), None),
@@ -171,18 +176,24 @@ def _classify(name: str, files: list[WeightFile], token_map: TokenMap) -> FineTu
 
 
 def read_rows(fine_tune: FineTuneFiles) -> tuple[tuple[Tensor, ...], bool, TokenMap]:
-    """A fine-tune's token rows [tokens, dim_i] for text encoder i, whether its prompts are pooled at the end of text,
-    and its token map; of other tools' embeddings each file is a word.
+    """Read a fine-tune's token rows, whether they were trained with pooling at the end of text, and its token map.
+
+    The rows are one tensor [tokens, dim_i] for each text encoder i. Each embeddings file of another tool becomes one token
+    with the file's name.
 
     Raises:
-        ContractError: malformed.
-        WeightsError: the two encoders' rows are not of one number.
+        ContractError: the embeddings are malformed.
+        WeightsError: a text encoder has no rows, or the two have different numbers of rows.
     """
     if fine_tune.embeddings is not None:
         rows, at_eos = read_embeddings(fine_tune.embeddings)
         if len(rows) != 2:
-            raise WeightsError(f"{fine_tune.embeddings.name} needs rows for two text encoders: train again.")
+            raise WeightsError(
+                f"{fine_tune.embeddings.name} needs token rows for two text encoders: train again."
+            )
         return tuple(rows), at_eos, fine_tune.token_map
+
+    # Embeddings of other tools: number their rows across all files, as a token map does.
     pairs = []
     placeholders: dict[str, str] = {}
     count = 0
@@ -192,19 +203,19 @@ def read_rows(fine_tune: FineTuneFiles) -> tuple[tuple[Tensor, ...], bool, Token
         pair = [rows[None] if rows.ndim == 1 else rows for rows in pair]
         if any(rows.ndim != 2 or len(rows) != len(pair[0]) or not len(rows) for rows in pair):
             raise WeightsError(
-                f"{file.name} must hold as many rows of clip_l as of clip_g: download it again."
+                f"{file.name} must hold equally many rows for clip_l and clip_g: download it again."
             )
         placeholders[Path(file.name).stem] = "".join(f"<s{count + row}>" for row in range(len(pair[0])))
         count += len(pair[0])
         pairs.append(pair)
     if not pairs:
         return (), True, fine_tune.token_map
-    joined = TokenMap({**placeholders, **fine_tune.token_map.placeholders})
-    return tuple(torch.cat([pair[i] for pair in pairs]) for i in range(2)), True, joined
+    token_map = TokenMap({**placeholders, **fine_tune.token_map.placeholders})
+    return tuple(torch.cat([pair[i] for pair in pairs]) for i in range(2)), True, token_map
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether it is a safetensors file, whatever its name."""
+    """Whether the file's content is safetensors, under any name."""
     try:
         _ = WeightFile(path, path.name).keys
     except WeightsError:
@@ -213,12 +224,12 @@ def is_safetensors(path: Path) -> bool:
 
 
 def stays(source: Path) -> bool:
-    """Whether the file `source` is read where it is: nothing of it needs to be unpacked but what is small."""
+    """Whether `read` takes the large files directly from `source`, without unpacking them."""
     return is_safetensors(source) or in_place(source, limits=LIMITS) is not None
 
 
 def run_record(config: Mapping[str, Any], dataset: Path) -> dict[str, Any]:
-    """What is needed to reproduce a run: its settings, the data set's digest, the versions and the machine."""
+    """The record for reproducing a run: its settings, the dataset folder's digest, the versions and the device."""
     return {
         "format": "sdxl-fine-tune/1",
         "pooled_at": "eos",
@@ -232,10 +243,10 @@ def run_record(config: Mapping[str, Any], dataset: Path) -> dict[str, Any]:
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of the files directly in `folder`, in the names' order."""
-    whole = hashlib.sha256()
+    """SHA-256 of the names and contents of the files directly in `folder`, sorted by name."""
+    total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        whole.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

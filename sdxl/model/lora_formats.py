@@ -1,9 +1,14 @@
-"""LoRA files of every known writer → one form: the matrices of each layer of the base.
+"""Read the LoRA formats of all supported tools into one form: the matrices of each layer of the base.
 
-Read are: this project's files and diffusers' (`unet.….to_q.lora_A.weight`, the older `….lora.down.weight` and
-`….processor.to_q_lora.down.weight`), the attention processors of the trainer of 2023–24 (the last without `unet.`), and
-kohya's (`lora_unet_….lora_down.weight` with `.alpha`; its blocks named as in diffusers or in SDXL's first code).
-Knows names of layers; does not know files or pipelines.
+Supported formats:
+
+- this project and diffusers: `unet.….to_q.lora_A.weight`, and the older `….lora.down.weight` and
+  `….processor.to_q_lora.down.weight`;
+- the trainer of 2023–24: `….processor.to_q_lora.down.weight` without `unet.`;
+- kohya's sd-scripts: `lora_unet_….lora_down.weight` with `.alpha`; blocks have their names from diffusers or from sgm,
+  Stability AI's own code for SDXL.
+
+Knows the names of layers; does not know files or pipelines.
 """
 
 import json
@@ -25,7 +30,7 @@ _ROLE = re.compile(
     r"|[._]lora(?:_linear_layer)?\.(?P<old>down|up)\.weight"
     r"|(?P<alpha>\.alpha))$"
 )
-"""How a key ends, for each kind of writer."""
+"""The endings of keys in all formats."""
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
 _KOHYA_PARTS = {
     "unet": "lora_unet_",
@@ -40,30 +45,32 @@ _SGM_RESNET = {
     "norm1": "in_layers.0",
     "norm2": "out_layers.0",
 }
-"""Layers of a residual block: diffusers' name → that of SDXL's first code."""
+"""Layers of a residual block: name in diffusers → name in sgm."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoraLayer:
-    """The low-rank change of one layer: `scale` · `up` @ `down` is added to its weight (arXiv:2106.09685); with a
-    `magnitude`, each row of the sum is then brought to that length (DoRA, arXiv:2402.09353)."""
+    """The low-rank change of one layer: add `scale` · `up` @ `down` to its weight (LoRA, arXiv:2106.09685).
+
+    With a `magnitude`, then rescale each row of the sum to that length (DoRA, arXiv:2402.09353).
+    """
 
     down: Tensor
-    """[rank, in], or of a convolution [rank, in, kernel, kernel]."""
+    """[rank, in]; for a convolution [rank, in, kernel, kernel]."""
     up: Tensor
-    """[out, rank], or of a convolution [out, rank, 1, 1]."""
+    """[out, rank]; for a convolution [out, rank, 1, 1]."""
     scale: float
     """alpha / rank."""
     magnitude: Tensor | None = None
-    """As many numbers as there are outputs, in any shape; None for a plain LoRA."""
+    """One number for each output, in any shape; None for a plain LoRA."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return self.down.nbytes + self.up.nbytes + (0 if self.magnitude is None else self.magnitude.nbytes)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it changes a weight of `shape`."""
+        """Whether the matrices match a weight of `shape`."""
         rows, columns = shape[0], 1
         for side in shape[1:]:
             columns *= side
@@ -75,7 +82,7 @@ class LoraLayer:
         )
 
     def added(self, to: Tensor, base: Tensor, strength: float) -> Tensor:
-        """`to` with `strength` times this change of the weight `base` added; both fp32, of one shape and device."""
+        """Return `to` + `strength` · (this change of the weight `base`); both are fp32, with the same shape and device."""
         if self.magnitude is not None or base.ndim != 2:
             return to + strength * self.delta(base)
         up, down = self._matrices(base.device)
@@ -86,18 +93,18 @@ class LoraLayer:
         return up, down
 
     def delta(self, like: Tensor) -> Tensor:
-        """What is added to the weight `like`, in its shape and on its device, in fp32."""
+        """The change of the weight `like`, in fp32 with the same shape and device."""
         up, down = self._matrices(like.device)
-        added = self.scale * (up @ down)
+        change = self.scale * (up @ down)
         if self.magnitude is not None:
             weight = like.float().flatten(1)
             length = self.magnitude.to(like.device).float().reshape(-1, 1)
-            added = length * F.normalize(weight + added, dim=1) - weight
-        return added.reshape(like.shape)
+            change = length * F.normalize(weight + change, dim=1) - weight
+        return change.reshape(like.shape)
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether a file with these keys is a LoRA, of a kind that is read or not."""
+    """Whether a file with these keys is a LoRA, in a supported format or not."""
     return any(
         (_ROLE.search(key) is not None and not key.endswith(".alpha")) or ".hada_" in key or ".lokr_" in key
         for key in keys
@@ -105,87 +112,88 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 
 class LayerNames:
-    """The layers of a base, found by any writer's name."""
+    """Finds a layer of the base by its name in any format."""
 
     def __init__(self, layers: Iterable[str], unet_config: Mapping[str, Any]) -> None:
         """`layers`: such as "unet.mid_block.attentions.0.proj_in" or "text_encoder.encoder.layers.0.mlp.fc1"."""
-        self._known = {self._plain(name): name for name in layers}
+        self._diffusers = {self._normalised(name): name for name in layers}
         self._kohya: dict[str, str] = {}
-        for plain, name in self._known.items():
-            part, _, rest = plain.partition(".")
+        for normalised, name in self._diffusers.items():
+            part, _, rest = normalised.partition(".")
             self._kohya[_KOHYA_PARTS[part] + rest.replace(".", "_")] = name
-        for name, alias in sgm_names(self._known, unet_config).items():
+        for name, alias in sgm_names(self._diffusers, unet_config).items():
             self._kohya["lora_unet_" + alias.replace(".", "_")] = name
 
     @staticmethod
-    def _plain(name: str) -> str:
-        """Without the level that transformers has in one text encoder and not in the other."""
+    def _normalised(name: str) -> str:
+        """Drop the level `text_model`, which transformers uses in only one of the two text encoders."""
         return name.replace(".text_model.", ".", 1)
 
-    def find(self, written: str) -> str | None:
-        """The layer that a key names, without its ending; None for none of this base."""
-        if written.startswith("lora_"):
-            return self._kohya.get(written)
-        name = written.replace(".processor.", ".")
+    def find(self, key: str) -> str | None:
+        """The layer that `key`, without its ending, names; None if the base has no such layer."""
+        if key.startswith("lora_"):
+            return self._kohya.get(key)
+        name = key.replace(".processor.", ".")
         if name.partition(".")[0] not in _PARTS:
             name = f"unet.{name}"
-        plain = self._plain(name)
-        return self._known.get(plain) or self._known.get(f"{plain}.0")  # to_out is a list with one layer
+        name = self._normalised(name)
+        return self._diffusers.get(name) or self._diffusers.get(f"{name}.0")  # to_out.0 may be named to_out
 
 
 def read_lora(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: LayerNames, file: str
 ) -> dict[str, LoraLayer]:
-    """Layer of the base → its change, from a file's content; `file` is its name for errors.
+    """Read a LoRA file's content; return layer of the base → its change.
+
+    file: its name in errors.
 
     Raises:
-        WeightsError: a kind of LoRA that is not read, or made for another base.
+        WeightsError: an unsupported kind of LoRA, or one for another base.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    # Sort the tensors by layer and role: down, up, magnitude, alpha.
+    roles_of: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _ROLE.search(key)
         if match is None:
             raise WeightsError(
-                f"{file} holds {key}, which no plain LoRA has: give a LoRA or a DoRA of peft without LoHa, LoKr or biases."
+                f"{file} holds {key}, but a plain LoRA has no such key: give a LoRA or a DoRA of peft without LoHa, LoKr or "
+                "biases."
             )
         layer = names.find(key[: match.start()])
         if layer is None:
             raise WeightsError(
-                f"{file} does not fit this base, which has no layer for {key}: load it into the base it was trained on."
+                f"{file} does not fit this base, which has no layer for {key}: use the base that it was trained on."
             )
         role = {"A": "down", "B": "up"}.get(match["peft"]) or match["dora"] or match["kohya"] or match["old"]
-        role = role or "alpha"
-        found.setdefault(layer, {})[role] = tensor
-    alphas = _alphas(metadata)
+        roles_of.setdefault(layer, {})[role or "alpha"] = tensor
+
+    # Check each layer. kohya stores alpha as a tensor, diffusers in the metadata; without either, alpha is the rank.
+    alphas = _read_alphas(metadata)
     layers = {}
-    for layer, matrices in found.items():
-        if not {"down", "up"} <= matrices.keys():
+    for layer, roles in roles_of.items():
+        if not {"down", "up"} <= roles.keys():
             raise WeightsError(f"{file} holds only half of the LoRA of {layer}: download it again.")
-        down, up, told = matrices["down"], matrices["up"], matrices.get("alpha")
+        down, up, alpha_tensor = roles["down"], roles["up"], roles.get("alpha")
         if (
             min(down.ndim, up.ndim) < 2
             or not (len(down) and len(up))
-            or (told is not None and told.numel() != 1)
+            or (alpha_tensor is not None and alpha_tensor.numel() != 1)
         ):
-            raise WeightsError(f"{file} holds no LoRA's matrices for {layer}: download it again.")
+            raise WeightsError(f"{file} holds no valid LoRA matrices for {layer}: download it again.")
         rank = len(down)
-        alpha = float(told) if told is not None else alphas.of(layer, rank)
-        layers[layer] = LoraLayer(
-            down=down,
-            up=up,
-            scale=alpha / rank,
-            magnitude=matrices.get("magnitude"),
-        )
+        alpha = float(alpha_tensor) if alpha_tensor is not None else alphas.of(layer, rank)
+        layers[layer] = LoraLayer(down=down, up=up, scale=alpha / rank, magnitude=roles.get("magnitude"))
     return layers
 
 
 @dataclass(frozen=True)
 class _Alphas:
-    """What the metadata of diffusers' files says of alpha, part by part."""
+    """The alphas in the metadata of diffusers' files: peft's configuration, its keys prefixed with the component."""
 
     configs: Mapping[str, Any]
 
     def of(self, layer: str, rank: int) -> float:
+        """The alpha of `layer`, by default `rank`; with rank-stabilised LoRA, scaled by √rank (arXiv:2312.03732)."""
         part, _, name = layer.partition(".")
         alpha = self.configs.get(f"{part}.lora_alpha", rank)
         patterns = self.configs.get(f"{part}.alpha_pattern") or {}
@@ -197,7 +205,7 @@ class _Alphas:
         return float(alpha) * (rank**0.5 if self.configs.get(f"{part}.use_rslora") else 1.0)
 
 
-def _alphas(metadata: Mapping[str, str]) -> _Alphas:
+def _read_alphas(metadata: Mapping[str, str]) -> _Alphas:
     try:
         configs = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
@@ -206,22 +214,24 @@ def _alphas(metadata: Mapping[str, str]) -> _Alphas:
 
 
 def sgm_names(layers: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """Layer of the UNet, such as "unet.down_blocks.1.attentions.0.proj_in" → its name in SDXL's first code, such as
-    "input_blocks.4.1.proj_in", for a UNet of the diffusers configuration `config`."""
+    """The names of UNet layers in sgm, for a UNet with diffusers' configuration `config`.
+
+    Returns layer, such as "unet.down_blocks.1.attentions.0.proj_in" → name in sgm, here "input_blocks.4.1.proj_in".
+    """
     prefixes = _sgm_prefixes(config)
     names = {}
     for layer in layers:
         part, _, name = layer.partition(".")
-        for known, alias in prefixes.items() if part == "unet" else ():
-            if name == known or name.startswith(f"{known}."):
-                rest = name[len(known) :].removeprefix(".")
-                inner = _SGM_RESNET.get(rest, rest) if ".resnets." in known else rest
+        for block, alias in prefixes.items() if part == "unet" else ():
+            if name == block or name.startswith(f"{block}."):
+                rest = name[len(block) :].removeprefix(".")
+                inner = _SGM_RESNET.get(rest, rest) if ".resnets." in block else rest
                 names[layer] = f"{alias}.{inner}".removesuffix(".")
     return names
 
 
 def _sgm_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
-    """Block of diffusers → block of SDXL's first code, which counts all residual blocks and samplers in one row."""
+    """Block in diffusers → block in sgm, which numbers all residual blocks and samplers of a side consecutively."""
     blocks, layers = len(config["block_out_channels"]), config["layers_per_block"]
     prefixes = {
         "conv_in": "input_blocks.0.0",
@@ -234,20 +244,20 @@ def _sgm_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
         "mid_block.attentions.0": "middle_block.1",
         "mid_block.resnets.1": "middle_block.2",
     }
-    row = 1
+    index = 1
     for block in range(blocks):
         for layer in range(layers):
-            prefixes[f"down_blocks.{block}.resnets.{layer}"] = f"input_blocks.{row}.0"
-            prefixes[f"down_blocks.{block}.attentions.{layer}"] = f"input_blocks.{row}.1"
-            row += 1
-        prefixes[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{row}.0.op"
-        row += 1
-    row = 0
+            prefixes[f"down_blocks.{block}.resnets.{layer}"] = f"input_blocks.{index}.0"
+            prefixes[f"down_blocks.{block}.attentions.{layer}"] = f"input_blocks.{index}.1"
+            index += 1
+        prefixes[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
+        index += 1
+    index = 0
     for block, kind in enumerate(config["up_block_types"]):
         for layer in range(layers + 1):
-            prefixes[f"up_blocks.{block}.resnets.{layer}"] = f"output_blocks.{row}.0"
-            prefixes[f"up_blocks.{block}.attentions.{layer}"] = f"output_blocks.{row}.1"
-            row += 1
-        place = 2 if "Attn" in kind else 1
-        prefixes[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{row - 1}.{place}.conv"
+            prefixes[f"up_blocks.{block}.resnets.{layer}"] = f"output_blocks.{index}.0"
+            prefixes[f"up_blocks.{block}.attentions.{layer}"] = f"output_blocks.{index}.1"
+            index += 1
+        place = 2 if "Attn" in kind else 1  # an upsampler follows the attention, if there is any
+        prefixes[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{index - 1}.{place}.conv"
     return prefixes

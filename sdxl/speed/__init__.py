@@ -1,4 +1,4 @@
-"""Everything that is CUDA, Triton or compiling: graphs, fused kernels, compiled blocks, fp8.
+"""All CUDA, Triton and compiler code: graphs, fused kernels, compiled blocks, fp8.
 
-Knows modules, tensors and GPUs; does not know recipes or requests. On a CPU nothing here changes anything.
+Knows modules, tensors and GPUs; does not know recipes or requests. On a CPU it changes nothing.
 """

@@ -1,6 +1,6 @@
-"""Fewer and better kernels on a GPU: a UNet's transformer blocks compiled, the rest of its work fused by hand.
+"""Run a UNet on a GPU with fewer and faster kernels: compile its transformer blocks, and fuse the other blocks by hand.
 
-Compiling the repeated blocks instead of all of the UNet takes seconds in the place of minutes, for most of the gain. Knows
+The transformer blocks repeat, so compiling only them takes seconds instead of minutes and brings most of the gain. Knows
 torch.compile; does not know training or requests.
 """
 
@@ -12,10 +12,10 @@ from torch import nn
 
 
 def compile_blocks(unet: UNet2DConditionModel, *, fullgraph: bool = True) -> None:
-    """Have the transformer blocks compiled when they are first called with a shape.
+    """Compile the transformer blocks when they first see a shape. Equal blocks share their kernels.
 
-    Blocks that are alike share their kernels. torch counts the shapes of all blocks of a class together and gives up, with
-    an error, at its limit of 8; here every shape of pictures takes several.
+    By default, torch raises an error after 8 compilations of one class. It counts all blocks and shapes together, and each
+    picture size takes several compilations, so this function raises the limit.
     """
     torch._dynamo.config.recompile_limit = 1024  # type: ignore[attr-defined]
     torch._dynamo.config.accumulated_recompile_limit = 4096  # type: ignore[attr-defined]
@@ -23,7 +23,7 @@ def compile_blocks(unet: UNet2DConditionModel, *, fullgraph: bool = True) -> Non
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """`fused_blocks.fuse` for a model on CUDA, where Triton is there: it comes with torch for CUDA on Linux."""
+    """Call `fused_blocks.fuse` if the model is on CUDA and Triton is installed, as it is with torch for CUDA on Linux."""
     if next(model.parameters()).is_cuda and importlib.util.find_spec("triton"):
         from sdxl.speed.fused_blocks import fuse
 

@@ -1,4 +1,4 @@
-"""Work on fixed tensors, replayed as CUDA graphs so that the CPU's launches are off the critical path.
+"""Capture work on fixed tensors as CUDA graphs and replay it, so that the GPU never waits for launches by the CPU.
 
 Knows streams and graphs; does not know training.
 """
@@ -9,39 +9,42 @@ import torch
 from torch import Tensor
 
 WARM_UP_CALLS = 3
-"""Calls of a piece of work that run as they are before it is captured: libraries allocate and choose kernels in them."""
+"""Calls of a piece of work before its capture. In these, libraries allocate workspaces and choose kernels."""
 
 
 class GraphedWork:
-    """Runs pieces of work by key: as they are at first, then as one CUDA graph each, in one pool of memory.
+    """Runs pieces of work, each under a key: the first calls eagerly, later calls as a CUDA graph.
 
-    A piece must do the same operations on the same tensors in every call, and must not wait for the GPU. What differs
-    between calls is copied into its tensors beforehand; what it returns is overwritten by its next call. Random numbers
-    of `generator` go on from call to call as they would without graphs.
+    Each call of a piece must do the same operations on the same tensors and must not wait for the GPU. Copy new inputs into
+    its tensors before the call; its next call overwrites its result. Random numbers of `generator` are the same as without
+    graphs. All graphs share one pool of memory.
     """
 
     def __init__(
         self, device: torch.device, generator: torch.Generator | None = None, *, enabled: bool = True
     ) -> None:
-        """Without `enabled`, or without CUDA, every call runs as it is; work that draws no random numbers needs no
-        `generator`."""
+        """Create without graphs.
+
+        generator: the source of all random numbers in the work; None if it draws none.
+        enabled: False runs every call eagerly, as does a `device` other than CUDA.
+        """
         self.enabled = enabled and device.type == "cuda"
         self.generator = generator
         self.forget()
 
     def forget(self) -> None:
-        """Drop all graphs and their memory: the work is about to change."""
+        """Drop all graphs and their memory. Call this when the work itself changes."""
         self._calls: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
         self._stream = torch.cuda.Stream() if self.enabled else None
 
     def holds(self, key: Hashable) -> bool:
-        """Whether the work of `key` is captured: from now on it is replayed."""
+        """Whether the work of `key` is captured, so that calls replay it."""
         return key in self._graphs
 
     def __call__(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
-        """Do `work`, or what was captured for `key`; returns its result."""
+        """Run `work`, or replay the graph of `key`; return the result."""
         if not self.enabled:
             return work()
         if self.holds(key):
@@ -50,11 +53,14 @@ class GraphedWork:
             return result
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         if calls <= WARM_UP_CALLS:
-            return self._aside(work)
+            return self._warm_up(work)
         return self._capture(key, work)
 
-    def _aside(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do `work` on the stream that captures: gradients belong to the stream on which they first appear."""
+    def _warm_up(self, work: Callable[[], Tensor]) -> Tensor:
+        """Run `work` eagerly on the stream of the later capture.
+
+        autograd accumulates a gradient on the stream where it first appeared; that must be the capturing stream.
+        """
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -67,9 +73,11 @@ class GraphedWork:
         if self.generator is not None:
             graph.register_generator_state(self.generator)
         torch.cuda.synchronize()
-        # Other threads, such as a server's, may use CUDA meanwhile.
+        # "thread_local": other threads, such as a server's, may use CUDA during the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         self._graphs[key] = graph, result
+
+        # A capture only records: replay the graph to compute this call's result.
         graph.replay()
         return result

@@ -1,8 +1,10 @@
-"""The linear layers of a UNet's transformer blocks in 8-bit floating point, for drawing on GPUs that multiply it.
+"""Multiply the linear layers of a UNet's transformer blocks in 8-bit floating point, to draw faster.
 
-Numbers are e4m3 (arXiv:2209.05433): weights with one factor a layer, inputs with a fixed one, so that rounding them costs no
-pass over memory of its own. What they cannot hold is clipped; sums are in higher precision. The layers keep their
-half-precision weights, in which fine-tunes come and go. Knows layers; does not know requests.
+The numbers are e4m3 (arXiv:2209.05433). Weights have one scale per layer. Inputs have a fixed scale: finding their maximum
+would cost another pass over memory. Values out of range are clipped, and sums are in higher precision.
+
+The layers keep their half-precision weights too, because fine-tunes are applied to those. Knows layers; does not know
+requests.
 """
 
 from collections.abc import Collection
@@ -14,25 +16,28 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-_KIND = torch.float8_e4m3fn
-_LARGEST = torch.finfo(_KIND).max
+_FP8 = torch.float8_e4m3fn
+_MAX = torch.finfo(_FP8).max
 _MULTIPLE = 16
-"""What the matrix units want the sides of a weight to be a multiple of."""
+"""Both sides of a weight must be a multiple of this for fp8 products on the GPU."""
 _INPUT_SCALE = 4.0
-"""Inputs up to 1792 are held; below 1/16, a layer's normalised inputs being about 1, the rounding becomes coarser."""
+"""Covers inputs up to 4 · 448 = 1792. Rounding becomes coarser below 4 / 64 = 1/16; normalised inputs are about 1."""
 
 
 def is_supported(device: torch.device) -> bool:
-    """Whether the GPU multiplies 8-bit floating point: from compute capability 8.9."""
+    """Whether the GPU can multiply in fp8, as compute capability 8.9 and higher can."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Fp8Layers:
-    """The layers of a UNet that multiply in fp8 from now on: on a GPU where they are compiled, which makes rounding the
-    inputs part of the work before."""
+    """The linear layers of a UNet that multiply in fp8 from now on.
+
+    On a GPU they do so only inside compiled blocks: the compiler fuses the rounding of an input with the operation that
+    produces it. Eager calls keep half precision.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, *, besides: Collection[nn.Module] = ()) -> None:
-        """All but `besides`."""
+        """Replace the forward of all linear layers in transformer blocks except `besides`."""
         self._layers = [
             layer
             for block in unet.modules()
@@ -51,7 +56,7 @@ class Fp8Layers:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the layers' weights, which have changed; the fp8 ones stay at their addresses."""
+        """Quantise the layers' weights again after they changed, in place because CUDA graphs hold the addresses."""
         for layer in self._layers:
             values, scale = quantise(layer.weight)
             layer.fp8_weight.copy_(values)  # type: ignore[operator]
@@ -59,25 +64,26 @@ class Fp8Layers:
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight` in fp8, and the factor, a tensor of no dimensions, that gives it back."""
-    scale = weight.abs().amax().float().clamp_min(1e-12) / _LARGEST
-    return _rounded(weight.float(), scale), scale
+    """Return `weight` / scale in fp8, and the scale, a tensor without dimensions."""
+    scale = weight.abs().amax().float().clamp_min(1e-12) / _MAX
+    return _to_fp8(weight.float(), scale), scale
 
 
-def _rounded(x: Tensor, scale: Tensor | float) -> Tensor:
-    return (x / scale).clamp(-_LARGEST, _LARGEST).to(_KIND)
+def _to_fp8(x: Tensor, scale: Tensor | float) -> Tensor:
+    """Divide by `scale`, clip and round; the cast itself would turn large values into NaN."""
+    return (x / scale).clamp(-_MAX, _MAX).to(_FP8)
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     if x.is_cuda and not torch.compiler.is_compiling():
         return F.linear(x, layer.weight, layer.bias)
     product = torch._scaled_mm(
-        _rounded(x.flatten(0, -2), _INPUT_SCALE),
+        _to_fp8(x.flatten(0, -2), _INPUT_SCALE),
         layer.fp8_weight.t(),  # type: ignore[operator]
         scale_a=layer.fp8_input_scale,  # type: ignore[arg-type]
         scale_b=layer.fp8_scale,  # type: ignore[arg-type]
         bias=layer.bias,
         out_dtype=x.dtype,
-        use_fast_accum=x.is_cuda,
+        use_fast_accum=x.is_cuda,  # faster, and exact enough for pictures
     )
     return product.unflatten(0, x.shape[:-1])

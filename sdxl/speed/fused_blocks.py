@@ -1,7 +1,8 @@
-"""diffusers' residual and transformer blocks on CUDA, with fewer passes over memory.
+"""Run diffusers' residual and transformer blocks on CUDA with fewer passes over memory.
 
-A UNet's residual blocks come in a dozen shapes, which would take most of the time that compiling takes; these kernels fit
-all. Knows diffusers' blocks; does not know training or requests.
+These blocks are limited by memory bandwidth, not by arithmetic: each pass that is saved is time that is saved. A UNet's
+residual blocks have a dozen shapes, which would dominate the time of torch.compile; these hand-written kernels serve every
+shape. Knows diffusers' blocks; does not know training or requests.
 """
 
 from types import MethodType
@@ -18,19 +19,23 @@ from sdxl.speed.group_norm import group_norm
 
 
 def fuse(model: nn.Module) -> None:
-    """Have a UNet or an autoencoder take its convolutions with channels last, and the kernels of `group_norm` and `geglu`;
-    modules, parameters and names stay."""
+    """Use channels-last convolutions and the kernels of `group_norm` and `geglu` in a UNet or an autoencoder.
+
+    Replaces only the forward methods of blocks: modules, parameters and names stay.
+    """
+    # Convolutions on tensor cores compute with channels last. A model in that layout needs no transposes around them.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, parameter in model.named_parameters():
-        if "lora_" in name:  # peft's DoRA wants those of convolutions as they were
+        if "lora_" in name:  # peft's DoRA needs contiguous matrices, also for convolutions
             parameter.data = parameter.data.contiguous()
+
     for module in model.modules():
         if isinstance(module, ResnetBlock2D) and _is_plain(module):
             module.forward = MethodType(_residual_block, module)
         elif isinstance(module, Transformer2DModel) and isinstance(
             getattr(module, "norm", None), nn.GroupNorm
         ):
-            module.norm.forward = MethodType(_norm_alone, module.norm)
+            module.norm.forward = MethodType(_norm_without_silu, module.norm)
             if module.use_linear_projection:
                 module._get_output_for_continuous_inputs = MethodType(_transformer_output, module)
         elif isinstance(module, GEGLU):
@@ -38,7 +43,7 @@ def fuse(model: nn.Module) -> None:
 
 
 def _is_plain(block: ResnetBlock2D) -> bool:
-    """Whether the block is of the kind that SDXL is made of."""
+    """Whether the block is of SDXL's kind; `_residual_block` supports no other."""
     return (
         block.upsample is None
         and not block.skip_time_act
@@ -49,15 +54,22 @@ def _is_plain(block: ResnetBlock2D) -> bool:
 
 
 def _residual_block(block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor:
+    """The forward of `ResnetBlock2D`, for x [n, c, h, w] and the time embedding temb [n, dim]."""
     hidden, added = group_norm(x, block.norm1, silu=True), None
+
+    # The time embedding and the bias of conv1 add one number to each channel. Add them to each other first, as [n, c], and
+    # let the second norm add the sum while it reads its input: two passes over [n, c, h, w] fewer.
     if temb is not None and block.time_emb_proj is not None:
         added = block.time_emb_proj(block.nonlinearity(temb))
-    if isinstance(block.conv1, nn.Conv2d) and block.conv1.bias is not None:  # and not a LoRA around it
+    # A convolution that peft has wrapped in a LoRA adds its bias itself.
+    if isinstance(block.conv1, nn.Conv2d) and block.conv1.bias is not None:
         hidden = block.conv1._conv_forward(hidden, block.conv1.weight, None)
         added = block.conv1.bias.expand(len(x), -1) if added is None else added + block.conv1.bias
     else:
         hidden = block.conv1(hidden)
     hidden = block.conv2(block.dropout(group_norm(hidden, block.norm2, silu=True, added=added)))
+
+    # Dividing by 1 would be another pass.
     shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
     return (
         (shortcut + hidden) / block.output_scale_factor
@@ -66,7 +78,7 @@ def _residual_block(block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor
     )
 
 
-def _norm_alone(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def _norm_without_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return group_norm(x, norm, silu=False)
 
 
@@ -80,7 +92,10 @@ def _transformer_output(
     width: int,
     inner_dim: int,
 ) -> Tensor:
-    """diffusers' own makes a copy with channels first."""
+    """The end of `Transformer2DModel.forward`, for hidden_states [n, h·w, c].
+
+    Its result stays in channels-last layout; diffusers' own version copies it to channels first.
+    """
     hidden = block.proj_out(hidden_states)
     return hidden.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2) + residual
 

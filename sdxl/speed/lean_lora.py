@@ -1,8 +1,8 @@
-"""LoRA layers without their wrapper's cost: peft's parameters and formula, in the base's precision and fewer passes.
+"""Compute peft's LoRA layers faster: with peft's parameters and formula, but in the base's precision and in fewer passes.
 
-peft casts each layer's input to the matrices' fp32 and back again, and adds the change in passes of its own. Where queries,
-keys and values come from one input, that is multiplied with the three A matrices as one. Knows peft's layers and diffusers'
-attention; does not know training.
+peft casts each layer's input from half precision to the fp32 of the matrices and the result back. Here the small matrices
+are cast instead. In self-attention, queries, keys and values share one input, so their three A matrices are multiplied as
+one. Knows peft's layers and diffusers' attention; does not know training.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 
 def make_lean(module: nn.Module) -> None:
-    """Have every LoRA layer in `module` compute W x + s B (A x) in the dtype of its input.
+    """Make every LoRA layer in `module` compute W x + s B (A x) in the dtype of its input.
 
-    The matrices stay fp32 parameters; only what they are multiplied as is cast. For one adapter without dropout.
+    The matrices stay fp32 parameters; each product uses cast copies. Supports one adapter without dropout.
     """
     for layer in module.modules():
         if isinstance(layer, Linear):
@@ -31,29 +31,32 @@ def make_lean(module: nn.Module) -> None:
 
 
 def _matrices(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A, and B times the scale."""
+    """A [rank, in] and s · B [out, rank]. Scaling B here saves a pass over the much larger result."""
     (name,) = layer.active_adapters
     return layer.lora_A[name].weight.to(dtype), (layer.lora_B[name].weight * layer.scaling[name]).to(dtype)
 
 
 def _linear(layer: Any, x: Tensor, *_: Any) -> Tensor:
-    return _together([layer], x)[0]
+    return _linears([layer], x)[0]
 
 
-def _together(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
-    """What each layer makes of the input they share."""
+def _linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """The outputs of LoRA layers that share the input x [..., in]."""
     plain = [F.linear(x, layer.base_layer.weight, layer.base_layer.bias) for layer in layers]
     if layers[0].disable_adapters:
         return plain
+
+    # Stack the A matrices [rank, in]: reading x takes longer than these thin products, so read it once for all layers.
     matrices = [_matrices(layer, x.dtype) for layer in layers]
     downs = [down for down, _ in matrices]
-    together = torch.cat(downs) if len(downs) > 1 else downs[0]  # of one alone it would be a copy
-    low = F.linear(x, together).split([len(down) for down in downs], dim=-1)
-    return [whole + F.linear(part, up) for whole, part, (_, up) in zip(plain, low, matrices, strict=True)]
+    stacked = torch.cat(downs) if len(downs) > 1 else downs[0]  # cat would copy even a single matrix
+    low = F.linear(x, stacked).split([len(down) for down in downs], dim=-1)
+
+    return [base + F.linear(part, up) for base, part, (_, up) in zip(plain, low, matrices, strict=True)]
 
 
 def _all_lora(attention: Attention) -> bool:
-    """Whether queries, keys and values all have an adapter, and nothing but the projections is done to them."""
+    """Whether queries, keys and values all have an adapter, and `_SelfAttention` covers everything else in the layer."""
     projections = (attention.to_q, attention.to_k, attention.to_v)
     extra = (attention.group_norm, attention.spatial_norm, attention.norm_q, attention.norm_k)
     return (
@@ -65,18 +68,19 @@ def _all_lora(attention: Attention) -> bool:
 
 
 class _SelfAttention:
-    """As diffusers' `AttnProcessor2_0`, for [b, tokens, dim] without a mask."""
+    """diffusers' `AttnProcessor2_0` with stacked projections, for hidden_states [b, tokens, dim] without a mask."""
 
     def __call__(self, attention: Attention, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         layers = (attention.to_q, attention.to_k, attention.to_v)
-        projected = _together(layers, hidden_states)
+        projected = _linears(layers, hidden_states)
         query, key, value = (y.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in projected)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         assert attention.to_out is not None
-        return attention.to_out[1](attention.to_out[0](mixed))
+        return attention.to_out[1](attention.to_out[0](mixed))  # the projection, then dropout
 
 
 def _convolution(layer: Any, x: Tensor, *_: Any) -> Tensor:
+    """The LoRA of a convolution: A has the base's kernel, stride and padding; B is a convolution with kernel 1."""
     base = layer.base_layer
     plain = base(x)
     if layer.disable_adapters:
