@@ -248,7 +248,7 @@ def test_a_cancelled_training_stops_and_the_server_goes_on(trainer: Server, capt
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *given) -> None: ...
+        def log_message(self, format: str, *args: Any) -> None: ...
 
     inputs = {**QUICK, "input_images": data_uri(captioned_zip.read_bytes()), "max_train_steps": 100_000}
     url = f"{trainer.url}/trainings/long"
