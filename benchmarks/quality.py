@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -61,6 +61,10 @@ TITLES = {
     "lora_pivotal": "LoRA + pivotal",
     "full_pivotal": "full UNet + pivotal",
 }
+SHEET_PROMPTS = (0, 2, 4, 7, 8)
+"""Which prompts the sheets show. Ten beside each other would be too small to read."""
+SHEET_SIDE, SHEET_TEXT = 200, 20
+"""Pixels. A page that is 900 pixels wide shows a sheet of five or six columns with letters of at least 14."""
 
 
 def main() -> None:
@@ -173,25 +177,28 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
 
 
 def save_sheet(results: list[dict[str, Any]], subjects: list[int], path: Path) -> None:
-    """For each subject: the pictures learnt from, then each method's pictures of the same prompts."""
-    captions = [prompt for prompt, _ in prompts.subject_prompts()]
-    rows = []
-    for seed in subjects:
-        rows.append(
-            Row(
-                title=f"Subject {seed}: learnt from",
-                pictures=[to_pil(p) for p in training_pictures(seed).images],
-            )
-        )
-        for r in results:
-            if r["seed"] == seed:
-                pictures = [to_pil(picture / 255) for picture in r["pictures"]]
-                rows.append(
-                    Row(title=TITLES.get(r["method"], r["method"]), pictures=pictures, captions=captions)
-                )
-    picture = contact_sheet(rows)
-    picture.thumbnail((1400, picture.height), Image.Resampling.LANCZOS)
-    picture.save(path, quality=80)
+    """For each subject its training pictures, then some prompts as every method draws them."""
+    rows = [row for seed in subjects for row in subject_rows(results, seed)]
+    contact_sheet(rows, side=SHEET_SIDE, text=SHEET_TEXT).save(path, quality=80)
+
+
+def subject_rows(results: list[dict[str, Any]], seed: int) -> list[Row]:
+    """The training pictures of subject `seed`, then a row for each of its results; captions under the last."""
+    captions = [prompts.subject_prompts()[i][0] for i in SHEET_PROMPTS]
+    learned = [to_pil(picture) for picture in training_pictures(seed).images[: len(SHEET_PROMPTS)]]
+    rows = [Row(title=f"Subject {seed}: training pictures", pictures=learned)]
+    for result in results:
+        if result["seed"] == seed:
+            base, *change = result["method"].split("/")  # of an ablation: "base/change/seed"
+            title = ": ".join([TITLES.get(base, base), *change[:1]])
+            rows.append(Row(title=title, pictures=sheet_pictures(result)))
+    rows[-1] = replace(rows[-1], captions=captions)
+    return rows
+
+
+def sheet_pictures(result: dict[str, Any]) -> list[Image.Image]:
+    """The pictures of `SHEET_PROMPTS`."""
+    return [to_pil(result["pictures"][i] / 255) for i in SHEET_PROMPTS]
 
 
 def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, Path]:
