@@ -1,3 +1,3 @@
-"""Measurements: `python -m benchmarks.<name>`. Each writes a JSON of flat keys into `benchmarks/results/`."""
+"""Benchmarks: `python -m benchmarks.<name>`. Each writes a JSON file of flat keys into `benchmarks/results/`."""
 
-import sdxl as _quiet  # noqa: F401 - before diffusers: it quiets what diffusers would log about kernels
+import sdxl as _quiet  # noqa: F401 - import it before diffusers: it silences diffusers' log lines about kernels

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.ablation`: what each setting of the recipe is worth, one changed at a time.
+"""`python -m benchmarks.ablation`: measure what each setting of the recipe is worth, changing one at a time.
 
-Every variant learns the same subjects (development ones, unless `--judging`) from the same pictures under the same
-budget, with several seeds. A difference is paired: the same subject and seed with and without the change; its spread is
-the standard error over those pairs.
+Every variant learns the same subjects from the same pictures in the same number of steps, with several seeds. The
+subjects are development subjects unless `--judging` is given. Differences are paired: each compares the same subject and
+seed with and without the change. The error is the standard error over these pairs.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "8-bit AdamW": {"optimizer": "adamw_8bit"},
     "Prodigy": {"optimizer": "prodigy", "rate": None},
 }
-"""Name → what differs. `rate` (None: 1 itself) and `steps` are factors; the others fields of `Method` or of
-`TrainingConfig`."""
+"""Name → what changes. `steps` and `rate` are factors; a rate of None means a learning rate of 1. All other keys are fields
+of `Method` or of `TrainingConfig`."""
 LORA_CHANGES: dict[str, dict[str, Any]] = {
     "attention only": {"lora_targets": "attention"},
     "transformer blocks only": {"lora_targets": "transformer"},
@@ -69,7 +69,7 @@ _METHOD_FIELDS = {field.name for field in fields(Method)}
 
 
 def variants(base: Method, steps: int, seeds: int) -> list[Method]:
-    """Every change of `base`, `seeds` times; their names are "base/change/seed"."""
+    """Every change of `base` with each of `seeds` seeds, named "base/change/seed"."""
     changes = CHANGES | (LORA_CHANGES if base.settings.get("is_lora") else {})
     rate_name = "lora_lr" if base.settings.get("is_lora") else "unet_learning_rate"
     made = []
@@ -86,8 +86,11 @@ def variants(base: Method, steps: int, seeds: int) -> list[Method]:
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """ "base/change" → means of fidelity, prompts followed (0..1) and drift (points), the paired difference of fidelity ×
-    prompts followed from the default's in points, and its standard error."""
+    """One row of means for each "base/change".
+
+    fidelity and prompt (prompts followed) go from 0 to 1. drift is in points. score is fidelity × prompt in points, gain
+    its paired difference from the default and gain_error the standard error of that.
+    """
     untuned = {r["seed"]: r for r in results if r["method"] == "untuned"}
     rows: dict[str, dict[tuple[int, str], dict[str, float]]] = {}
     for r in results:
@@ -116,7 +119,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def markdown(table: dict[str, dict[str, float]]) -> str:
-    """The table as Markdown, one row a change."""
+    """The table in Markdown, one row for each change."""
     lines = [
         "| change | fidelity | prompts followed | drift, points | diversity | gain, points | runs |",
         "|---|---|---|---|---|---|---|",
@@ -130,7 +133,7 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Run all variants, print the table, write it as JSON and Markdown."""
+    """Run all variants, print the table and write it as JSON and Markdown."""
     args = _arguments()
     subjects = [(1 if args.judging else 0) + 2 * i for i in range(args.subjects)]
     methods = [Method(name="untuned", trained=False)]
@@ -153,13 +156,17 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
     parser.add_argument("--subjects", type=int, default=4)
-    parser.add_argument("--judging", action="store_true", help="odd seeds: once, at the end")
-    parser.add_argument("--training-seeds", type=int, default=2, help="runs of each variant and subject")
-    parser.add_argument("--name", default="ablation", help="of the files that are written")
     parser.add_argument(
-        "--sheet-subjects", type=int, default=0, help="subjects whose pictures are written too"
+        "--judging", action="store_true", help="use the judging subjects, with odd seeds: once, at the end"
     )
-    parser.add_argument("--only", nargs="+", choices=[*CHANGES, *LORA_CHANGES], help="only these changes")
+    parser.add_argument("--training-seeds", type=int, default=2, help="seeds for each variant and subject")
+    parser.add_argument("--name", default="ablation", help="name of the output files")
+    parser.add_argument(
+        "--sheet-subjects", type=int, default=0, help="write a sheet of this many subjects' pictures"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=[*CHANGES, *LORA_CHANGES], help="measure only these changes"
+    )
     add_job_arguments(parser)
     return parser.parse_args()
 

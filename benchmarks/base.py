@@ -1,4 +1,4 @@
-"""`python -m benchmarks.base`: how well the embedded base follows prompts that its pretraining never saw."""
+"""`python -m benchmarks.base`: measure how well the miniature follows prompts that its pretraining never saw."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ STEPS, GUIDANCE = 25, 5.0
 
 
 def main() -> None:
-    """Draw, judge, print, write."""
+    """Draw and judge the pictures, then print and write the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.base", description=__doc__)
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--base", type=Path, default=Path("base_models/tiny-sdxl"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/base.json"))
-    parser.add_argument("--sheet", type=Path, help="where to save pictures that miss an aspect")
+    parser.add_argument("--sheet", type=Path, help="file for a sheet of the pictures that miss an aspect")
     args = parser.parse_args()
     results, failures = measure(args.base, args.prompts, args.device)
     sys.stdout.write(json.dumps(results, indent=2) + "\n")
@@ -44,7 +44,10 @@ def main() -> None:
 
 
 def measure(base: Path, prompts: int, device: str) -> tuple[dict[str, float], list[tuple[Tensor, str]]]:
-    """Shares of asked aspects met, and the pictures that miss one with what they miss and their prompt."""
+    """The share of pictures that show each aspect of their prompt, and the pictures that miss one.
+
+    Each of those comes with a caption: the missing aspects and the prompt.
+    """
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         base, variant="fp16", dtype=torch.float32, add_watermarker=False
     ).to(device)
@@ -75,8 +78,11 @@ def measure(base: Path, prompts: int, device: str) -> tuple[dict[str, float], li
 
 @torch.inference_mode()
 def autoencoder_identity(base: Path, device: str, subjects: int = 30, shots: int = 8) -> float:
-    """Mean cosine between reconstructions of unseen subjects (even seeds) and other real pictures of them, as the
-    scorer sees identity; about 0.98 for real pictures among themselves."""
+    """How well the autoencoder keeps identities: the mean cosine between reconstructed and real pictures of a subject.
+
+    The subjects have even seeds and were not in the pretraining. The vectors are the scorer's. Real pictures of one
+    subject reach about 0.98 among themselves.
+    """
     vae = AutoencoderKL.from_pretrained(base / "vae", variant="fp16", dtype=torch.float32).to(device)
     scorer, similarities = Scorer(device=device), []
     for seed in range(0, 2 * subjects, 2):

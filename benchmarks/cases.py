@@ -1,6 +1,7 @@
-"""`python -m benchmarks.cases`: two subjects in one run, a cluttered data set with and without masks, and a style.
+"""`python -m benchmarks.cases`: measure harder cases.
 
-Judged like `benchmarks.quality`, on the procedural world: fidelity is 1 for fresh real pictures and 0 for the untuned base.
+The cases are two subjects in one run, cluttered pictures with and without masks, and a style. They are judged as in
+`benchmarks.quality`: fidelity is 1 for fresh real pictures and 0 for the untuned base.
 """
 
 from __future__ import annotations
@@ -40,19 +41,21 @@ Numbers = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is learnt and what is asked: `pictures` and `masks` [n, 3 and 1, 256, 256] in 0..1 with their captions,
-    prompts to draw, and how the drawn pictures [prompts, 3, 256, 256] are judged."""
+    """What to learn, what to draw and how to judge it."""
 
     token_map: str
     pictures: Tensor
+    """[n, 3, 256, 256] in 0..1."""
     masks: Tensor
+    """[n, 1, 256, 256] in 0..1."""
     captions: list[str]
     prompts: list[str]
     judge: Callable[[Tensor, Scorer], Numbers]
+    """Takes the drawn pictures, [prompts, 3, 256, 256] in 0..1."""
 
 
 def two_subjects(seed: int) -> Case:
-    """Subjects `seed` and `seed` + 2, six pictures each, asked for one at a time."""
+    """Subjects `seed` and `seed` + 2, with six pictures each. Every prompt asks for one of them."""
     cast = {P.NAME: seed, OTHER: seed + 2}
     shown, captions, asked = [], [], []
     for name, number in cast.items():
@@ -97,11 +100,11 @@ CLUTTER = (
     ("star", "orange", "above", "blue", "striped"),
     ("cup", "white", "right of", "green", "dotted"),
 )
-"""Second thing, its colour, relation, background and texture of each cluttered picture."""
+"""For each cluttered picture: the second thing, its colour, the relation, the background and its texture."""
 
 
 def cluttered(seed: int, clutter: tuple = CLUTTER) -> Case:
-    """One subject, in every picture beside another thing on a busy background that the caption does not name."""
+    """One subject. Every picture also shows another thing and a busy background, which the caption does not name."""
     scenes = [
         Scene(
             kind=P.NAME,
@@ -140,12 +143,12 @@ def cluttered(seed: int, clutter: tuple = CLUTTER) -> Case:
 
 
 def one_place(seed: int) -> Case:
-    """One subject that was always photographed in the same place: the same thing beside it, the same background."""
+    """One subject, always in the same place: the same thing next to it and the same background."""
     return cluttered(seed, (CLUTTER[0],) * len(CLUTTER))
 
 
 def style(seed: int) -> Case:
-    """A style: pictures of known things in two inks, from a dark to a light colour by brightness."""
+    """A style: pictures of known things in two inks. Brightness sets the mix of a dark and a light colour."""
     rng = np.random.default_rng((seed, 515))
     dark, light = torch.tensor(rng.uniform(0.0, 0.35, 3)), torch.tensor(rng.uniform(0.65, 1.0, 3))
 
@@ -154,7 +157,7 @@ def style(seed: int) -> Case:
         return torch.lerp(dark.float().view(1, 3, 1, 1), light.float().view(1, 3, 1, 1), grey)
 
     def share_in_ink(images: Tensor) -> float:
-        """Share of pixels within 0.1 of the line between the inks."""
+        """The share of pixels that lie within 0.1 of the line between the two inks."""
         line = (light - dark).float()
         pixels = images.permute(0, 2, 3, 1).reshape(-1, 3) - dark.float()
         along = (pixels @ line / line.square().sum()).clamp(0, 1)
@@ -190,12 +193,12 @@ CASES = {"two_subjects": two_subjects, "cluttered": cluttered, "one_place": one_
 
 
 def run_case(name: str, seed: int, method: Method, args: argparse.Namespace) -> Numbers:
-    """What a method reaches in a case of `CASES` with one subject."""
+    """The figures of one method in a case of `CASES` with one subject."""
     return judge_method(CASES[name](seed), method, args)
 
 
 def judge_method(case: Case, method: Method, args: argparse.Namespace) -> Numbers:
-    """Learn the case by the method, draw its prompts, judge them."""
+    """Learn the case by the method, draw its prompts and judge the pictures."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as work:
         folder, tuned = Path(work), None
@@ -220,7 +223,7 @@ def judge_method(case: Case, method: Method, args: argparse.Namespace) -> Number
 
 
 def fidelities(numbers: Numbers, untuned: Numbers) -> Numbers:
-    """`numbers` with each token's fidelity in the place of its similarities."""
+    """`numbers` with each token's similarities replaced by its fidelity."""
     out = {key: value for key, value in numbers.items() if not key.startswith(("real_", "similarity_"))}
     for key in numbers:
         if key.startswith("similarity_"):
@@ -232,7 +235,7 @@ def fidelities(numbers: Numbers, untuned: Numbers) -> Numbers:
 
 
 def main() -> None:
-    """Run the cases on all subjects, print means, write them as JSON."""
+    """Run the cases on all subjects, then print the means and write them as JSON."""
     args = _arguments()
     subjects = [(0 if args.development else 1) + 4 * i for i in range(args.subjects)]
     calls = [
@@ -252,9 +255,9 @@ def main() -> None:
 
 
 def methods_of(name: str) -> list[Method]:
-    """The methods that are compared in a case."""
+    """The methods that a case compares."""
     methods = [Method(name="untuned", trained=False), FULL, LORA]
-    if name == "style":  # no toy: its rows start at random
+    if name == "style":  # a style is no toy: start its rows at random
         return [replace(m, init="") for m in methods]
     if name in ("cluttered", "one_place"):
         return methods + [replace(m, name=f"{m.name}_masks", masks=True) for m in (FULL, LORA)]
@@ -262,7 +265,7 @@ def methods_of(name: str) -> list[Method]:
 
 
 def summarise(results: dict[tuple[str, int, str], Numbers]) -> dict[str, dict[str, Numbers]]:
-    """(case, subject, method) -> numbers, as case -> method -> means over the subjects."""
+    """The means over the subjects, as case → method → figures, from the figures of each (case, subject, method)."""
     rows: dict[tuple[str, str], list[Numbers]] = {}
     for (name, seed, method), numbers in sorted(results.items()):
         rows.setdefault((name, method), []).append(fidelities(numbers, results[name, seed, "untuned"]))
@@ -277,7 +280,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cases", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--subjects", type=int, default=5)
-    parser.add_argument("--development", action="store_true", help="even seeds instead, to tune on")
+    parser.add_argument(
+        "--development", action="store_true", help="use subjects with even seeds, for choosing settings"
+    )
     add_job_arguments(parser)
     return parser.parse_args()
 

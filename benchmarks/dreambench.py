@@ -1,9 +1,12 @@
-"""`python -m benchmarks.dreambench pictures/ --base DIR`: the quality bench on real SDXL, judged by DINO and CLIP.
+"""`python -m benchmarks.dreambench pictures/ --base DIR`: compare the methods on real SDXL, with DINO and CLIP as judges.
 
-`pictures/` holds one folder of pictures per subject, named for what it is: `dog`, `bear_plushie2`. DINO and CLIP-I are
-the mean cosine between drawn and real pictures of a subject, in the CLS output of DINO ViT-S/16 and in CLIP ViT-B/32;
-CLIP-T is the mean cosine between a picture and its prompt, the token left out. Source: DreamBooth (arXiv:2208.12242),
-section 4.1.
+`pictures/` holds one folder of pictures for each subject, named after what it shows: `dog`, `bear_plushie2`.
+
+- DINO: the mean cosine between drawn and real pictures of a subject, in the CLS output of DINO ViT-S/16.
+- CLIP-I: the same in the image vectors of CLIP ViT-B/32.
+- CLIP-T: the mean cosine between a picture and its prompt without the token.
+
+Source: DreamBooth (arXiv:2208.12242), section 4.1.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 class Encoders:
-    """DINO and CLIP as judges; every method gives unit vectors on the CPU."""
+    """DINO and CLIP as judges. Every method returns unit vectors on the CPU."""
 
     def __init__(self, dino: str, clip: str, device: str) -> None:
         self.device = device
@@ -68,14 +71,14 @@ class Encoders:
 
     @torch.inference_mode()
     def dino_images(self, pictures: list[Tensor]) -> Tensor:
-        """[n, d] of pictures [3, h, w] in 0..1: the CLS output."""
+        """DINO's CLS output [n, d] for pictures [3, h, w] in 0..1."""
         mean_, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         pixels = self._pixels(pictures, self.dino.config.image_size, mean_, std)
         return F.normalize(self.dino(pixel_values=pixels).last_hidden_state[:, 0], dim=1).cpu()
 
     @torch.inference_mode()
     def clip_images(self, pictures: list[Tensor]) -> Tensor:
-        """[n, d] of pictures [3, h, w] in 0..1."""
+        """CLIP's vectors [n, d] for pictures [3, h, w] in 0..1."""
         mean_, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
         pixels = self._pixels(pictures, self.clip.config.vision_config.image_size, mean_, std)
         pooled = self.clip.vision_model(pixel_values=pixels).pooler_output
@@ -83,7 +86,7 @@ class Encoders:
 
     @torch.inference_mode()
     def clip_texts(self, prompts: list[str]) -> Tensor:
-        """[n, d] of prompts."""
+        """CLIP's vectors [n, d] for prompts."""
         tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
         return F.normalize(
             self.clip.text_projection(self.clip.text_model(**tokens).pooler_output), dim=1
@@ -92,7 +95,7 @@ class Encoders:
     def _pixels(
         self, pictures: list[Tensor], side: int, mean_: tuple[float, ...], std: tuple[float, ...]
     ) -> Tensor:
-        """[n, 3, side, side]: the centred square, resized as the encoders were trained, normalised."""
+        """The centre square of each picture, resized and normalised as in the encoders' training: [n, 3, side, side]."""
         squares = []
         for picture in pictures:
             short = min(picture.shape[1:])
@@ -106,7 +109,7 @@ class Encoders:
 
 
 def main() -> None:
-    """Run every subject and method, print the table, write it as JSON."""
+    """Run every subject and method, print the table and write it as JSON."""
     args = _arguments()
     base = local_folder(args.base)
     subjects = {
@@ -136,7 +139,7 @@ def job(
     encoders: Encoders,
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Learn one subject by one method, draw all prompts, and score the pictures."""
+    """Learn one subject by one method, draw all prompts and score the pictures."""
     thing = name.rstrip("0123456789").replace("_", " ").strip()
     with tempfile.TemporaryDirectory() as work:
         folder, tuned = Path(work), None
@@ -178,7 +181,7 @@ def job(
 
 
 def real_scores(encoders: Encoders, real: list[Tensor]) -> dict[str, float]:
-    """What real pictures of a subject reach among themselves: the mean over different pairs."""
+    """The scores of real pictures of a subject against each other, as means over pairs of different pictures."""
     result = {}
     for key, vectors in (("dino", encoders.dino_images(real)), ("clip_i", encoders.clip_images(real))):
         result[key] = cosine_of_different(vectors, vectors)
@@ -186,7 +189,7 @@ def real_scores(encoders: Encoders, real: list[Tensor]) -> dict[str, float]:
 
 
 def markdown(scores: dict[str, list[dict[str, float]]]) -> str:
-    """The table as Markdown, one row a method; means over subjects."""
+    """The table in Markdown: one row for each method, with means over the subjects."""
     lines = ["| method | DINO | CLIP-I | CLIP-T |", "|---|---|---|---|"]
     for method, rows in scores.items():
         cells = [
@@ -215,14 +218,14 @@ def _tensor(picture: Image.Image) -> Tensor:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dreambench", description=__doc__)
-    parser.add_argument("pictures", type=Path, help="one folder of pictures per subject")
-    parser.add_argument("--base", required=True, help="SDXL: a folder or a hub name")
-    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("pictures", type=Path, help="folder with one folder of pictures for each subject")
+    parser.add_argument("--base", required=True, help="SDXL as a folder or a hub name")
+    parser.add_argument("--methods", nargs="+", help="measure only these methods")
     parser.add_argument("--resolution", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps a method")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each method")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many of the prompts")
-    parser.add_argument("--seeds", type=int, default=4, help="pictures a prompt")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many of the prompts to draw")
+    parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt")
     parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--dino", default=DINO)
     parser.add_argument("--clip", default=CLIP)

@@ -1,4 +1,4 @@
-"""SDXL 1.0 at its published size with random weights: speed and memory do not depend on their values."""
+"""SDXL 1.0 at its published size with random weights. Speed and memory do not depend on the weights' values."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ SCHEDULE: dict[str, Any] = {
 
 
 def parts(half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
-    """UNet, autoencoder, both text encoders and tokenizers, on `DEVICE`, frozen."""
+    """The UNet, autoencoder, text encoders and tokenizers, frozen and on `DEVICE`."""
     torch.manual_seed(0)
     common: dict[str, Any] = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
     second = CLIPTextConfig(**ENCODER_2, projection_dim=1280, hidden_act="gelu", **common)
@@ -78,7 +78,7 @@ def parts(half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
     }
     made: dict[str, Any] = {}
     for name, (dtype, build) in builders.items():
-        torch.set_default_dtype(dtype)  # at no time in another precision, which might not fit
+        torch.set_default_dtype(dtype)  # build it in its precision: another might not fit into memory
         try:
             with torch.device(DEVICE):
                 made[name] = build()
@@ -86,13 +86,13 @@ def parts(half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
             torch.set_default_dtype(torch.float32)
     for part in made.values():
         part.requires_grad_(False).eval()
-    for name in ("tokenizer", "tokenizer_2"):  # of the miniature: fewer words, the same work
+    for name in ("tokenizer", "tokenizer_2"):  # those of the miniature: fewer words, the same work
         made[name] = CLIPTokenizer.from_pretrained(TOKENIZERS, subfolder=name)
     return made
 
 
 def components(*, is_lora: bool) -> Components:
-    """All parts for a training, in the precisions that `load_components` chooses on CUDA."""
+    """All parts for training, in the precisions that `load_components` chooses on CUDA."""
     made = parts(torch.bfloat16, torch.bfloat16 if is_lora else torch.float32)
     return Components(
         unet=made["unet"],
@@ -127,7 +127,10 @@ def examples(on: Components, count: int, side: int) -> ExampleDataset:
 
 
 def forward_tflop(side: int) -> float:
-    """Multiplications and additions, in 10¹², of the UNet for one picture of `side` pixels, counted without computing."""
+    """How many multiplications and additions the UNet needs for one picture of `side` pixels, in 10¹².
+
+    They are counted on the meta device, without computing anything.
+    """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNET)
         told = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
@@ -142,7 +145,7 @@ def forward_tflop(side: int) -> float:
 
 
 def save_pipeline(folder: Path) -> Path:
-    """Write a whole base in diffusers' layout, fp16 (6.9 GB), unless it is there."""
+    """Write a complete base in diffusers' layout, in fp16 (6.9 GB), unless it exists already."""
     from diffusers import StableDiffusionXLPipeline
 
     if not (folder / "model_index.json").is_file():
@@ -159,7 +162,7 @@ def save_pipeline(folder: Path) -> Path:
 
 
 def save_checker(folder: Path) -> Path:
-    """Stable Diffusion's safety checker at its size (CLIP ViT-L/14) with random weights, which passes every picture."""
+    """Write Stable Diffusion's safety checker (CLIP ViT-L/14) with random weights. It passes every picture."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessorPil
 
@@ -174,7 +177,7 @@ def save_checker(folder: Path) -> Path:
 
 
 def save_fine_tunes(unet: nn.Module, folder: Path) -> dict[str, Path]:
-    """Tars of two whole UNets (5 GB each) and two LoRAs of rank 32 on attention, a little off the base."""
+    """Write tars of two full UNets (5 GB each) and of two LoRAs of rank 32 on attention, all close to the base."""
     made = {}
     for number in (1, 2):
         torch.manual_seed(number)

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.quality`: does a fine-tune learn the subject and still obey the prompt, method by method?
+"""`python -m benchmarks.quality`: measure how well each method learns a subject and still follows prompts.
 
-Every method gets the same pictures, steps, prompts and seeds. Fidelity is the identity similarity of drawn pictures
-to fresh real ones, 1.0 for real ones among themselves and 0.0 for the untuned base. Finished jobs are kept in the
-work folder, so that a killed run goes on where it was.
+Every method gets the same pictures, steps, prompts and seeds. Fidelity compares the identity of drawn pictures with that of
+fresh real pictures: it is 1 for real pictures among themselves and 0 for the untuned base. The work folder keeps finished
+jobs, so a stopped run continues where it was.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -48,8 +48,9 @@ METHODS = (
     Method(name="lora_pivotal", **_SHARED, settings=_LORA | _PIVOTAL),
     Method(name="full_pivotal", **_SHARED, settings=_FULL | _PIVOTAL),
 )
-"""All see the same views of the same pictures under the same captions but for the subject's name: a token whose rows
-start from its class's word; or, without textual inversion, a rare word as DreamBooth has it, alone or before the class."""
+"""All methods learn the same views of the same pictures. Their captions differ only in the subject's name. With textual
+inversion (TI) it is a token whose rows start at the word of its class. Without, it is a rare word as in DreamBooth, alone or
+before the class."""
 DEFAULT_METHODS = ("untuned", "ti", "lora", "full", "lora_pivotal", "full_pivotal")
 TITLES = {
     "untuned": "untuned base",
@@ -61,10 +62,14 @@ TITLES = {
     "lora_pivotal": "LoRA + pivotal",
     "full_pivotal": "full UNet + pivotal",
 }
+SHEET_PROMPTS = (0, 2, 4, 7, 8)
+"""Which prompts the sheets show. Ten beside each other would be too small to read."""
+SHEET_SIDE, SHEET_TEXT = 200, 20
+"""Pixels. A page that is 900 pixels wide shows a sheet of five or six columns with letters of at least 14."""
 
 
 def main() -> None:
-    """Run all jobs, then write the table, the JSON and the sheet."""
+    """Run all jobs, then write the table, the JSON file and the sheet."""
     args = _arguments()
     first = 0 if args.development else 1
     subjects = [first + 2 * i for i in range(args.subjects)]
@@ -98,7 +103,7 @@ def main() -> None:
 
 
 def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Results of every job, those already in the work folder included."""
+    """The results of every job. Jobs that are in the work folder already do not run again."""
     args.workdir.mkdir(parents=True, exist_ok=True)
     jobs = [(seed, method) for seed in subjects for method in methods]
     missing = [job for job in jobs if not _files(args, *job)[0].exists()]
@@ -115,7 +120,7 @@ def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace
         save_file({"pictures": result.pop("pictures")}, pictures)
         unfinished = numbers.with_suffix(".partial")
         unfinished.write_text(json.dumps(result))
-        unfinished.replace(numbers)  # a job counts once its numbers are there in full
+        unfinished.replace(numbers)  # a job counts only when its file is complete
     return [
         json.loads(numbers.read_text()) | {"pictures": load_file(pictures)["pictures"]}
         for numbers, pictures in (_files(args, *job) for job in jobs)
@@ -123,7 +128,7 @@ def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Method -> means over subjects of fidelity, prompt-following and the rest; needs the untuned base's results."""
+    """Method → means over the subjects of fidelity, prompts followed and the rest. Needs results of the untuned base."""
     untuned = {r["seed"]: r for r in results if r["method"] == "untuned"}
     rows: dict[str, list[dict[str, float]]] = {}
     for r in results:
@@ -146,7 +151,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def flat_keys(table: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The keys that are compared between versions, of the methods that ran."""
+    """The figures to compare between versions, for the methods that ran."""
     wanted = {
         "fidelity_full_pivotal": ("full_pivotal", "fidelity"),
         "prompt_full_pivotal": ("full_pivotal", "prompt_share"),
@@ -157,7 +162,7 @@ def flat_keys(table: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def markdown(table: dict[str, dict[str, float]]) -> str:
-    """The table as Markdown, one row a method."""
+    """The table in Markdown, one row for each method."""
     lines = [
         "| method | fidelity | prompt-following | share of the base's | prior drift, points | prior diversity, share"
         " | diversity | seconds | peak GiB |",
@@ -173,25 +178,28 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
 
 
 def save_sheet(results: list[dict[str, Any]], subjects: list[int], path: Path) -> None:
-    """For each subject: the pictures learnt from, then each method's pictures of the same prompts."""
-    captions = [prompt for prompt, _ in prompts.subject_prompts()]
-    rows = []
-    for seed in subjects:
-        rows.append(
-            Row(
-                title=f"Subject {seed}: learnt from",
-                pictures=[to_pil(p) for p in training_pictures(seed).images],
-            )
-        )
-        for r in results:
-            if r["seed"] == seed:
-                pictures = [to_pil(picture / 255) for picture in r["pictures"]]
-                rows.append(
-                    Row(title=TITLES.get(r["method"], r["method"]), pictures=pictures, captions=captions)
-                )
-    picture = contact_sheet(rows)
-    picture.thumbnail((1400, picture.height), Image.Resampling.LANCZOS)
-    picture.save(path, quality=80)
+    """For each subject its training pictures, then some prompts as every method draws them."""
+    rows = [row for seed in subjects for row in subject_rows(results, seed)]
+    contact_sheet(rows, side=SHEET_SIDE, text=SHEET_TEXT).save(path, quality=80)
+
+
+def subject_rows(results: list[dict[str, Any]], seed: int) -> list[Row]:
+    """The training pictures of subject `seed`, then a row for each of its results; captions under the last."""
+    captions = [prompts.subject_prompts()[i][0] for i in SHEET_PROMPTS]
+    learned = [to_pil(picture) for picture in training_pictures(seed).images[: len(SHEET_PROMPTS)]]
+    rows = [Row(title=f"Subject {seed}: training pictures", pictures=learned)]
+    for result in results:
+        if result["seed"] == seed:
+            base, *change = result["method"].split("/")  # of an ablation: "base/change/seed"
+            title = ": ".join([TITLES.get(base, base), *change[:1]])
+            rows.append(Row(title=title, pictures=sheet_pictures(result)))
+    rows[-1] = replace(rows[-1], captions=captions)
+    return rows
+
+
+def sheet_pictures(result: dict[str, Any]) -> list[Image.Image]:
+    """The pictures of `SHEET_PROMPTS`."""
+    return [to_pil(result["pictures"][i] / 255) for i in SHEET_PROMPTS]
 
 
 def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, Path]:
@@ -211,7 +219,7 @@ def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, P
 
 
 def about(device: str) -> dict[str, Any]:
-    """The machine and the versions that figures belong to."""
+    """The machine and package versions of the figures."""
     cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
         "machine": torch.cuda.get_device_name() if device == "cuda" else cpu,
@@ -220,13 +228,13 @@ def about(device: str) -> dict[str, Any]:
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every bench of jobs can be told."""
+    """Add the arguments that all benchmarks of jobs share."""
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps a method")
-    parser.add_argument("--batch-size", type=int, default=32 if gpus else 4, help="pictures a step")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each method")
+    parser.add_argument("--batch-size", type=int, default=32 if gpus else 4, help="pictures in each step")
     parser.add_argument("--sampling-steps", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
-    # A process that serves the GPU keeps a core busy, and one more brings little.
+    parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt")
+    # Each process keeps a core busy. More than 20 on one GPU gain little.
     parser.add_argument("--workers", type=int, default=min(cores, 20 * max(gpus, 1)) if gpus else cores)
     parser.add_argument("--device", default="cuda" if gpus else "cpu")
     parser.add_argument("--workdir", type=Path, default=Path("runs/quality"))
@@ -235,16 +243,25 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("--subjects", type=int, default=3, help="K judging subjects, the odd seeds from 1")
-    parser.add_argument("--development", action="store_true", help="even seeds instead, to tune on")
+    parser.add_argument(
+        "--subjects", type=int, default=3, help="how many judging subjects, with odd seeds from 1"
+    )
+    parser.add_argument(
+        "--development", action="store_true", help="use subjects with even seeds, for choosing settings"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
         default=DEFAULT_METHODS,
         choices=list(TITLES),
-        help="'untuned' must be among them",
+        help="the methods to compare; untuned must be one of them",
     )
-    parser.add_argument("--base-prompts", type=int, default=0, help="held-out prompts to judge the base by")
+    parser.add_argument(
+        "--base-prompts",
+        type=int,
+        default=0,
+        help="how many held-out prompts to judge the base by; 0 for none",
+    )
     parser.add_argument("--sheet-subjects", type=int, default=3)
     add_job_arguments(parser)
     return parser.parse_args()

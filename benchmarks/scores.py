@@ -1,4 +1,4 @@
-"""What the benches of fidelity share: formulas over vectors and numbers."""
+"""The formulas that the quality benchmarks share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from torch import Tensor
 
 
 def cosine_of_different(vectors: Tensor, others: Tensor) -> float:
-    """Mean cosine of unit vectors [n, d] to `others` [n, d], a picture and itself (equal rows) left out; n from 2."""
+    """The mean cosine between unit vectors [n, d] and `others` [n, d] in other rows, for n of at least 2.
+
+    Equal rows belong to the same picture and do not count.
+    """
     n = len(vectors)
     return float((vectors @ others.T).fill_diagonal_(0).sum()) / (n * (n - 1))
 
 
 def fidelity(similarity: float, *, untuned: float, real: float) -> float:
-    """`similarity` to real pictures, on a scale from 0 for the untuned base's to 1 for real ones among themselves."""
+    """`similarity` to real pictures, scaled: 0 is the untuned base's, 1 is that of real pictures among themselves."""
     return (similarity - untuned) / (real - untuned)

@@ -1,4 +1,4 @@
-"""One subject, one method: learn it by the project's own recipe, draw every prompt, judge the pictures."""
+"""One job: learn a subject by one method with the project's own recipe, draw every prompt and judge the pictures."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ PRIOR_IMAGES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How a subject is learnt."""
+    """How to learn a subject."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What of the `TrainingConfig` differs from `SETTINGS`."""
+    """Fields of `TrainingConfig` that differ from `SETTINGS`."""
     called: str = P.NAME
-    """What captions and prompts call the subject: the token, or plain words for a method without one."""
+    """The subject's name in captions and prompts: the token, or plain words for a method without token."""
     init: str = ""
-    """Known word that the token's rows start from; none for an empty one."""
+    """A known word at which the token's rows start. Empty: they start at random."""
     rows: int = 2
-    """How many rows the token has."""
+    """Number of the token's rows."""
     views: int = 0
-    """Random views of every picture that are learnt beside the whole."""
+    """Random views of each picture, learned in addition to the whole picture."""
     masks: bool = False
-    """Whether the pictures come with masks of the subject."""
+    """Whether the pictures have masks of the subject."""
     prior: str = ""
-    """Prompts, separated by |, whose pictures by the base are learnt beside the subject's."""
+    """Prompts for prior preservation, separated by |."""
     trained: bool = True
-    """False for the untuned base."""
+    """False: the base without training."""
 
 
 SETTINGS: dict[str, Any] = {
@@ -74,13 +74,13 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
     "checkpointing_steps": 0,
 }
-"""What all methods share unless they say otherwise."""
+"""Settings of all methods, which a method may replace."""
 
 
 def run_job(
     seed: int, method: Method, *, steps: int, batch_size: int, seeds: int, sampling_steps: int, device: str
 ) -> dict[str, Any]:
-    """Results of one job as flat numbers, and `pictures`, uint8 [prompts, 3, 256, 256] of the first seed."""
+    """The figures of one job, and its `pictures` of the first seed, uint8 [prompts, 3, 256, 256]."""
     torch.manual_seed(0)
     started = time.monotonic()
     if device == "cuda":
@@ -102,13 +102,13 @@ def run_job(
 
 
 def training_pictures(seed: int) -> Rendered:
-    """The six pictures of 256 pixels that subject `seed` is learnt from, and the subject's masks."""
+    """The six training pictures of subject `seed`, of 256×256 pixels, with masks of the subject."""
     cast = {P.NAME: subject(seed)}
     return render(pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(P.TRAINING)]))
 
 
 def real_pictures(seed: int, n: int = REAL_SHOTS) -> Tensor:
-    """Fresh pictures [n, 3, 256, 256] in 0..1 of a subject, none of them learnt from."""
+    """Pictures [n, 3, 256, 256] in 0..1 of a subject that are not in its training pictures."""
     rng = np.random.default_rng((seed, 616))
     cast = {P.NAME: subject(seed)}
     scenes = [random_shot(P.NAME, rng) for _ in range(n)]
@@ -128,7 +128,10 @@ def learn(
     device: str,
     gradient_checkpointing: bool = False,
 ) -> fine_tune_files.FineTuneFiles:
-    """Fine-tune `base` on the pictures and captions in `raw` with the project's own stages, in the empty `folder`."""
+    """Fine-tune `base` on the pictures and captions in `raw` with the project's own stages.
+
+    The stages write into `folder`.
+    """
     settings = {
         **SETTINGS,
         "base": str(base),
@@ -162,7 +165,7 @@ def learn(
 
 
 def _token_init(token_map: str, word: str) -> str:
-    """`word` for every token of the map; nothing for no word."""
+    """The input `token_init` that starts every token at `word`, or at random for an empty word."""
     return ",".join(f"{name}:{word}" for name in TokenMap.parse(token_map).placeholders if word)
 
 
@@ -172,7 +175,7 @@ def write_raw(
     captions: list[str],
     masks: list[Image.Image] | None = None,
 ) -> None:
-    """Pictures, their captions.csv and masks, as people hand them over, into the new `folder`."""
+    """Write pictures, captions.csv and masks into the new `folder`, in the form that users upload."""
     folder.mkdir()
     names = [f"{i}.src.png" for i in range(len(pictures))]
     for name, picture in zip(names, pictures, strict=True):
@@ -186,8 +189,10 @@ def write_raw(
 
 
 def write_renders(folder: Path, images: Tensor, captions: list[str], masks: Tensor | None) -> None:
-    """`write_raw` for renders [n, 3, h, w] in 0..1, and the masks [n, 1 or more, h, w] of their first things, with a
-    margin as hand-made ones have."""
+    """`write_raw` for renders [n, 3, h, w] in 0..1.
+
+    masks: [n, things, h, w]. The first thing's mask is written, with a margin as people leave it.
+    """
     drawn = None if masks is None else [to_pil(_grown(mask).expand(3, -1, -1)) for mask in masks[:, :1]]
     write_raw(folder, [to_pil(image) for image in images], captions, drawn)
 
@@ -216,7 +221,7 @@ def _learn(
 
 
 def _grown(mask: Tensor, by: int = 4) -> Tensor:
-    """A mask [1, h, w] with a margin of `by` pixels."""
+    """A mask [1, h, w], grown by `by` pixels."""
     return torch.nn.functional.max_pool2d(mask[None], 2 * by + 1, 1, by)[0]
 
 
@@ -229,7 +234,7 @@ def _judge(
     prompts = [prompt for prompt, _ in asked]
     prompts += [prompt for pairs in controls.values() for prompt, _ in pairs]
     prompts += [P.DIVERSITY_PROMPT] * 6
-    # On a GPU all in one batch: small pictures cost launches, not arithmetic.
+    # On a GPU draw all in one batch: for small pictures the launches take the time, not the arithmetic.
     everything = draw(
         tuned, prompts, 100, side=256, steps=sampling_steps, at_once=len(prompts) if device != "cpu" else 10
     )
@@ -257,8 +262,10 @@ def _judge(
 
 
 def spread(pictures: Tensor) -> float:
-    """Mean root mean square difference, 0..1, between pictures [prompts, n, 3, h, w] of one prompt, as 32 pixel
-    thumbnails; 0 for n = 1."""
+    """How much pictures of one prompt differ, from 0 to 1; pictures: [prompts, n, 3, h, w].
+
+    The root mean square difference of 32×32 thumbnails, averaged over all pairs; 0 for n = 1.
+    """
     small = torch.nn.functional.interpolate(pictures.flatten(0, 1), size=(32, 32), mode="area")
     small = small.unflatten(0, pictures.shape[:2]).flatten(2)
     n = small.shape[1]
@@ -272,7 +279,10 @@ def spread(pictures: Tensor) -> float:
 def draw(
     tuned: TunedPipeline, prompts: list[str], seed: int, *, side: int, steps: int, at_once: int = 10
 ) -> Tensor:
-    """One picture a prompt, [n, 3, side, side] in 0..1 on the CPU; picture i from the seed `seed` + i, `at_once` a batch."""
+    """Draw one picture for each prompt: [n, 3, side, side] in 0..1, on the CPU.
+
+    Picture i comes from the seed `seed` + i. `at_once` pictures share a batch.
+    """
     images = []
     for start in range(0, len(prompts), at_once):
         batch = prompts[start : start + at_once]

@@ -1,4 +1,4 @@
-"""Work spread over processes and GPUs, as every bench of many small trainings needs it."""
+"""Spread many small jobs over processes and GPUs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tqdm import tqdm
 def in_processes(
     work: Callable[..., Any], calls: Sequence[tuple], *, workers: int, device: str, desc: str
 ) -> Iterator[tuple[int, Any]]:
-    """(index of the call, result) of `work(*call)` for every call, as they are done.
+    """Run `work(*call)` for every call, and yield (index of the call, result) as each one finishes.
 
-    The calls are dealt out to the GPUs in turn, `workers` processes in all; each process sees one GPU only.
+    `workers` processes share the calls. The GPUs get calls in turn, and each process sees one GPU only.
     """
     gpus = max(torch.cuda.device_count(), 1) if device == "cuda" else 1
     futures: dict[Future, int] = {}
     with contextlib.ExitStack() as pools:
         for gpu in range(gpus):
-            with _visible(gpu if gpus > 1 else None):  # processes start while calls are handed in
+            with _visible(gpu if gpus > 1 else None):  # the pool starts its processes as calls are submitted
                 pool = pools.enter_context(_pool(max(workers // gpus, 1)))
                 futures |= {pool.submit(work, *calls[i]): i for i in range(gpu, len(calls), gpus)}
         for future in tqdm(as_completed(futures), total=len(futures), desc=desc, unit="job"):
@@ -33,7 +33,7 @@ def in_processes(
 
 @contextlib.contextmanager
 def _visible(gpu: int | None) -> Iterator[None]:
-    """Processes that are started inside see this one of the visible GPUs; None: all of them."""
+    """Let processes that start inside see only this one of the visible GPUs. None shows all of them."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = before.split(",")[gpu] if before else str(gpu)

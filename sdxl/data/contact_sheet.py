@@ -27,13 +27,16 @@ class Row:
     """Written under the pictures, one each; empty for none."""
 
 
-def contact_sheet(rows: Sequence[Row], *, side: int = 256) -> Image.Image:
-    """Lay out `rows` of pictures, each scaled to fit `side`×`side` pixels, on white."""
-    title_font, caption_font = ImageFont.load_default(size=20), ImageFont.load_default(size=14)
-    line_height = 18
-    wrapped = [[textwrap.wrap(caption, side // 7) for caption in row.captions] for row in rows]
+def contact_sheet(rows: Sequence[Row], *, side: int = 256, text: int = 14) -> Image.Image:
+    """Lay out `rows` of pictures, each scaled to fit `side`×`side` pixels, on white.
+
+    text: size of the captions' letters in pixels. Titles are larger.
+    """
+    title_size, line_height = round(text * 10 / 7), round(text * 9 / 7)
+    title_font, caption_font = ImageFont.load_default(size=title_size), ImageFont.load_default(size=text)
+    wrapped = [[textwrap.wrap(caption, 2 * side // text) for caption in row.captions] for row in rows]
     heights = [
-        34 + side + line_height * max((len(lines) for lines in captions), default=0) + _MARGIN
+        title_size + 14 + side + line_height * max((len(lines) for lines in captions), default=0) + _MARGIN
         for captions in wrapped
     ]
     columns = max(len(row.pictures) for row in rows)
@@ -44,11 +47,12 @@ def contact_sheet(rows: Sequence[Row], *, side: int = 256) -> Image.Image:
         draw.text((_MARGIN, top), row.title, font=title_font, fill=_INK)
         for column, picture in enumerate(row.pictures):
             left = _MARGIN + column * (side + _MARGIN)
+            under = top + title_size + 14 + side
             shown = picture.convert("RGB")
             shown.thumbnail((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(shown, (left, top + 30))
-            for index, text in enumerate(captions[column] if column < len(captions) else []):
-                draw.text((left, top + 34 + side + index * line_height), text, font=caption_font, fill=_INK)
+            sheet.paste(shown, (left, top + title_size + 10))
+            for index, line in enumerate(captions[column] if column < len(captions) else []):
+                draw.text((left, under + index * line_height), line, font=caption_font, fill=_INK)
         top += height
     return sheet
 
