@@ -47,16 +47,16 @@ class Server:
 
 
 @contextmanager
-def serve(workspace: Path, door: str, *, weights: str = "") -> Iterator[Server]:
+def serve(workspace: Path, entry_point: str, *, weights: str = "") -> Iterator[Server]:
     """Start the server as `make serve`, `make serve-train` and `make serve-preprocess` do, on a free port."""
     port = free_port()
-    train, folder = door == "train.py:train", REPOSITORY
-    if door == "preprocess.py:Preprocessor":
+    train, folder = entry_point == "train.py:train", REPOSITORY
+    if entry_point == "preprocess.py:Preprocessor":
         folder = workspace.parent / "preprocessor"
         cog_schema.main(["--config", str(REPOSITORY / "cog.preprocess.yaml"), "--folder", str(folder)])
     environment = {
         **os.environ,
-        "COG_TRAIN_TYPE_STUB" if train else "COG_PREDICT_TYPE_STUB": f"{REPOSITORY}/{door}",
+        "COG_TRAIN_TYPE_STUB" if train else "COG_PREDICT_TYPE_STUB": f"{REPOSITORY}/{entry_point}",
         "PYTHONPATH": str(REPOSITORY),
         "PORT": str(port),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -239,7 +239,7 @@ def http_server(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> I
 
 
 def test_a_cancelled_training_stops_and_the_server_goes_on(trainer: Server, captioned_zip: Path):
-    """The server tells a webhook what happens, in order; nobody looks at the clock."""
+    """The server tells a webhook what happens, in order, so the test needs no clock."""
     events: queue.Queue[dict[str, Any]] = queue.Queue()
 
     class Webhook(http.server.BaseHTTPRequestHandler):
