@@ -1,4 +1,4 @@
-"""The quality bench's pictures to learn from and prompts to draw, in the style of DreamBench: data, no models."""
+"""Training pictures and prompts of the quality benchmark, in the style of DreamBench: data, no models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tiny_world.scenes import Scene
 
 NAME = "TOK"
 KNOWN = "mushroom"
-"""Stands in the subject's place where the base's own obedience is measured."""
+"""An object that the base knows. It replaces the subject to measure how well the base itself follows prompts."""
 
 
 def _scene(position: str, background: str, texture: str = "plain", size: str = "medium", **second) -> Scene:
@@ -47,7 +47,7 @@ _TRAINING = [
     ),
 ]
 TRAINING = [scene for _, scene in _TRAINING]
-"""Six pictures of the subject, as people take them: two from close by, three from further away, one beside something else."""
+"""Six pictures of the subject, as people take them: two close up, three from further away, one with another object."""
 
 _SUBJECT = [
     ("a photo of {} in the middle on a plain red background", _scene("middle", "red")),
@@ -78,12 +78,12 @@ def training_captions(called: str = NAME) -> list[str]:
 
 
 def subject_prompts(called: str = NAME) -> list[tuple[str, Scene]]:
-    """Prompts with the subject's name, and what they ask for."""
+    """Prompts that name the subject, each with the scene it asks for."""
     return [(text.format(called), scene) for text, scene in _SUBJECT]
 
 
 def known_prompts() -> list[tuple[str, Scene]]:
-    """The same prompts with an object that the base knows in the subject's place."""
+    """The same prompts with an object that the base knows instead of the subject."""
     return [
         (text.format(f"a {KNOWN}").replace("a small a ", "a small "), replace(scene, kind=KNOWN))
         for text, scene in _SUBJECT
@@ -91,7 +91,7 @@ def known_prompts() -> list[tuple[str, Scene]]:
 
 
 def prior_prompts(n: int = 10) -> list[tuple[str, Scene]]:
-    """Prompts that have nothing to do with the subject, of one held-out object each."""
+    """Prompts without the subject, each about one held-out object."""
     return [pair for pair in held_out_prompts(4 * n, seed=9) if pair[1].second_kind is None][:n]
 
 
