@@ -1,8 +1,8 @@
 """`python -m benchmarks.serving`: many mixed requests to the real Cog server; each picture is compared with a reference.
 
-The references are drawn beforehand in this process, each from a restored base. Requests mix modes, sizes, samplers,
-fine-tunes by path, `data:` URI and URL, wrong inputs and cancels, in an order that a seed decides. Written are counts of
-what went wrong (nothing should), and how far the server's resident memory grew after the first 50 requests.
+This process first draws the references, each from a restored base. A seed decides the order of the requests. They mix
+modes, sizes, samplers, fine-tunes by path, `data:` URI and URL, wrong inputs and cancelled requests. The results count
+faults, which should be 0, and give the growth of the server's resident memory after the first 50 requests.
 """
 
 from __future__ import annotations
