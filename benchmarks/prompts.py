@@ -1,4 +1,4 @@
-"""What the quality benchmark learns from and draws, in the style of DreamBench: data, no models."""
+"""Training pictures and prompts of the quality benchmark, in the style of DreamBench: data, no models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tiny_world.scenes import Scene
 
 NAME = "TOK"
 KNOWN = "mushroom"
-"""Replaces the subject where the benchmark measures how well the base itself follows prompts."""
+"""An object that the base knows. It replaces the subject to measure how well the base itself follows prompts."""
 
 
 def _scene(position: str, background: str, texture: str = "plain", size: str = "medium", **second) -> Scene:
@@ -47,7 +47,7 @@ _TRAINING = [
     ),
 ]
 TRAINING = [scene for _, scene in _TRAINING]
-"""Six pictures of the subject, as people take them: two close ones, three distant ones and one next to another thing."""
+"""Six pictures of the subject, as people take them: two close up, three from further away, one with another object."""
 
 _SUBJECT = [
     ("a photo of {} in the middle on a plain red background", _scene("middle", "red")),
@@ -73,17 +73,17 @@ _SUBJECT = [
 
 
 def training_captions(called: str = NAME) -> list[str]:
-    """One caption for each scene of `TRAINING`."""
+    """One caption for each of `TRAINING`."""
     return [text.format(called) for text, _ in _TRAINING]
 
 
 def subject_prompts(called: str = NAME) -> list[tuple[str, Scene]]:
-    """Prompts with the subject's name, and the scenes that they ask for."""
+    """Prompts that name the subject, each with the scene it asks for."""
     return [(text.format(called), scene) for text, scene in _SUBJECT]
 
 
 def known_prompts() -> list[tuple[str, Scene]]:
-    """The same prompts with a thing that the base knows instead of the subject."""
+    """The same prompts with an object that the base knows instead of the subject."""
     return [
         (text.format(f"a {KNOWN}").replace("a small a ", "a small "), replace(scene, kind=KNOWN))
         for text, scene in _SUBJECT
@@ -91,7 +91,7 @@ def known_prompts() -> list[tuple[str, Scene]]:
 
 
 def prior_prompts(n: int = 10) -> list[tuple[str, Scene]]:
-    """Prompts without the subject. Each asks for one held-out combination."""
+    """Prompts without the subject, each about one held-out object."""
     return [pair for pair in held_out_prompts(4 * n, seed=9) if pair[1].second_kind is None][:n]
 
 

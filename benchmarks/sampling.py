@@ -1,7 +1,7 @@
-"""`python -m benchmarks.sampling`: serving at SDXL's full size on a GPU, beside diffusers' eager pipeline in one process.
+"""`python -m benchmarks.sampling`: serving at SDXL's full size on a GPU, compared with diffusers' eager pipeline.
 
-Random weights. A request is a prompt in and PNG files out; ours goes through the door, with the safety checker and the
-watermark, diffusers' has neither. The two take turns; figures are medians.
+Weights are random. A request is a prompt in and PNG files out. Ours goes through predict.py, with the safety checker and the
+watermark; diffusers has neither. The two take turns; figures are medians.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from sdxl.serving.request import FineTuneOptions, GenerationRequest
 PROMPT, STEPS, GUIDANCE, SIDE = "a photo of TOK on the moon", 50, 7.5, 1024
 HALF = torch.float16
 TIERS = {"12gb": 12, "8gb": 8}
-"""Placement → GiB of the GPU that its process may take."""
+"""Placement → GiB of the GPU's memory that the process may use."""
 
 
 def milliseconds(work: Callable[[], Any], runs: int, skip: int = 3) -> float:
-    """Median over `runs` calls that end with the GPU's work."""
+    """Median time of `runs` calls, each measured until the GPU is idle."""
     times = []
     for _ in range(runs + skip):
         torch.cuda.synchronize()
@@ -47,7 +47,7 @@ def milliseconds(work: Callable[[], Any], runs: int, skip: int = 3) -> float:
 
 
 def pair(unet: Callable[..., Any], rows: int, dtype: torch.dtype) -> Callable[[], Any]:
-    """A call of the UNet for `rows` rows, 2 for a guided picture."""
+    """A call of the UNet with `rows` rows; a picture with guidance has 2."""
     latents = torch.randn(rows, 4, SIDE // 8, SIDE // 8, device=full_size.DEVICE, dtype=dtype)
     embeds = torch.randn(rows, 77, 2048, device=full_size.DEVICE, dtype=dtype)
     told = {
@@ -64,7 +64,7 @@ def pair(unet: Callable[..., Any], rows: int, dtype: torch.dtype) -> Callable[[]
 
 
 def setup_seconds(environment: dict[str, str], folder: Path) -> float:
-    """From the start of `python predict.py` to its first picture on disk, the kernels and files in their caches."""
+    """Seconds from the start of `python predict.py` to its first picture on disk, with warm caches."""
     command = [sys.executable, "predict.py", "-i", f"prompt={PROMPT}", "-o", str(folder / "first")]
     times = []
     for _ in range(2):
@@ -77,7 +77,7 @@ def setup_seconds(environment: dict[str, str], folder: Path) -> float:
 
 
 def switches(predictor: Any, tars: dict[str, Path]) -> dict[str, float]:
-    """Seconds until the weights of a fine-tune are in place: its file first seen, its files kept on disk, it kept in memory."""
+    """Seconds to apply a fine-tune: for the first time, from the cache on disk, and from the cache in memory."""
 
     def take(name: str | None) -> float:
         torch.cuda.synchronize()
@@ -127,7 +127,7 @@ def requests(predictor: Any, eager: Any, folder: Path, turns: int) -> dict[str, 
 
 
 def stages(pipeline: Any) -> dict[str, float]:
-    """Milliseconds of what a request does beside the UNet's calls: its prompt's encoding, and decoding of four pictures."""
+    """Milliseconds of a request outside the UNet: encode the prompt, and decode four pictures."""
     latents = torch.randn(4, 4, SIDE // 8, SIDE // 8, device=full_size.DEVICE, dtype=HALF)
     with torch.no_grad():
         return {
@@ -137,7 +137,7 @@ def stages(pipeline: Any) -> dict[str, float]:
 
 
 def difference(predictor: Any, eager: Any) -> float:
-    """Mean difference, in levels of 255, between our picture and that of plain kernels in half precision."""
+    """Mean difference, in levels of 255, between our picture and one drawn by plain kernels in fp16."""
     request = GenerationRequest(
         prompt=PROMPT, width=SIDE, height=SIDE, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0
     )
@@ -148,7 +148,7 @@ def difference(predictor: Any, eager: Any) -> float:
 
 
 def tier(predictor: Any) -> dict[str, float]:
-    """One picture by a server whose parts take turns on the GPU: its seconds, and the memory that the process held."""
+    """Seconds and peak memory for one picture with offloading."""
     torch.cuda.reset_peak_memory_stats()
     predictor.run_with_defaults(prompt=PROMPT, seed=0)
     started = time.perf_counter()
@@ -158,7 +158,7 @@ def tier(predictor: Any) -> dict[str, float]:
 
 
 def with_defaults(predictor: Any) -> Any:
-    """`predictor` with `run_with_defaults`, which fills in what Cog's server would."""
+    """Give `predictor` a method `run_with_defaults`, which fills in defaults as Cog's server does."""
     from sdxl.command_line import declared_inputs
 
     defaults = {name: declared.default for name, declared in declared_inputs(predictor.run).items()}
@@ -200,7 +200,7 @@ def main() -> None:
     predictor.setup()
     note(
         setup_in_process_s=round(time.perf_counter() - started, 1),
-        speed=predictor.painter.runners.speed,  # what was taken where "compiled" cannot be
+        speed=predictor.painter.runners.speed,  # "eager" if the GPU cannot do what was asked
     )
     with_defaults(predictor)
     if args.memory != "whole":
@@ -214,7 +214,7 @@ def main() -> None:
         (eager.text_encoder, eager.tokenizer),
         (eager.text_encoder_2, eager.tokenizer_2),
     ):
-        pool_at_eos(encoder, eos_id(tokenizer))  # the saved encoders' id is that of the full vocabulary
+        pool_at_eos(encoder, eos_id(tokenizer))  # the saved encoders have the id of the full vocabulary
     runner = predictor.painter.runners(predictor.painter.tuned.pipeline.unet)
     found = {}
     for rows in (2, 8):
@@ -228,7 +228,7 @@ def main() -> None:
         ceiling_tflops=ceiling,
         share_of_ceiling=round(share, 3),
     )
-    if args.speed == "fp8":  # what fine-tunes and files cost does not depend on it
+    if args.speed == "fp8":  # the cost of fine-tunes and files is the same
         note(picture_difference_levels=difference(predictor, eager))
         return
     found = requests(predictor, eager, args.workdir, args.turns)

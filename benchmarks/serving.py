@@ -1,8 +1,8 @@
-"""`python -m benchmarks.serving`: many mixed requests to the real Cog server, every picture compared with a reference.
+"""`python -m benchmarks.serving`: many mixed requests to the real Cog server; each picture is compared with a reference.
 
-The references are drawn beforehand in this process, each from a restored base. Requests mix modes, sizes, samplers,
-fine-tunes by path, `data:` URI and URL, wrong inputs and cancels, in an order that a seed decides. Written are counts of
-what went wrong (nothing should), and how far the server's resident memory grew after the first 50 requests.
+This process first draws the references, each from a restored base. A seed decides the order of the requests. They mix
+modes, sizes, samplers, fine-tunes by path, `data:` URI and URL, wrong inputs and cancelled requests. The results count
+faults, which should be 0, and give the growth of the server's resident memory after the first 50 requests.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from tqdm import tqdm
 from benchmarks.serving_jobs import BASE, Job, all_jobs, make_fine_tunes
 
 WARM = 50
-"""Requests after which memory may hardly grow."""
+"""After this many requests, memory should hardly grow."""
 THREADS = 1
-"""Of the server and of the references alike: sums in another order would round differently."""
+"""CPU threads of the server and of the references: another number would round differently."""
 
 
 def main() -> None:
@@ -83,13 +83,13 @@ def settings(folder: Path) -> dict[str, str]:
 
 
 def draw_references(jobs: list[Job]) -> Iterator[list[str] | None]:
-    """Digests of the pictures that each job must give; None for wrong and cancelled ones."""
+    """Digests of the pictures that each job must give; None for wrong and cancelled jobs."""
     from predict import Predictor
 
     predictor = Predictor()
     predictor.setup()
     predictor.painter.tuned.pipeline.set_progress_bar_config(disable=True)
-    defaults = door_defaults(predictor.run)
+    defaults = declared_defaults(predictor.run)
     for job in tqdm(jobs, desc="References", unit="request"):
         if job.error is not None or job.kind == "cancelled":
             yield None
@@ -99,13 +99,13 @@ def draw_references(jobs: list[Job]) -> Iterator[list[str] | None]:
         yield [digest(Path(file).read_bytes()) for file in files]
 
 
-def door_defaults(door: Any) -> dict[str, Any]:
-    """Declared default of each input, as Cog fills them in."""
-    return {name: one.default.default for name, one in inspect.signature(door).parameters.items()}
+def declared_defaults(entry_point: Any) -> dict[str, Any]:
+    """The default of each input, as Cog fills them in."""
+    return {name: one.default.default for name, one in inspect.signature(entry_point).parameters.items()}
 
 
 def digest(content: bytes) -> str:
-    """Of a picture's pixels."""
+    """SHA-256 of a picture's pixels."""
     with Image.open(io.BytesIO(content)) as picture:
         return hashlib.sha256(np.asarray(picture).tobytes()).hexdigest()
 
@@ -201,7 +201,7 @@ def soak(
     count: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Send the requests one after another and judge each answer."""
+    """Send the requests one by one and check each answer."""
     dice = random.Random(seed + 1)
     kinds: Counter[str] = Counter()
     faults: list[str] = []
@@ -233,7 +233,7 @@ def soak(
 
 
 def send(server: str, inputs: dict[str, Any]) -> requests.Response:
-    """One request to its end; a slot is free a moment after the answer before, so 409 is tried again."""
+    """Send a request and wait for its answer. Retry on 409: the server may still finish the request before."""
     deadline = time.monotonic() + 60
     while True:
         answer = requests.post(f"{server}/predictions", json={"input": inputs}, timeout=600)
@@ -243,7 +243,7 @@ def send(server: str, inputs: dict[str, Any]) -> requests.Response:
 
 
 def judge(answer: requests.Response, job: Job, reference: list[str] | None) -> str | None:
-    """What is wrong with an answer; None for nothing."""
+    """What is wrong with an answer; None if it is right."""
     body = answer.json()
     if job.error is not None:
         told = json.dumps(body.get("detail", "")) + str(body.get("error") or "")

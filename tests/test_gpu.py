@@ -1,4 +1,4 @@
-"""What needs CUDA: the same house at full size and in half precision."""
+"""What needs CUDA: training and serving at full size and in half precision."""
 
 import contextlib
 import dataclasses

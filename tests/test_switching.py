@@ -82,7 +82,7 @@ def test_any_order_with_failures_and_cancels_in_between(
     parameters = {name: value.detach().clone() for name, value in tuned._parameters.items()}
     addresses = {name: value.data_ptr() for name, value in tuned._parameters.items()}
     dice = random.Random(0)
-    events = {name: events_of_a_switch(tuned, fine_tunes) for name, layers in fine_tunes.items()}
+    events = {name: events_of_a_switch(tuned, chosen) for name, chosen in fine_tunes.items()}
     cancelled = 0
     for _ in range(40):
         name = dice.choice(list(fine_tunes))

@@ -122,18 +122,19 @@ def _draw_batch(
     kept = None
     if request.mask is not None:
         assert image_latents is not None
-        cells = torch.from_numpy(latent_mask(padded(request.mask)))[None, None]
-        kept = Kept(latents=image_latents, noise=noise, mask=cells.to(noise))
+        kept = Kept(latents=image_latents, noise=noise, mask=_latent_mask(request.mask).to(noise))
 
-    # The base and the refiner take turns: see `plan`.
+    # The base runs the first pass, the refiner may run a second one: see `plan`.
     passes = plan_passes(request, _base_intervals(pipeline, request, device))
     unets = {"base": pipeline.unet}
     if request.refine != "no_refiner":
         assert refiner is not None, "the caller loads the refiner"
         unets["refiner"] = refiner
         conditioning["refiner"] = for_refiner(pipeline, refiner, prompts)
+
     latents = image_latents if request.starts_from_image else None
     for step in passes:
+        # The noise level of a pass depends on where it starts in the schedule, not on where it stops.
         scheduler = _schedule(pipeline, request, step.steps, device)
         if step.adds_noise:
             own = noise if latents is None or step.model == "base" else noise_like(latents, generators)
@@ -174,6 +175,11 @@ def _schedule(pipeline: Any, request: GenerationRequest, steps: int, device: tor
     scheduler: Any = make_scheduler(request.scheduler, pipeline)
     scheduler.set_timesteps(steps, device=device)
     return scheduler
+
+
+def _latent_mask(mask: Image.Image) -> Tensor:
+    """The mask on the grid of latents, [1, 1, h, w]: 1 where the picture is repainted."""
+    return torch.from_numpy(latent_mask(padded(mask)))[None, None]
 
 
 def _encode(

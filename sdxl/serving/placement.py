@@ -29,7 +29,7 @@ class Placement:
 
     @property
     def helper_device(self) -> torch.device:
-        """The device for models besides the pipeline: with offloading the CPU, which leaves the GPU's memory free."""
+        """The device for models outside the pipeline. With offloading it is the CPU, so that the GPU's memory stays free."""
         return torch.device("cpu") if self.offloaded else self.device
 
     def describe(self) -> str:

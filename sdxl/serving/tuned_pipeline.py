@@ -183,12 +183,17 @@ class TunedPipeline:
     @torch.no_grad()
     def restore(self) -> None:
         """Make the pipeline exactly the base again. It may be called, and interrupted, at any time."""
+        # Until the end nothing counts as applied, so that an interrupted call is repeated by the next `apply`.
         self._active = None
         self.changes += 1
         self.token_map = TokenMap({})
+
+        # Parameters: copy back the base's values, bit by bit.
         for name in self._changed:
             self._parameters[name].copy_(self._kept[name], non_blocking=True)
         self._changed = set()
+
+        # Tokens: the base's own tokenizers and embedding tables were never changed, only exchanged.
         self.pipeline.tokenizer, self.pipeline.tokenizer_2 = self._tokenizers[0]
         for encoder, tokenizer, table in zip(self._encoders, self._tokenizers[0], self._tables, strict=True):
             encoder.set_input_embeddings(table)
@@ -196,6 +201,7 @@ class TunedPipeline:
         self._active = ()
 
     def _apply_parameters(self, scaled: tuple[ScaledFineTune, ...]) -> None:
+        """Replace parameters by those of a whole UNet, then add the changes of all LoRAs."""
         # A whole UNet replaces parameters. Only the first fine-tune may be one.
         for one in scaled[:1]:
             for name, tensor in one.fine_tune.unet.items():
@@ -234,7 +240,7 @@ class TunedPipeline:
         return self._room
 
     def _apply_tokens(self, scaled: tuple[ScaledFineTune, ...]) -> None:
-        """Number the token rows of all fine-tunes through, `<s0>`, `<s1>`, …, in copies of tables and tokenizers."""
+        """Add the token rows of all fine-tunes, as `<s0>`, `<s1>`, …, to copies of tables and tokenizers."""
         with_rows = [one.fine_tune for one in scaled if one.fine_tune.rows]
         if not with_rows:
             self.token_map = scaled[0].fine_tune.token_map if scaled else TokenMap({})
@@ -284,7 +290,7 @@ class TunedPipeline:
 
 
 def join_token_maps(fine_tunes: Sequence[LoadedFineTune]) -> TokenMap:
-    """One map for several fine-tunes, whose token rows are numbered through.
+    """One map for several fine-tunes; placeholder tokens are numbered across all of them.
 
     If an earlier fine-tune already has a word, the word gets a number: the TOK of the second fine-tune is TOK_2.
     """
