@@ -1,7 +1,7 @@
-"""`python -m benchmarks.sampling`: serving at SDXL's full size on a GPU, beside diffusers' eager pipeline in one process.
+"""`python -m benchmarks.sampling`: compare serving at SDXL's full size on a GPU with diffusers' eager pipeline.
 
-Random weights. A request is a prompt in and PNG files out; ours goes through the door, with the safety checker and the
-watermark, diffusers' has neither. The two take turns; figures are medians.
+Weights are random. A request takes a prompt and writes PNG files. Ours goes through `predict.py`, with safety checker and
+watermark; diffusers' has neither. Both run in one process and take turns. Figures are medians.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from sdxl.serving.request import FineTuneOptions, GenerationRequest
 PROMPT, STEPS, GUIDANCE, SIDE = "a photo of TOK on the moon", 50, 7.5, 1024
 HALF = torch.float16
 TIERS = {"12gb": 12, "8gb": 8}
-"""Placement → GiB of the GPU that its process may take."""
+"""Value of `SDXL_MEMORY` → GiB of GPU memory that the process may use."""
 
 
 def milliseconds(work: Callable[[], Any], runs: int, skip: int = 3) -> float:
-    """Median over `runs` calls that end with the GPU's work."""
+    """The median duration of `runs` calls after `skip` others. A call ends when the GPU has finished."""
     times = []
     for _ in range(runs + skip):
         torch.cuda.synchronize()
@@ -47,10 +47,10 @@ def milliseconds(work: Callable[[], Any], runs: int, skip: int = 3) -> float:
 
 
 def pair(unet: Callable[..., Any], rows: int, dtype: torch.dtype) -> Callable[[], Any]:
-    """A call of the UNet for `rows` rows, 2 for a guided picture."""
+    """A call of the UNet with a batch of `rows`: 2 for a picture with guidance."""
     latents = torch.randn(rows, 4, SIDE // 8, SIDE // 8, device=full_size.DEVICE, dtype=dtype)
     embeds = torch.randn(rows, 77, 2048, device=full_size.DEVICE, dtype=dtype)
-    told = {
+    condition = {
         "text_embeds": torch.randn(rows, 1280, device=full_size.DEVICE, dtype=dtype),
         "time_ids": torch.full((rows, 6), float(SIDE), device=full_size.DEVICE, dtype=dtype),
     }
@@ -58,13 +58,13 @@ def pair(unet: Callable[..., Any], rows: int, dtype: torch.dtype) -> Callable[[]
 
     @torch.no_grad()
     def call() -> Any:
-        return unet(latents, when, encoder_hidden_states=embeds, added_cond_kwargs=told, return_dict=False)
+        return unet(latents, when, encoder_hidden_states=embeds, added_cond_kwargs=condition, return_dict=False)
 
     return call
 
 
 def setup_seconds(environment: dict[str, str], folder: Path) -> float:
-    """From the start of `python predict.py` to its first picture on disk, the kernels and files in their caches."""
+    """Seconds from the start of `python predict.py` to its first picture on disk, with warm caches."""
     command = [sys.executable, "predict.py", "-i", f"prompt={PROMPT}", "-o", str(folder / "first")]
     times = []
     for _ in range(2):
@@ -77,7 +77,7 @@ def setup_seconds(environment: dict[str, str], folder: Path) -> float:
 
 
 def switches(predictor: Any, tars: dict[str, Path]) -> dict[str, float]:
-    """Seconds until the weights of a fine-tune are in place: its file first seen, its files kept on disk, it kept in memory."""
+    """Seconds that a switch to a fine-tune takes: from a new file, from the disk cache and from memory."""
 
     def take(name: str | None) -> float:
         torch.cuda.synchronize()
@@ -100,7 +100,7 @@ def switches(predictor: Any, tars: dict[str, Path]) -> dict[str, float]:
 
 
 def requests(predictor: Any, eager: Any, folder: Path, turns: int) -> dict[str, float]:
-    """Seconds from prompt to PNG, for one picture and for four at once."""
+    """Seconds from prompt to PNG files, for one picture and for four at once."""
 
     def ours(count: int) -> None:
         predictor.run_with_defaults(prompt=PROMPT, num_outputs=count, seed=0)
@@ -127,7 +127,7 @@ def requests(predictor: Any, eager: Any, folder: Path, turns: int) -> dict[str, 
 
 
 def stages(pipeline: Any) -> dict[str, float]:
-    """Milliseconds of what a request does beside the UNet's calls: its prompt's encoding, and decoding of four pictures."""
+    """Milliseconds of a request's other stages: encoding its prompt, and decoding four pictures."""
     latents = torch.randn(4, 4, SIDE // 8, SIDE // 8, device=full_size.DEVICE, dtype=HALF)
     with torch.no_grad():
         return {
@@ -137,7 +137,7 @@ def stages(pipeline: Any) -> dict[str, float]:
 
 
 def difference(predictor: Any, eager: Any) -> float:
-    """Mean difference, in levels of 255, between our picture and that of plain kernels in half precision."""
+    """The mean difference, in levels of 255, between our picture and the one that plain half-precision kernels draw."""
     request = GenerationRequest(
         prompt=PROMPT, width=SIDE, height=SIDE, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0
     )
@@ -148,7 +148,7 @@ def difference(predictor: Any, eager: Any) -> float:
 
 
 def tier(predictor: Any) -> dict[str, float]:
-    """One picture by a server whose parts take turns on the GPU: its seconds, and the memory that the process held."""
+    """Draw one picture while the pipeline's parts take turns on the GPU: the seconds, and the peak memory."""
     torch.cuda.reset_peak_memory_stats()
     predictor.run_with_defaults(prompt=PROMPT, seed=0)
     started = time.perf_counter()
@@ -158,7 +158,7 @@ def tier(predictor: Any) -> dict[str, float]:
 
 
 def with_defaults(predictor: Any) -> Any:
-    """`predictor` with `run_with_defaults`, which fills in what Cog's server would."""
+    """Add `run_with_defaults` to `predictor`. It fills in the inputs' defaults, as Cog's server does."""
     from sdxl.command_line import declared_inputs
 
     defaults = {name: declared.default for name, declared in declared_inputs(predictor.run).items()}
@@ -200,7 +200,7 @@ def main() -> None:
     predictor.setup()
     note(
         setup_in_process_s=round(time.perf_counter() - started, 1),
-        speed=predictor.painter.runners.speed,  # what was taken where "compiled" cannot be
+        speed=predictor.painter.runners.speed,  # another one where "compiled" is not possible
     )
     with_defaults(predictor)
     if args.memory != "whole":
@@ -214,7 +214,7 @@ def main() -> None:
         (eager.text_encoder, eager.tokenizer),
         (eager.text_encoder_2, eager.tokenizer_2),
     ):
-        pool_at_eos(encoder, eos_id(tokenizer))  # the saved encoders' id is that of the full vocabulary
+        pool_at_eos(encoder, eos_id(tokenizer))  # the saved encoders expect the id of the full vocabulary
     runner = predictor.painter.runners(predictor.painter.tuned.pipeline.unet)
     found = {}
     for rows in (2, 8):
@@ -228,7 +228,7 @@ def main() -> None:
         ceiling_tflops=ceiling,
         share_of_ceiling=round(share, 3),
     )
-    if args.speed == "fp8":  # what fine-tunes and files cost does not depend on it
+    if args.speed == "fp8":  # the other figures do not depend on fp8
         note(picture_difference_levels=difference(predictor, eager))
         return
     found = requests(predictor, eager, args.workdir, args.turns)
@@ -238,7 +238,7 @@ def main() -> None:
         request_speedup=round(found["eager_1_s"] / found["ours_1_s"], 2),
         request4_speedup=round(found["eager_4_s"] / found["ours_4_s"], 2),
     )
-    note(picture_difference_levels=difference(predictor, eager))  # leaves diffusers' autoencoder in bf16
+    note(picture_difference_levels=difference(predictor, eager))  # turns diffusers' autoencoder to bf16
     tars = full_size.save_fine_tunes(eager.unet, args.workdir)
     del eager
     torch.cuda.empty_cache()
@@ -261,16 +261,19 @@ def _arguments() -> argparse.Namespace:
         "--memory",
         default="whole",
         choices=["whole", *TIERS],
-        help="a cap in GiB, and parts that take turns below it",
+        help="limit the GPU memory; the pipeline's parts then take turns",
     )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(
-        "--workdir", type=Path, default=Path("runs/sampling"), help="30 GB for the base and the fine-tunes"
+        "--workdir",
+        type=Path,
+        default=Path("runs/sampling"),
+        help="needs 30 GB for the base and the fine-tunes",
     )
     parser.add_argument(
         "--output",
         type=Path,
-        help="default: benchmarks/results/sampling.json, or with what differs in its name",
+        help="default: benchmarks/results/sampling.json, with other choices of speed and memory in its name",
     )
     args = parser.parse_args()
     if args.output is None:

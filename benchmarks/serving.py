@@ -1,8 +1,8 @@
-"""`python -m benchmarks.serving`: many mixed requests to the real Cog server, every picture compared with a reference.
+"""`python -m benchmarks.serving`: send many mixed requests to the real Cog server, and compare every picture with a reference.
 
-The references are drawn beforehand in this process, each from a restored base. Requests mix modes, sizes, samplers,
-fine-tunes by path, `data:` URI and URL, wrong inputs and cancels, in an order that a seed decides. Written are counts of
-what went wrong (nothing should), and how far the server's resident memory grew after the first 50 requests.
+This process draws the references first, each from a restored base. Requests mix modes, sizes, samplers, wrong inputs and
+cancels, and fine-tunes by path, `data:` URI and URL. A seed decides their order. The results count the faults, of which
+there should be none, and the growth of the server's resident memory after the first 50 requests.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from tqdm import tqdm
 from benchmarks.serving_jobs import BASE, Job, all_jobs, make_fine_tunes
 
 WARM = 50
-"""Requests after which memory may hardly grow."""
+"""After this many requests the memory should hardly grow."""
 THREADS = 1
-"""Of the server and of the references alike: sums in another order would round differently."""
+"""Server and references use the same number of threads: sums in another order would round differently."""
 
 
 def main() -> None:
-    """Draw the references, run the requests, write the numbers."""
+    """Draw the references, send the requests and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def settings(folder: Path) -> dict[str, str]:
-    """Environment of the server and of the references."""
+    """The environment of the server and of the references."""
     return {
         "SDXL_BASE": str(BASE),
         "SDXL_REFINER": f"{BASE}-refiner",
@@ -83,7 +83,7 @@ def settings(folder: Path) -> dict[str, str]:
 
 
 def draw_references(jobs: list[Job]) -> Iterator[list[str] | None]:
-    """Digests of the pictures that each job must give; None for wrong and cancelled ones."""
+    """Digests of the pictures that each job must return. None for wrong and cancelled requests."""
     from predict import Predictor
 
     predictor = Predictor()
@@ -100,12 +100,12 @@ def draw_references(jobs: list[Job]) -> Iterator[list[str] | None]:
 
 
 def door_defaults(door: Any) -> dict[str, Any]:
-    """Declared default of each input, as Cog fills them in."""
+    """The declared default of each input, as Cog fills it in."""
     return {name: one.default.default for name, one in inspect.signature(door).parameters.items()}
 
 
 def digest(content: bytes) -> str:
-    """Of a picture's pixels."""
+    """The SHA-256 of a picture's pixels."""
     with Image.open(io.BytesIO(content)) as picture:
         return hashlib.sha256(np.asarray(picture).tobytes()).hexdigest()
 
@@ -121,7 +121,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def file_server(folder: Path) -> Iterator[str]:
-    """The files of `folder` over HTTP."""
+    """Serve the files of `folder` over HTTP."""
     port = free_port()
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "-d", str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -134,7 +134,7 @@ def file_server(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def cog_server(folder: Path, environment: dict[str, str]) -> Iterator[tuple[str, subprocess.Popen]]:
-    """The server as `make serve` starts it; its URL and process."""
+    """Start the server as `make serve` does. Yields its URL and process."""
     port = free_port()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     stub = {"COG_PREDICT_TYPE_STUB": "predict.py:Predictor", "PORT": str(port), "PATH": path}
@@ -186,7 +186,7 @@ def resident_mb(process: subprocess.Popen) -> float:
 
 
 def order(jobs: list[Job], count: int, seed: int) -> list[int]:
-    """Indices of the requests: first every job once, then at random."""
+    """The jobs' indices in the order of the requests: first every job once, then random ones."""
     dice = random.Random(seed)
     every = list(range(len(jobs)))
     dice.shuffle(every)
@@ -233,7 +233,10 @@ def soak(
 
 
 def send(server: str, inputs: dict[str, Any]) -> requests.Response:
-    """One request to its end; a slot is free a moment after the answer before, so 409 is tried again."""
+    """Send one request and wait for its answer.
+
+    The server frees its slot a moment after it answers, so a 409 is tried again.
+    """
     deadline = time.monotonic() + 60
     while True:
         answer = requests.post(f"{server}/predictions", json={"input": inputs}, timeout=600)
@@ -243,20 +246,20 @@ def send(server: str, inputs: dict[str, Any]) -> requests.Response:
 
 
 def judge(answer: requests.Response, job: Job, reference: list[str] | None) -> str | None:
-    """What is wrong with an answer; None for nothing."""
+    """What is wrong with an answer, or None."""
     body = answer.json()
     if job.error is not None:
-        told = json.dumps(body.get("detail", "")) + str(body.get("error") or "")
-        clear = job.error in told and "Traceback" not in told
-        return None if clear else f"the error should say {job.error!r}: {told[:200]}"
+        message = json.dumps(body.get("detail", "")) + str(body.get("error") or "")
+        clear = job.error in message and "Traceback" not in message
+        return None if clear else f"the error should mention {job.error!r}: {message[:200]}"
     if body.get("status") != "succeeded":
         return f"failed: {str(body)[:300]}"
     drawn = [digest(base64.b64decode(uri.partition(",")[2])) for uri in body["output"]]
-    return None if drawn == reference else "the pictures are not those of the reference"
+    return None if drawn == reference else "the pictures differ from the reference"
 
 
 def cancel(server: str, name: str, inputs: dict[str, Any], after_s: float) -> str | None:
-    """Start a long request and stop it; None when the server is ready again within 10 s."""
+    """Start a long request and cancel it. None if the server is ready again within 10 s, else what is wrong."""
     wait_for(server, "READY", seconds=60)
     url = f"{server}/predictions/{name}"
     started = requests.put(

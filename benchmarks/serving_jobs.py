@@ -1,4 +1,4 @@
-"""The requests that `benchmarks.serving` sends: every mode, fine-tunes from everywhere, wrong inputs, cancels."""
+"""The requests of `benchmarks.serving`: every mode, fine-tunes from every kind of source, wrong inputs and cancels."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Job:
     kind: str
     inputs: dict[str, Any]
     error: str | None = None
-    """Part of the error that must be answered."""
+    """Part of the error message that the server must answer with."""
 
 
 def make_fine_tunes(folder: Path) -> Path:
-    """A whole UNet and two LoRAs, random, as tars; returns their folder."""
+    """Write tars of a full UNet and two LoRAs with random weights. Returns their folder."""
     made = folder / "fine_tunes"
     made.mkdir()
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def picture_uri(picture: Image.Image) -> str:
 
 
 def all_jobs(folder: Path, url: str) -> list[Job]:
-    """Every kind of request, each with few and small steps."""
+    """Every kind of request, with small pictures and few steps."""
     image = Image.effect_noise((96, 64), 70).convert("RGB")
     mask = Image.new("L", image.size, 0)
     ImageDraw.Draw(mask).rectangle((40, 10, 80, 50), fill=255)
