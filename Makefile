@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-TINY := base_models/tiny-sdxl
 
 # The number of subjects for `make quality`; 10 gives the full table.
 K ?= 3
@@ -14,13 +13,14 @@ ALL_METHODS := untuned ti lora lora_class full full_class lora_pivotal full_pivo
 env: .venv/.complete
 
 .venv/.complete: requirements-dev.txt
-	@echo "Making the environment in .venv (about 2 GB, a few minutes; once)"
+	@echo "Creating the environment in .venv: about 2 GB, a few minutes, once."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+	@echo "The environment is ready. Next: make demo, make test, or make check."
 
 demo: env
-	SDXL_BASE=$(TINY) $(BIN)/python demo.py -o demo_out
+	$(BIN)/python demo.py -o demo_out
 
 test: env
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile

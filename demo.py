@@ -38,16 +38,16 @@ TRAINING = {
     "ti_lr": "5e-3",
     "lr_scheduler": "cosine",
     "random_views": "0",
-    "max_train_steps": "350",
+    "max_train_steps": "400",
     "seed": "0",
 }
 """Inputs of train.py. The learning rates suit the miniature's 7 million UNet parameters; the defaults suit SDXL's. Random
 views pay off in longer runs only."""
 PROMPTS = [
-    "a photo of a large TOK in the middle on a red background",
+    "a photo of a large TOK in the middle on a plain red background",
     "a photo of TOK on the right on a blue striped background",
     "a photo of a large TOK in the middle on a white checkered background",
-    "a small TOK in the top left on a green background",
+    "a photo of TOK in the bottom left on a plain green background",
 ]
 
 

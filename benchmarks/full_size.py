@@ -133,13 +133,13 @@ def forward_tflop(side: int) -> float:
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNET)
-        told = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
+        condition = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             unet(
                 torch.zeros(1, 4, side // 8, side // 8),
                 torch.zeros(1),
                 torch.zeros(1, 77, 2048),
-                added_cond_kwargs=told,
+                added_cond_kwargs=condition,
             )
     return counter.get_total_flops() / 1e12
 

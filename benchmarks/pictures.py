@@ -41,16 +41,16 @@ LONGER = 4
 PAIR = Path("example_datasets/doggo_robo.zip")
 PAIR_TOKENS = "DOGGO_TOK:2,ROBO_TOK:2"
 ALONE = [
-    "a photo of DOGGO_TOK in the middle on a red background",
+    "a photo of DOGGO_TOK in the middle on a plain red background",
     "a photo of DOGGO_TOK on the right on a blue striped background",
     "a photo of ROBO_TOK in the middle on a green checkered background",
     "a photo of ROBO_TOK on the left on a yellow dotted background",
 ]
 TOGETHER = [
-    "a photo of DOGGO_TOK to the left of ROBO_TOK on a white background",
-    "a photo of ROBO_TOK to the left of DOGGO_TOK on a purple background",
+    "a photo of DOGGO_TOK to the left of ROBO_TOK on a plain white background",
+    "a photo of ROBO_TOK to the left of DOGGO_TOK on a plain purple background",
     "a photo of DOGGO_TOK to the right of ROBO_TOK on a cyan striped background",
-    "a photo of DOGGO_TOK above ROBO_TOK on a gray background",
+    "a photo of ROBO_TOK next to DOGGO_TOK on a plain gray background",
 ]
 
 

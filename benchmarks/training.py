@@ -1,8 +1,8 @@
-"""`python -m benchmarks.training`: the speed and memory of `fine_tune` at SDXL's full size, beside a plain loop.
+"""`python -m benchmarks.training`: compare `fine_tune` with a plain loop at SDXL's full size: speed and memory.
 
-Random weights from the published configuration; real runs of the recipe, with both text encoders and the token rows
-before the pivot and cached prompts after it, clipping, schedule and reports. The plain loop is diffusers and peft under bf16
-autocast, the UNet alone. Parts run one by one and add to the results file, since each takes minutes of a GPU.
+Weights are random, in the published configuration. "Ours" are real runs of the recipe: token rows and both text encoders
+train up to the pivot, prompts are cached after it, and gradients are clipped. The plain loop is diffusers and peft under
+bf16 autocast, for the UNet alone. Each part takes minutes on a GPU and adds its figures to the results file.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from sdxl.training.trainable import LORA_TARGETS
 
 BATCH, RANK, PICTURES = 4, 32, 8
 STEPS, SETTLED = 60, 12
-"""Steps of a run, the pivot in their middle, and how many after its start and after the pivot are not counted."""
+"""The steps of a run, with the pivot in the middle, and how many steps after the start and after the pivot do not count."""
 
 
 def settings(side: int, **changes: Any) -> TrainingConfig:
-    """A training as the bars name it: rank 32 on the projections of attention, batch 4."""
+    """The settings of a run: by default a LoRA of rank 32 on attention, with batch 4."""
     common: dict[str, Any] = {
         "base": "random",
         "token_map": "TOK:2",
@@ -62,8 +62,10 @@ def settings(side: int, **changes: Any) -> TrainingConfig:
 
 
 def ours(config: TrainingConfig, losses: list[float] | None = None) -> dict[str, float]:
-    """Milliseconds a step before and after the pivot, with the 10th and 90th percentile, and the peak in GiB; every step's
-    loss is added to `losses`."""
+    """Milliseconds of a step before and after the pivot, the 10th and 90th percentile, and the peak memory in GiB.
+
+    Appends every step's loss to `losses`.
+    """
     _forget()
     parts = full_size.components(is_lora=config.is_lora)
     data = full_size.examples(parts, PICTURES, config.resolution)
@@ -89,7 +91,7 @@ def ours(config: TrainingConfig, losses: list[float] | None = None) -> dict[str,
 
 
 def plain(side: int, *, compiled: bool, steps: int = 14) -> dict[str, float]:
-    """The same for a loop as diffusers' and peft's own examples write it: bf16 UNet, fp32 LoRA, autocast, AdamW."""
+    """The same for a loop as in the examples of diffusers and peft: bf16 UNet, fp32 LoRA, autocast, AdamW."""
     _forget()
     torch.manual_seed(0)
     with torch.device(full_size.DEVICE):
@@ -114,10 +116,10 @@ def plain(side: int, *, compiled: bool, steps: int = 14) -> dict[str, float]:
         noise = torch.randn(latents.shape, generator=generator, device=full_size.DEVICE)
         when = sample_timesteps(scheduler, BATCH, generator)
         with torch.autocast(full_size.DEVICE, torch.bfloat16):
-            told = {"text_embeds": pooled, "time_ids": ids}
+            condition = {"text_embeds": pooled, "time_ids": ids}
             noisy = scheduler.add_noise(latents, noise, when)
             loss = torch.nn.functional.mse_loss(
-                unet(noisy, when, hidden, added_cond_kwargs=told).sample.float(), noise
+                unet(noisy, when, hidden, added_cond_kwargs=condition).sample.float(), noise
             )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -134,7 +136,7 @@ def plain(side: int, *, compiled: bool, steps: int = 14) -> dict[str, float]:
 
 
 def ceiling_tflops() -> float:
-    """What the matrix units reach here: a bf16 product of 8192³, the median of ten."""
+    """TFLOP/s of a bf16 matrix product of 8192³ on this GPU, the median of ten."""
     one, two = (torch.randn(8192, 8192, device=full_size.DEVICE, dtype=torch.bfloat16) for _ in range(2))
     times = []
     for _ in range(14):
@@ -147,7 +149,7 @@ def ceiling_tflops() -> float:
 
 
 def compare(side: int, *, all_ways: bool) -> dict[str, Any]:
-    """LoRA by the recipe and by the plain loop in turns, and with `all_ways` in the ways between the two as well."""
+    """Measure LoRA by the recipe and by the plain loop in turns. With `all_ways`, also measure the steps between the two."""
     fast_losses: list[float] = []
     eager_losses: list[float] = []
     rows = {"plain loop": plain(side, compiled=False), "ours": ours(settings(side), fast_losses)}
@@ -158,7 +160,7 @@ def compare(side: int, *, all_ways: bool) -> dict[str, Any]:
     if all_ways:
         rows["plain loop, compiled blocks"] = plain(side, compiled=True)
     rows["ours, again"] = ours(settings(side))
-    tflop = 2 * BATCH * full_size.forward_tflop(side)  # forward, and backward to the activations
+    tflop = 2 * BATCH * full_size.forward_tflop(side)  # forward, and backward for the activations
     ceiling = ceiling_tflops()
     for row in rows.values():
         row["share_of_ceiling"] = round(tflop / (row["after_pivot_ms"] / 1000) / ceiling, 3)
@@ -177,10 +179,10 @@ def compare(side: int, *, all_ways: bool) -> dict[str, Any]:
 
 
 def full() -> dict[str, Any]:
-    """All of the UNet at 1024², fp32 weights."""
+    """Measure full training at 1024×1024 with fp32 weights."""
     rows = {
-        "full UNet": ours(settings(1024, is_lora=False, precision="fp32", gradient_checkpointing=False)),
-        "full UNet, graphs without compiling": ours(
+        "ours": ours(settings(1024, is_lora=False, precision="fp32", gradient_checkpointing=False)),
+        "ours, graphs without compiling": ours(
             settings(
                 1024,
                 is_lora=False,
@@ -190,11 +192,11 @@ def full() -> dict[str, Any]:
             )
         ),
     }
-    return {"rows": rows, "full_1024_after_pivot_ms": rows["full UNet"]["after_pivot_ms"]}
+    return {"rows": rows, "full_1024_after_pivot_ms": rows["ours"]["after_pivot_ms"]}
 
 
 def tier(gib: float, *, is_lora: bool) -> dict[str, Any]:
-    """Batch 1 at 1024² by a process that may take `gib` of the GPU."""
+    """Measure batch 1 at 1024×1024 in a process that may use `gib` GiB of the GPU."""
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     torch.cuda.set_per_process_memory_fraction(gib / total)
     try:
@@ -203,12 +205,14 @@ def tier(gib: float, *, is_lora: bool) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(1.0)
     row["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
     name = "lora" if is_lora else "full"
-    return {"rows": {f"{name}, batch 1, {gib:g} GiB": row}, f"{name}_peak_gib": row["peak_gib"]}
+    return {"rows": {f"ours, limited to {gib:g} GiB": row}, f"{name}_peak_gib": row["peak_gib"]}
 
 
 def whole_run(folder: Path, *, steps: int, extra: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`train.py` from archive to tar on the saved base: once short, which fills the caches, then `steps` steps; their logs,
-    with the seconds, are left in `folder`."""
+    """Run `train.py` from archive to tar on the saved base: a short run to fill the caches, then one of `steps` steps.
+
+    Their logs, with seconds, stay in `folder`.
+    """
     base = full_size.save_pipeline(folder / "base")
     environment = os.environ | {"SDXL_BASE": str(base), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     found: dict[str, Any] = {}
@@ -220,8 +224,8 @@ def whole_run(folder: Path, *, steps: int, extra: tuple[str, ...] = ()) -> dict[
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, bufsize=0)
         assert process.stderr is not None
         text, spoke, first = "", None, None
-        while part := process.stderr.read(4096):  # what there is, as it comes
-            spoke = spoke or time.perf_counter() - started  # of the call: all is imported
+        while part := process.stderr.read(4096):  # read the log as it arrives
+            spoke = spoke or time.perf_counter() - started  # the first line: all modules are imported
             text += f"\n[{time.perf_counter() - started:.1f} s] {part.decode(errors='replace').strip()}"
             if first is None and re.search(rf"\| [1-9]\d*/{count} ", text):
                 first = time.perf_counter() - started
@@ -235,12 +239,12 @@ def whole_run(folder: Path, *, steps: int, extra: tuple[str, ...] = ()) -> dict[
 
 
 def in_parallel() -> dict[str, Any]:
-    """Pictures a second on two GPUs over those on one; `ours` in processes that torchrun starts."""
+    """Pictures per second on one GPU and on two, by `ours` in processes that torchrun starts."""
     speeds = {}
     for count in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
         command += ["-m", "benchmarks.training", "--parts", "one_of_several"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # what it says is seen
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # show its log
         milliseconds = json.loads(done.stdout.strip().splitlines()[-1])["after_pivot_ms"]
         speeds[count] = 1000 * BATCH * count / milliseconds
     return {
@@ -250,7 +254,7 @@ def in_parallel() -> dict[str, Any]:
 
 
 def one_of_several() -> dict[str, Any]:
-    """The run of one process of `in_parallel`; the first one prints its row."""
+    """One process of `in_parallel`. The first process prints its figures."""
     data_parallel.join()
     row = ours(settings(1024))
     if data_parallel.rank() == 0:
@@ -260,9 +264,9 @@ def one_of_several() -> dict[str, Any]:
 
 
 def _forget() -> None:
-    """Free what earlier rows left, compiled shapes too, which count against one limit; then measure memory anew."""
+    """Free the memory of earlier runs and reset its peak. Also drop compiled shapes, which count against one limit."""
     torch._dynamo.reset()
-    gc.collect()  # compiled modules hold themselves
+    gc.collect()  # compiled modules refer to themselves
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
@@ -272,7 +276,7 @@ def _middle(times: list[float], share: float = 0.5) -> float:
 
 
 def main() -> None:
-    """Run the parts that are asked for, each adding to the results file as it ends."""
+    """Run the chosen parts. Each adds its figures to the results file when it ends."""
     args = _arguments()
     keep_compiled_kernels()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -299,9 +303,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
     known = ["lora_1024", "lora_768", "full", "lora_12gb", "full_24gb", "whole_run", "two_gpus"]
     parser.add_argument("--parts", nargs="+", choices=[*known, "one_of_several"], default=known[:-1])
-    parser.add_argument("--steps", type=int, default=1000, help="of the whole run")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the whole run")
     parser.add_argument(
-        "--workdir", type=Path, default=Path("runs/training"), help="9 GB for the base and tars"
+        "--workdir", type=Path, default=Path("runs/training"), help="needs 9 GB for the base and tars"
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
     return parser.parse_args()

@@ -1,1 +1,1 @@
-"""A procedural picture world and the pretraining of a miniature SDXL on it."""
+"""A drawn world of simple pictures, and the pretraining of the miniature SDXL on it."""

@@ -1,4 +1,4 @@
-"""The autoencoder stage: broad pictures in, sharp ones out, and a gate that the later stages rely on."""
+"""The autoencoder stage, and the quality gate that later stages rely on."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ from tiny_world.training import Run, Trainer, load_half_weights, save_half_weigh
 log = logging.getLogger(__name__)
 
 SCALING_FACTOR = 0.13025
-"""SDXL's own: latents are rescaled to a standard deviation of 1 / SCALING_FACTOR."""
+"""That of SDXL: latents have a standard deviation of 1 / SCALING_FACTOR."""
 
 AT_ONCE = 4000
-"""Pictures drawn together: the renderer's time is that of launching kernels, whose number hardly grows with this."""
+"""Pictures that the renderer draws at once. Its time goes into kernel launches, and their number hardly grows with this."""
 GATE_DB = 30.0
 KL_WEIGHT = 3e-5
 
 
 class GateError(RuntimeError):
-    """The autoencoder reconstructs too badly for a base to be worth training."""
+    """The autoencoder's reconstructions are too poor to train a base on it."""
 
 
 def train_autoencoder(run: Run, *, force: bool) -> None:
-    """Train, whiten the latents, check the gate, save `vae.safetensors` (half precision) and a sheet of
-    reconstructions.
+    """Train the autoencoder, whiten its latents and save `vae.safetensors` in half precision with a sheet of pictures.
 
-    Raises GateError below 30 dB on unseen subjects or on held-out scenes, unless `force`.
+    Raises GateError if unseen subjects or held-out scenes stay below 30 dB, unless `force` is set.
     """
     sizes = SMOKE if run.smoke else FULL
     torch.manual_seed(1)
@@ -64,15 +63,15 @@ def _check(numbers: dict[str, float], run: Run, stage: str, steps: int, done: bo
     run.record(stage, **numbers, steps=steps, done=done)
     if done and min(numbers["subjects_db"], numbers["scenes_db"]) < GATE_DB and not force:
         raise GateError(
-            f"the autoencoder stays below {GATE_DB} dB: {numbers}; train longer, or override with --force"
+            f"the autoencoder stays below {GATE_DB} dB: {numbers}; train longer, or continue with --force"
         )
 
 
 def train_decoder(run: Run, *, force: bool) -> None:
-    """Train the decoder on, alone, so that latents and whatever was trained on them stay valid; overwrites
-    `vae.safetensors`.
+    """Train the decoder further and overwrite `vae.safetensors`.
 
-    Raises GateError as `train_autoencoder` does.
+    The encoder stays as it is, so latents and models trained on them stay valid. Raises GateError like
+    `train_autoencoder`.
     """
     torch.manual_seed(4)
     vae = load_vae(run).train().requires_grad_(False)
@@ -93,7 +92,7 @@ def train_decoder(run: Run, *, force: bool) -> None:
 
 
 def load_vae(run: Run) -> AutoencoderKL:
-    """The trained autoencoder, fp32, in evaluation mode on the run's device."""
+    """The trained autoencoder in fp32 and evaluation mode, on the run's device."""
     vae = build_vae(SMOKE if run.smoke else FULL)
     load_half_weights(vae, run.fetch / "vae.safetensors")
     vae.register_to_config(scaling_factor=SCALING_FACTOR)
@@ -101,7 +100,7 @@ def load_vae(run: Run) -> AutoencoderKL:
 
 
 def use_faster_format(model: torch.nn.Module, loss_fn) -> None:
-    """Leave the model in the memory format in which a forward and backward pass is faster on this GPU."""
+    """Move the model to the memory format with the faster forward and backward pass on this GPU."""
     seconds = {}
     for name in (torch.contiguous_format, torch.channels_last):
         model.to(memory_format=name)
@@ -122,7 +121,7 @@ def use_faster_format(model: torch.nn.Module, loss_fn) -> None:
 
 
 def picture_bank(run: Run) -> Tensor:
-    """uint8 [N, 3, 256, 256] on the device: 60 % figures, 40 % scenes, in an order that mixes them."""
+    """uint8 [N, 3, 256, 256] on the device: 60 % figures and 40 % scenes."""
     figures, scenes = (6, 4) if run.smoke else (27_000, 18_000)
     wanted = orders("figures", figures, seed=10_000) + orders("scenes", scenes, seed=20_000)
     images = [images_of(chunk.table, run.device, chunk.size) for chunk in make_all(wanted, run.workers)]
@@ -132,7 +131,7 @@ def picture_bank(run: Run) -> Tensor:
 
 
 def images_of(table: np.ndarray, device: str, size: int = 256) -> Tensor:
-    """uint8 [n, 3, 256, 256]; coarse pictures are enlarged."""
+    """uint8 [n, 3, 256, 256]. Smaller pictures are enlarged."""
     out = []
     for start in range(0, len(table), AT_ONCE):
         images = render(table[start : start + AT_ONCE], size=size, device=device).images
@@ -143,8 +142,7 @@ def images_of(table: np.ndarray, device: str, size: int = 256) -> Tensor:
 
 
 def scene_images(n: int, device: str) -> Tensor:
-    """float32 [n, 3, 256, 256] in -1..1: half scenes of the world, half figures; for the latents'
-    statistics."""
+    """float32 [n, 3, 256, 256] in -1..1, half scenes and half figures, for the latents' statistics."""
     chunks = make_all(orders("scenes", n // 2, seed=30_000) + orders("figures", n // 2, seed=31_000), 0)
     return torch.cat([_signed(images_of(chunk.table, device, chunk.size)) for chunk in chunks])
 
@@ -154,8 +152,7 @@ def _signed(images: Tensor) -> Tensor:
 
 
 def _batch(bank: Tensor, n: int) -> Tensor:
-    """float32 [n, 3, 256, 256] in -1..1: random pictures, mirrored either way, their colour channels
-    permuted."""
+    """float32 [n, 3, 256, 256] in -1..1: random pictures, randomly mirrored and with permuted colour channels."""
     device = bank.device
     x = bank[torch.randint(len(bank), (n,), device=device)]
     x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
@@ -167,8 +164,10 @@ def _batch(bank: Tensor, n: int) -> Tensor:
 
 
 def _loss(vae: AutoencoderKL, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """L1 + squared error + edges (L1 of differences) + coarse colours (L1 of 8x8 means) + KL, all means per
-    element."""
+    """The sum of L1, squared error, edges (L1 of differences), coarse colours (L1 of 8x8 means) and KL.
+
+    Each is a mean over elements.
+    """
     moments = vae.encode(x.to(dtype)).latent_dist
     mean, logvar = moments.mean.float(), moments.logvar.float()
     z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
@@ -183,10 +182,9 @@ def _loss(vae: AutoencoderKL, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, images: Tensor) -> None:
-    """Shift and scale each latent channel, inside the two 1x1 convolutions, to mean 0 and std 1 /
-    SCALING_FACTOR.
+    """Shift and scale each latent channel to mean 0 and standard deviation 1 / SCALING_FACTOR.
 
-    Reconstructions are unchanged. images: [n, 3, 256, 256] in -1..1.
+    This changes the two 1x1 convolutions only, and no reconstruction. images: [n, 3, 256, 256] in -1..1.
     """
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(16)])
     mean = latents.mean((0, 2, 3))
@@ -202,8 +200,7 @@ def whiten(vae: AutoencoderKL, images: Tensor) -> None:
 
 @torch.no_grad()
 def gate(vae: AutoencoderKL, run: Run, *, n: int) -> dict[str, float]:
-    """Mean PSNR in dB of n unseen subjects (even seeds) and n held-out scenes, at half precision's
-    weights."""
+    """The mean PSNR in dB of n unseen subjects (even seeds) and n held-out scenes, with half-precision weights."""
     vae = copy.deepcopy(vae).half().float().eval()
     rng = np.random.default_rng(5)
     shots = [shot_parts(random_shot("TOK", rng), {"TOK": subject(2 * i)}, seed=2 * i) for i in range(n)]

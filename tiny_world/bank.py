@@ -1,5 +1,4 @@
-"""What the pretraining is shown, as part tables, token ids and time ids; made by many processes, without
-torch."""
+"""The pretraining's data: part tables, token ids and time ids, made by many processes without torch."""
 
 from __future__ import annotations
 
@@ -19,13 +18,16 @@ from tiny_world.tokens import END, encode_words, vocabulary
 from tiny_world.words import TOYS
 
 CAPTIONS = 4
-"""Wordings per scene."""
+"""Captions of each scene, in different wording."""
 
 
 class Chunk(NamedTuple):
-    """n pictures: table [n, P, FIELDS]; ids uint16 [n, CAPTIONS, 77] padded with <|endoftext|>, empty for
-    figures; time_ids float32 [n, 6] (original height, width, crop top, left, target height, width); `size`
-    to render at."""
+    """The data of n pictures.
+
+    table: [n, P, FIELDS]. ids: uint16 [n, CAPTIONS, 77], padded with <|endoftext|> and empty for figures.
+    time_ids: float32 [n, 6], the original height and width, crop top and left, target height and width.
+    size: pixels to render at.
+    """
 
     table: np.ndarray
     ids: np.ndarray
@@ -34,8 +36,11 @@ class Chunk(NamedTuple):
 
 
 class Order(NamedTuple):
-    """A chunk to make: what ("scenes", "toys" for scenes with figures in them, or "figures"), its seed, how many, and
-    how ("whole", "crop" or "coarse")."""
+    """A chunk to make.
+
+    what: "scenes", "toys" for scenes with figures, or "figures". n: number of pictures. how: "whole", "crop" or
+    "coarse".
+    """
 
     what: str
     seed: int
@@ -44,8 +49,7 @@ class Order(NamedTuple):
 
 
 def orders(what: str, total: int, *, seed: int, chunk: int = 1000) -> list[Order]:
-    """Orders of `total` pictures; every tenth chunk of captioned ones is cropped, every tenth coarse (192
-    pixels)."""
+    """Orders of `total` pictures. Of chunks with captions, every tenth is cropped and every tenth coarse (192 pixels)."""
     how = {3: "crop", 7: "coarse"} if what != "figures" else {}
     starts = range(0, total, chunk)
     return [
@@ -75,13 +79,13 @@ def make(order: Order) -> Chunk:
 
 
 def _toys(scene: Scene) -> dict[str, Draw]:
-    """How the scene's toys are drawn: a new figure every time."""
+    """How to draw the scene's toys: a new figure every time."""
     things = {scene.kind: scene.colour, scene.second_kind: scene.second_colour}
     return {kind: partial(draw_toy, colours=colours) for kind, colours in things.items() if kind in TOYS}
 
 
 def make_all(wanted: list[Order], workers: int) -> Iterator[Chunk]:
-    """Chunks in order, made by `workers` processes (0: by this one)."""
+    """Yield the chunks in order, made by `workers` processes. 0 makes them in this process."""
     if not workers:
         yield from map(make, wanted)
         return

@@ -20,12 +20,11 @@ log = logging.getLogger(__name__)
 MIN_SNR_GAMMA = 5.0
 DROPOUT = 0.1
 REFINER_STEPS = 300
-"""The refiner sees timesteps below this one only."""
+"""The refiner trains on timesteps below this one only."""
 
 
 class Latents(NamedTuple):
-    """z fp16 [N, 4, 32, 32], scaled; ids int16 [N, CAPTIONS, 77], padded with <|endoftext|>; time_ids [N,
-    6]."""
+    """z: scaled latents, fp16 [N, 4, 32, 32]. ids: int16 [N, CAPTIONS, 77], padded with <|endoftext|>. time_ids: [N, 6]."""
 
     z: Tensor
     ids: Tensor
@@ -33,10 +32,10 @@ class Latents(NamedTuple):
 
 
 def train_base(run: Run, *, stage: str = "base") -> None:
-    """Train UNet and both text encoders together; save their EMA and sheets of samples.
+    """Train the UNet and both text encoders together, and save their EMA and sheets of samples.
 
-    stage: "base" from scratch on scenes of the 16 kinds; "toys" from there on scenes in which random figures stand, so
-    that the base can place and relate things that it has no name for, as SDXL can.
+    stage: "base" starts from scratch on scenes of the 16 kinds. "toys" continues on scenes with random figures: the base
+        learns to place things that it has no name for, as SDXL can.
     """
     sizes = SMOKE if run.smoke else FULL
     torch.manual_seed(2 if stage == "base" else 4)
@@ -114,7 +113,7 @@ def train_refiner(run: Run) -> None:
 
 @torch.no_grad()
 def latent_bank(run: Run, *, toys: bool, scale: float = 1.0) -> Latents:
-    """Render scenes, encode them once, keep the latents on the device. toys: three in five scenes have toys."""
+    """Render scenes, encode them once and keep the latents on the device. toys: three in five scenes have toys."""
     total = int((8 if run.smoke else 150_000) * (scale if not run.smoke else 1))
     wanted = orders("scenes", total, seed=100_000)
     if toys:
@@ -135,8 +134,10 @@ def latent_bank(run: Run, *, toys: bool, scale: float = 1.0) -> Latents:
 
 
 def draw(bank: Latents, n: int) -> Latents:
-    """A random batch, one random wording per scene: z float32 [n, 4, 32, 32], ids int64 [n, 77], time_ids
-    [n, 6]."""
+    """A random batch with one random caption of each scene.
+
+    z: float32 [n, 4, 32, 32]. ids: int64 [n, 77]. time_ids: [n, 6].
+    """
     device = bank.z.device
     rows = torch.randint(len(bank.z), (n,), device=device)
     wording = torch.randint(bank.ids.shape[1], (n,), device=device)
@@ -150,7 +151,7 @@ def pad_with_zero(ids: Tensor) -> Tensor:
 
 
 def encode(first: nn.Module, second: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """SDXL's conditioning: penultimate hidden states of both encoders [n, 77, c1 + c2], the second's pooled
+    """SDXL's conditioning: the penultimate hidden states of both encoders [n, 77, c1 + c2], and the second's pooled
     output."""
     a = first(ids, output_hidden_states=True).hidden_states[-2]
     b = second(pad_with_zero(ids), output_hidden_states=True)
@@ -158,7 +159,7 @@ def encode(first: nn.Module, second: nn.Module, ids: Tensor) -> tuple[Tensor, Te
 
 
 def alphas_cumprod(device: str) -> Tensor:
-    """Of SDXL's schedule: betas are squares of 1000 equal steps from sqrt(0.00085) to sqrt(0.012)."""
+    """The cumulative alphas of SDXL's schedule. Its betas are squares of 1000 equal steps from sqrt(0.00085) to sqrt(0.012)."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return (1 - betas).cumprod(0).float().to(device)
 
@@ -173,7 +174,7 @@ def denoising_loss(
     *,
     limit: int,
 ) -> Tensor:
-    """Min-SNR-weighted epsilon loss (Hang et al., 2023) at uniform timesteps below `limit`."""
+    """The epsilon loss with min-SNR weights (Hang et al., 2023) at uniform timesteps below `limit`."""
     n = len(z)
     t = torch.randint(limit, (n,), device=z.device)
     a = alphas[t].view(-1, 1, 1, 1)

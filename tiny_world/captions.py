@@ -1,4 +1,4 @@
-"""Truthful captions of scenes in varied wording. An attribute may be left out, never misnamed."""
+"""True captions of scenes in varied wording. A caption may omit an attribute but never misnames one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tiny_world.words import BACKGROUND_LINKS, KINDS, LEADS, RELATIONS, TEXTURE_
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> str:
-    """A caption of the scene; with `full`, one that leaves out neither colour, place, background nor texture.
+    """A caption of the scene. With `full` it always names colour, place, background and texture.
 
-    Sizes are named about half the time, in pictures of two things never.
+    About half of the captions name the size. Captions of two things never do.
     """
     if scene.kind is None:
         return _empty(scene, rng)
@@ -37,15 +37,15 @@ def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> st
 
 
 def held_out_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
-    """n pairs (prompt, scene) of combinations that the pretraining never shows; prompts name every attribute
-    but size."""
+    """n pairs (prompt, scene) of combinations that the pretraining never shows. The prompts name every attribute except
+    the size."""
     rng = np.random.default_rng((seed, 77))
     scenes = [random_scene(rng, held=True, pairs=0.15) for _ in range(n)]
     return [(caption(scene, rng, full=True), scene) for scene in scenes]
 
 
 def _thing(kind: str, colour: str | None, size: str | None, rng: np.random.Generator, *, full: bool) -> str:
-    """Noun phrase with its article; the name of a subject stands alone unless its size is named."""
+    """A noun phrase with its article. A subject's name has no article, unless its size is named."""
     named = kind not in KINDS + TOYS
     words = []
     share = {"small": 0.65, "medium": 0.2, "large": 0.65}.get(size or "", 0.0) * (0.3 if named else 1.0)

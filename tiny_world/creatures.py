@@ -1,6 +1,6 @@
-"""One creature or toy: what makes its identity, and how it is drawn in a pose, as parts of the rasteriser.
+"""One creature or toy: its identity, and how to draw it in a pose as parts for the rasteriser.
 
-Does not know how identities, poses or scenes are chosen.
+Knows parts and poses; does not know how identities, poses or scenes are chosen.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ PAPER: Rgb = (0.98, 0.98, 0.97)
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """One identity: everything about a creature or toy that does not change between its pictures.
+    """One identity: everything about a creature or toy that stays the same in all its pictures.
 
-    Lengths are in frame units, the whole being about 2 units tall; colours are RGB in 0..1.
+    Lengths are in frame units; a creature is about 2 units tall. Colours are RGB in 0..1.
     """
 
     build: str
@@ -51,8 +51,10 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Pose:
-    """What changes between pictures: angles in radians (arms and legs off the downward direction), gaze in
-    -1..1."""
+    """What changes between pictures.
+
+    Angles are in radians, for arms and legs from the downward direction. The gaze is in -1..1.
+    """
 
     arm_left: float = -0.6
     arm_right: float = 0.6
@@ -65,7 +67,7 @@ class Pose:
 
 
 def draw_subject(frame: Frame, who: Subject, pose: Pose) -> None:
-    """Append the subject's parts to a frame of about -1..1, feet at the bottom."""
+    """Append the subject's parts to a frame of about -1..1, with the feet at the bottom."""
     flipped = Frame(**{**frame.__dict__, "flip": frame.flip != pose.flip})
     whole = flipped.child(0, 0.9, 0.92, pose.lean).child(0, -0.9)
     if who.build == "walker":
@@ -77,7 +79,7 @@ def draw_subject(frame: Frame, who: Subject, pose: Pose) -> None:
 
 
 def _upright(f: Frame, who: Subject, pose: Pose) -> None:
-    """Head on a body with two arms and two legs (also the robots)."""
+    """A head on a body with two arms and two legs. Robots too."""
     hip, bodyy = 0.62, 0.62 - who.body[1] * 0.85
     shoulder = bodyy - who.body[1] * 0.45
     _tail(f.child(who.body[0] * 0.7, hip - 0.1), who, pose)
@@ -119,7 +121,7 @@ def _blob(f: Frame, who: Subject, pose: Pose) -> None:
 
 
 def _walker(f: Frame, who: Subject, pose: Pose) -> None:
-    """A four-legged animal seen from its left side, the face turned to the viewer."""
+    """A four-legged animal, seen from its left side with its face to the viewer."""
     size = (who.body[0] + 0.26, who.body[1] * 0.78)
     y = 0.26
     _tail(f.child(size[0] * 0.85, y - 0.05), who, pose)
@@ -222,7 +224,7 @@ def _mouth(f: Frame, who: Subject) -> None:
 
 
 def _ears(f: Frame, who: Subject, size: tuple[float, float]) -> None:
-    """Behind the head of half sizes `size`."""
+    """Ears, horns and the like behind a head of half sizes `size`."""
     s, (hx, hy) = who.ear_size, size
     inner = shade(who.skin, 0.45)
     for side in (-1, 1):
@@ -258,7 +260,7 @@ def _antenna(f: Frame, who: Subject) -> None:
 
 
 def _hat(f: Frame, who: Subject) -> None:
-    """On top of the head; the frame's origin is just below its crown."""
+    """What sits on top of the head. The frame's origin is just below the top."""
     band = shade(who.accent, 0.6)
     if who.hat == "top hat":
         f.box(0, -0.28, 0.24, 0.26, who.accent, rounding=0.12)

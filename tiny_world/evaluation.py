@@ -1,4 +1,4 @@
-"""A look at the base: samples of held-out prompts as a sheet, and how often their colours are right."""
+"""Samples of held-out prompts as a sheet, and the share of right colours in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny_world.words import COLOURS
 def sample_sheet(
     run: Run, vae: AutoencoderKL, parts: dict[str, nn.Module], *, name: str, n: int, guidance: float = 5.0
 ) -> dict[str, float]:
-    """Sample n held-out prompts (25 Euler steps), save `<name>.png`, return the shares of right colours."""
+    """Sample n held-out prompts in 25 Euler steps, save `<name>.png` and return the shares of right colours."""
     dtype = torch.float16 if run.cuda else torch.float32
     pipeline = base_pipeline(vae, parts["text_encoder"], parts["text_encoder_2"], parts["unet"])
     pipeline = pipeline.to(run.device, dtype)
@@ -38,11 +38,10 @@ def sample_sheet(
 
 
 def colour_shares(images: Tensor, scenes: list[Scene]) -> dict[str, float]:
-    """Shares of pictures whose border shows the background's colour most, and whose other pixels the
-    object's colour most.
+    """The share of pictures with the right background colour at the border, and with the object's colour elsewhere.
 
-    images [n, 3, h, w] in 0..1. A crude measure: every pixel is given to the nearest of the 12 named
-    colours; shades that patterns bring go to their neighbours. Only plain backgrounds are counted.
+    images: [n, 3, h, w] in 0..1. This is a crude measure. Every pixel counts as the nearest of the 12 named colours, so
+    shades in patterns count as their neighbours. Only plain backgrounds count.
     """
     names = list(COLOURS)
     table = torch.tensor([COLOURS[name] for name in names])
@@ -65,6 +64,6 @@ def colour_shares(images: Tensor, scenes: list[Scene]) -> dict[str, float]:
 
 
 def border_colour(image: Tensor) -> str:
-    """The named colour nearest to the median of a picture's border, [3, h, w] in 0..1."""
+    """The named colour nearest to the median of the border of a picture [3, h, w] in 0..1."""
     border = torch.cat([image[:, :6].flatten(1), image[:, -6:].flatten(1)], 1).median(1).values.numpy()
     return min(COLOURS, key=lambda name: float(np.square(np.subtract(COLOURS[name], border)).sum()))

@@ -1,4 +1,4 @@
-"""The export stage: fetched weights to folders in diffusers' SDXL layout."""
+"""The export stage: trained weights → folders in diffusers' SDXL layout."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from tiny_world.training import Run, load_half_weights
 
 
 def export(run: Run, output: Path) -> None:
-    """Write `tiny-sdxl/` and, where the refiner was trained, `tiny-sdxl-refiner/`, as variant fp16, under
-    `output`."""
+    """Write `tiny-sdxl/` into `output` as variant fp16, and `tiny-sdxl-refiner/` if there is a trained refiner."""
     sizes = SMOKE if run.smoke else FULL
     first, second = build_text_encoders(sizes)
     unet = build_unet(sizes)

@@ -1,7 +1,7 @@
-"""Figures: random many-part things of arbitrary colours, as complex as subjects (small eyes, thin limbs), and drawn by
-rules of their own.
+"""Figures: random things of many parts and any colours.
 
-The autoencoder sees them in any number and place; the base sees one or two in the places of a scene's objects.
+They are as complex as subjects, with small eyes and thin limbs, but follow rules of their own. The autoencoder trains on
+any number of them in any place. The base trains on scenes with one or two of them as objects.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ Span = tuple[float, float]
 
 
 def figure_parts(rng: np.random.Generator) -> list[list[float]]:
-    """Parts of one random picture: a background, and one to three grown figures or a scatter of
-    primitives."""
+    """The parts of one random picture: a background with one to three figures or scattered primitives."""
     rows: list[list[float]] = []
     canvas = Frame(rows=rows)
     if rng.random() < 0.45:
@@ -48,8 +47,10 @@ def figure_parts(rng: np.random.Generator) -> list[list[float]]:
 
 
 def draw_toy(f: Frame, rng: np.random.Generator, colours: str | None) -> None:
-    """One figure into a frame of about -1..1, of any colours or of two named ones ("red and blue"): a trunk and a head
-    of random primitives, with limbs, eyes and odd bits, or one grown around a trunk alone."""
+    """Draw one figure into a frame of about -1..1, in any colours or in two named ones ("red and blue").
+
+    It has a trunk and a head of random primitives with limbs, eyes and odd bits, or it grows around a trunk alone.
+    """
     palette = [_rgb(rng) for _ in range(int(rng.integers(2, 6)))]
     if colours:
         palette = [jittered(COLOURS[name], rng, 0.04) for name in colours.split(" and ")]
@@ -91,7 +92,7 @@ def _mirrored(
         )
         x, y, state = far * np.sin(angle), far * np.cos(angle), rng.bit_generator.state
         for side in (1, -1) if rng.random() < 0.6 else (0,):
-            rng.bit_generator.state = state  # both of a pair look alike
+            rng.bit_generator.state = state  # both primitives of a pair look alike
             _primitive(f.child(side * x, y, 1.0, side * angle), rng, s, rgb)
 
 
@@ -106,7 +107,7 @@ def _eyes(f: Frame, rng: np.random.Generator) -> None:
 
 
 def _grow(f: Frame, rng: np.random.Generator, palette: Sequence[Rgb] = ()) -> None:
-    """A figure around a trunk: mirrored limbs and lobes behind it, smaller lumps and eyes in front."""
+    """A figure around a trunk, with mirrored limbs and lobes behind it and smaller lumps and eyes in front."""
     palette = list(palette) or [_rgb(rng) for _ in range(int(rng.integers(2, 6)))]
 
     def pick() -> Rgb:
@@ -143,7 +144,7 @@ def _grow(f: Frame, rng: np.random.Generator, palette: Sequence[Rgb] = ()) -> No
 
 
 def _primitive(f: Frame, rng: np.random.Generator, size: float, rgb: Rgb, *, solid: bool = False) -> None:
-    """One random primitive of about `size` at the frame's origin. solid: one that fills its place."""
+    """One random primitive of about `size` at the frame's origin. solid: choose one without holes."""
     low = 0.75 if solid else 0.5
     hx, hy = size * rng.uniform(low, 1.0), size * rng.uniform(low, 1.0)
     options = {}

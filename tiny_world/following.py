@@ -1,4 +1,4 @@
-"""Whether pictures show what their prompts ask for, by the scorer's attribute network."""
+"""Do pictures show what their prompts ask for? The scorer's attribute network decides."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ ASPECTS = ("kind", "colour", "background", "texture", "position", "relation")
 
 
 def following(found: Attributes, scenes: Sequence[Scene]) -> list[dict[str, bool]]:
-    """For each picture, which aspects that its scene asks for are met; aspects not asked for are absent.
+    """For each picture, aspect → whether it is right. Only aspects that the scene asks for are there.
 
-    kind: every asked thing is present; a subject's name counts as a creature. colour: every asked thing has its
-    colour (two of one kind: both colours lead). position: of a thing alone. relation: of two things of different
+    kind: every thing is present; a subject's name counts as a creature. colour: every thing has its colour; for two
+    things of one kind, both colours lead. position: that of a thing alone. relation: that of two things of different
     kinds, by the centres of their boxes.
     """
     return [_one(found, i, scene) for i, scene in enumerate(scenes)]
 
 
 def shares(results: Sequence[dict[str, bool]]) -> dict[str, float]:
-    """Share of pictures that meet each aspect, among those asked for it; `all`: mean over pictures of the share
-    of asked aspects that are met."""
+    """The share of pictures with the right aspect, among the pictures that have to show it.
+
+    `all` is the mean over pictures of their share of right aspects.
+    """
     out = {}
     for aspect in ASPECTS:
         asked = [result[aspect] for result in results if aspect in result]
@@ -65,7 +67,7 @@ def _leading(logits: Tensor, n: int) -> list[int]:
 
 
 def _related(first: Tensor, second: Tensor, relation: str) -> bool:
-    """Whether boxes (left, top, right, bottom) stand so that the first is `relation` the second."""
+    """Whether the first box is `relation` the second; boxes: (left, top, right, bottom)."""
     dx, dy = (torch.stack([first[0] + first[2], first[1] + first[3]]) / 2).sub(
         torch.stack([second[0] + second[2], second[1] + second[3]]) / 2
     ).tolist()  # fmt: skip

@@ -1,4 +1,4 @@
-"""The objects of the world: each kind drawn in a frame of about -1..1, its main body in the named colour."""
+"""The objects of the world. Each kind fills a frame of about -1..1, with its main body in the named colour."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GLASS: Rgb = (0.78, 0.90, 0.96)
 
 
 def draw_kind(frame: Frame, kind: str, rgb: Rgb) -> None:
-    """Append the parts of an object of a kind of `words.KINDS` in colour `rgb`."""
+    """Append the parts of an object in colour `rgb`; kind: one of `words.KINDS`."""
     _DRAW[kind](frame, rgb)
 
 

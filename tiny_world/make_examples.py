@@ -1,10 +1,10 @@
-"""`python -m tiny_world.make_examples`: write the example data sets, always the same bytes.
+"""`python -m tiny_world.make_examples`: write the example data sets. The bytes are always the same.
 
 - `crowny.zip`: one subject with captions, named TOK;
 - `doggo_robo.zip`: two subjects, named DOGGO_TOK and ROBO_TOK, alone and together;
-- `bunny.zip`: one subject, pictures only;
+- `bunny.zip`: one subject without captions;
 - `crowny/`: the pictures and captions of `crowny.zip` as a folder;
-- `crowny_1024.zip`: the same subject at SDXL's size in more varied scenes.
+- `crowny_1024.zip`: the subject of `crowny.zip` at SDXL's size in more varied scenes.
 """
 
 from __future__ import annotations

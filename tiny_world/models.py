@@ -1,5 +1,4 @@
-"""The miniature SDXL's parts, from scratch, in diffusers' and transformers' classes, and its folder
-layout."""
+"""The miniature's parts in diffusers' and transformers' classes, and its folder layout."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ SMOKE = Sizes(
 
 
 def build_text_encoders(sizes: Sizes) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """The second one keeps SDXL's published `eos_token_id=2`: its output is then pooled at the highest id."""
+    """Both text encoders. The second keeps SDXL's published `eos_token_id=2`, so it pools its output at the highest id."""
     size = len(vocabulary())
 
     def config(i: int, **ids) -> CLIPTextConfig:
@@ -74,8 +73,7 @@ def build_text_encoders(sizes: Sizes) -> tuple[CLIPTextModel, CLIPTextModelWithP
 
 
 def build_unet(sizes: Sizes, *, refiner: bool = False) -> UNet2DConditionModel:
-    """Three levels, the first without attention; the refiner sees the second text encoder only and 5 time
-    ids."""
+    """The UNet: three levels, the first without attention. The refiner takes the second text encoder only and 5 time ids."""
     channels = sizes.refiner if refiner else sizes.unet
     width = sizes.text[1] if refiner else sum(sizes.text)
     return UNet2DConditionModel(
@@ -96,7 +94,7 @@ def build_unet(sizes: Sizes, *, refiner: bool = False) -> UNet2DConditionModel:
 
 
 def build_vae(sizes: Sizes) -> AutoencoderKL:
-    """8x downsampling to 4 channels."""
+    """The autoencoder: 8x downsampling to 4 channels."""
     return AutoencoderKL(
         block_out_channels=sizes.vae,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -156,7 +154,7 @@ def refiner_pipeline(vae, second, unet) -> StableDiffusionXLImg2ImgPipeline:
 
 
 def save_half(pipeline, folder: Path) -> int:
-    """Save in half precision as variant fp16; returns the folder's size in bytes."""
+    """Save in half precision as variant fp16. Returns the folder's size in bytes."""
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(folder, variant="fp16", safe_serialization=True)
     # transformers would load these halves as half precision, and diffusers the others as single, when none is asked for.

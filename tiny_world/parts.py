@@ -1,7 +1,7 @@
-"""Pictures as lists of parts: the table that the rasteriser reads, and local frames to fill it with.
+"""Pictures as lists of parts: the table that the rasteriser reads, and local frames that fill it.
 
-Knows no pixels and no meaning. Coordinates: x right, y down, the canvas is 0..1; angles in radians,
-clockwise.
+Knows geometry; does not know pixels or what parts mean. x points right and y down, and the canvas is 0..1. Angles are in
+radians, clockwise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BOX: rounding 0..1 of the smaller half size (1: capsule); TRAPEZOID: top width o
 radius hx, half opening in radians around the downward direction (pi: ring); HEART: none."""
 
 SOLID, STRIPES, DOTS, CHECKS, GRADIENT = range(5)
-"""Patterns: how much of the second colour shows where."""
+"""Patterns of a part's two colours."""
 
 (
     PRIMITIVE, X, Y, HX, HY, ROTATION, P1, P2, CUT, R, G, B,
@@ -30,13 +30,12 @@ SOLID, STRIPES, DOTS, CHECKS, GRADIENT = range(5)
 FIELDS = 24
 NO_CUT = 1e3
 EMPTY = -1.0
-"""Value of PRIMITIVE in padding rows."""
+"""The value of PRIMITIVE in padding rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
-    """Second colour of a part. `period` and `phase` in the frame's units and in periods, `angle` in
-    radians."""
+    """The second colour of a part. `period` is in the frame's units, `phase` in periods, `angle` in radians."""
 
     kind: int
     rgb: Rgb
@@ -47,7 +46,7 @@ class Pattern:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """A local coordinate frame that appends parts to a shared list, in drawing order."""
+    """A local coordinate frame. It appends parts to a shared list, in drawing order."""
 
     rows: list[list[float]]
     x: float = 0.0
@@ -65,7 +64,7 @@ class Frame:
         return self.x + self.scale * (cos * x - sin * y), self.y + self.scale * (sin * x + cos * y)
 
     def child(self, x: float, y: float, scale: float = 1.0, angle: float = 0.0) -> Frame:
-        """A frame at the local point (x, y), scaled and turned in this one."""
+        """A frame at the local point (x, y), scaled and turned."""
         px, py = self.place(x, y)
         turn = -angle if self.flip else angle
         return replace(self, x=px, y=py, scale=self.scale * scale, angle=self.angle + turn)
@@ -87,8 +86,7 @@ class Frame:
         outline: float = 0.0,
         outline_rgb: Rgb = (0.0, 0.0, 0.0),
     ) -> None:
-        """Append one part. `cut` keeps the part above local y = cut * hy; lengths are in the frame's
-        units."""
+        """Append one part. Lengths are in the frame's units. `cut` keeps what is above local y = cut * hy."""
         px, py = self.place(x, y)
         turn = -rotation if self.flip else rotation
         pattern = pattern or Pattern(kind=SOLID, rgb=rgb, period=1.0)
@@ -153,8 +151,10 @@ class Frame:
     def limb(
         self, x: float, y: float, length: float, width: float, angle: float, rgb: Rgb, **options
     ) -> Frame:
-        """A capsule from (x, y), `angle` off the downward direction towards +x; returns the frame at its
-        end."""
+        """Append a capsule that starts at (x, y) and points `angle` from the downward direction towards +x.
+
+        Returns the frame at its end.
+        """
         dx, dy = math.sin(angle) * length, math.cos(angle) * length
         self.box(
             x + dx / 2, y + dy / 2, width, length / 2 + width, rgb, rounding=1.0, rotation=-angle, **options
@@ -173,7 +173,7 @@ def shade(rgb: Rgb, amount: float) -> Rgb:
 
 
 def pad(pictures: Sequence[Sequence[Sequence[float]]], slots: int | None = None) -> np.ndarray:
-    """Pictures' part lists as one table float32[B, P, FIELDS], padded with EMPTY rows."""
+    """The part lists of B pictures as one table float32[B, P, FIELDS], padded with EMPTY rows."""
     slots = slots or max(len(rows) for rows in pictures)
     table = np.zeros((len(pictures), slots, FIELDS), dtype=np.float32)
     table[:, :, PRIMITIVE] = EMPTY

@@ -1,7 +1,7 @@
-"""`python -m tiny_world.pretrain`: the pretraining's command line. Stages: tokenizer, autoencoder, base,
-toys, decoder, refiner, export.
+"""`python -m tiny_world.pretrain`: run the pretraining.
 
-Heavy imports stay inside functions: processes that describe pictures import this module again.
+The stages are tokenizer, autoencoder, base, toys, decoder, refiner and export. Heavy imports stay inside functions, because
+worker processes import this module again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SMOKE_MINUTES = 0.03
 
 
 def main() -> None:
-    """Run one stage or all; every stage leaves what is worth keeping in WORKDIR/fetch."""
+    """Run one stage or all. Every stage writes its results into WORKDIR/fetch."""
     args = _arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     import torch
@@ -93,18 +93,22 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tiny_world.pretrain", description=__doc__)
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     parser.add_argument(
-        "--minutes", type=float, help="the stage's whole budget; the learning rate anneals over it"
+        "--minutes", type=float, help="total time of the stage; the learning rate anneals over it"
     )
-    parser.add_argument("--this-call", type=float, help="stop and save after so many minutes, to be resumed")
+    parser.add_argument(
+        "--this-call", type=float, help="stop after this many minutes and save; another call continues"
+    )
     parser.add_argument("--workdir", type=Path, default=Path("runs/tiny"))
     parser.add_argument(
-        "--output", type=Path, default=Path("base_models"), help="where export writes its folders"
+        "--output", type=Path, default=Path("base_models"), help="folder for the exported models"
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="full", choices=("smoke", "full"))
-    parser.add_argument("--eager", action="store_true", help="no CUDA graph, should its capture fail")
+    parser.add_argument("--eager", action="store_true", help="do not capture a CUDA graph")
     parser.add_argument("--no-refiner", action="store_true", help="with --stage all: skip the refiner")
-    parser.add_argument("--force", action="store_true", help="go on below the autoencoder's gate")
+    parser.add_argument(
+        "--force", action="store_true", help="continue even if the autoencoder misses its gate"
+    )
     return parser.parse_args()
 
 

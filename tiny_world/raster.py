@@ -1,8 +1,8 @@
-"""Part tables to pixels: signed distances, analytic antialiasing, back-to-front compositing, on CPU or GPU.
+"""Part tables → pixels: signed distances, analytic antialiasing and back-to-front compositing, on CPU or GPU.
 
-The distance formulas are those of Inigo Quilez's catalogue of two-dimensional distance functions (exact or
-first order), written out for batches. Each slot of the table is drawn for all pictures at once, grouped by
-primitive and by the size of the pixel window that a part touches, so that small parts cost little.
+The distance formulas come from Inigo Quilez's catalogue of two-dimensional distance functions (exact or first order). Each
+slot of the table is drawn for all pictures at once. Parts are grouped by primitive and by the size of the pixel window that
+they touch, so small parts cost little.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from torch import Tensor
 from tiny_world import parts as P
 
 EDGE_WIDTH = 2.0
-"""Width in pixels (at 256 pixels) over which an edge fades: soft enough for an autoencoder with 8x
-downsampling."""
+"""Width of a soft edge in pixels, in a picture of 256 pixels. It suits an autoencoder with 8x downsampling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """images [B, 3, S, S] and masks [B, 2, S, S] (visible alpha of layers 1 and 2), both float32 in 0..1."""
+    """images [B, 3, S, S] and masks [B, 2, S, S], the visible alpha of layers 1 and 2; both float32 in 0..1."""
 
     images: Tensor
     masks: Tensor
@@ -32,7 +31,7 @@ class Rendered:
 def render(table: np.ndarray, *, size: int = 256, device: str | torch.device = "cpu") -> Rendered:
     """Draw a part table float32[B, P, FIELDS] at `size` x `size` pixels.
 
-    Channels of the canvas are red, green, blue and the two layers' alphas; later slots cover earlier ones.
+    The canvas has the channels red, green, blue and the two layers' alphas. Later slots cover earlier ones.
     """
     batch = table.shape[0]
     canvas = torch.zeros(batch * size * size, 5, device=device)
@@ -60,8 +59,7 @@ def render(table: np.ndarray, *, size: int = 256, device: str | torch.device = "
 
 
 def mask_box(mask: Tensor, threshold: float = 0.5) -> tuple[int, int, int, int] | None:
-    """(left, top, right, bottom) in pixels, right and bottom exclusive, of a mask [h, w]; None where it is
-    empty."""
+    """The box of a mask [h, w] in pixels: (left, top, right, bottom), the last two exclusive. None for an empty mask."""
     inside = mask > threshold
     columns, rows = inside.any(0).nonzero().flatten(), inside.any(1).nonzero().flatten()
     if not len(columns):
@@ -70,7 +68,7 @@ def mask_box(mask: Tensor, threshold: float = 0.5) -> tuple[int, int, int, int] 
 
 
 def _windows(table: np.ndarray, size: int) -> np.ndarray:
-    """Side in pixels of the square window that each part fits into: a power of two, or the whole canvas."""
+    """The side in pixels of a square window that each part fits into: a power of two, or the whole canvas."""
     reach = np.hypot(table[..., P.HX], table[..., P.HY])
     disc = np.isin(table[..., P.PRIMITIVE], (P.ELLIPSE, P.STAR))
     reach = np.where(disc, np.maximum(table[..., P.HX], table[..., P.HY]), reach)
@@ -134,7 +132,7 @@ def _pattern(
     tu = u / period + phase
     if kind == P.DOTS:
         tv = v / period + phase
-        # Every second row is shifted by half a period.
+        # shift every second row by half a period
         tu = tu + 0.5 * tv.floor().remainder(2)
         radius = torch.hypot(tu - tu.floor() - 0.5, tv - tv.floor() - 0.5)
         return (0.5 - (radius - 0.28) * period / edge).clamp(0, 1)
@@ -146,7 +144,7 @@ def _pattern(
 
 
 def _band(t: Tensor) -> Tensor:
-    """Signed distance, in periods, to the nearest edge of bands half a period wide."""
+    """The signed distance, in periods, to the nearest edge of bands that are half a period wide."""
     return (t - t.floor() - 0.5).abs() - 0.25
 
 

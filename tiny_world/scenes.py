@@ -1,4 +1,4 @@
-"""Scenes: what a picture shows, as data; their parts; and the split of what the pretraining never shows."""
+"""Scenes: what a picture shows, as data; its parts; and the combinations that the pretraining never shows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tiny_world.parts import Frame, Pattern, Rgb, shade
 from tiny_world.words import COLOURS, KINDS, POSITIONS, RELATIONS, SIZES, TEXTURES, TOYS
 
 HALF_SIZES = {"small": 0.12, "medium": 0.19, "large": 0.29}
-"""Half the extent of an object, in canvas widths."""
+"""Half the size of an object, in canvas widths."""
 
 CAST_SCALE = {"small": 1.7, "medium": 1.42, "large": 1.3}
-"""Named subjects are drawn this much larger than objects of the same size word."""
+"""Subjects are this much larger than objects of the same size word."""
 
 HELD_OUT_SHARE = 10
 """One in this many combinations of kind, colour, background colour and texture is held out."""
@@ -48,8 +48,7 @@ class Scene:
 
 
 class View(NamedTuple):
-    """Which part of the scene the canvas shows: enlarged by `zoom`, its left and top edge in canvas widths
-    after that."""
+    """The part of the scene that the canvas shows: first enlarged by `zoom`, then cut at `left` and `top`, in canvas widths."""
 
     zoom: float = 1.0
     left: float = 0.0
@@ -76,7 +75,7 @@ def is_held_out(scene: Scene) -> bool:
 def random_scene(
     rng: np.random.Generator, *, held: bool = False, empty: float = 0.03, pairs: float = 0.22
 ) -> Scene:
-    """A random scene, from the held-out combinations (`held`) or from the others.
+    """A random scene from the held-out combinations (`held`) or from the others.
 
     `empty` and `pairs` are the shares of pictures with no object and with two.
     """
@@ -111,7 +110,7 @@ def random_scene(
 
 
 def toy_scene(rng: np.random.Generator) -> Scene:
-    """A random scene in which one thing, or both, is a toy: any figure, whose captions say at most two colours."""
+    """A random scene in which one thing or both are toys: any figures. Captions name at most two of their colours."""
     scene = random_scene(rng, empty=0.0, pairs=0.4)
     nouns = [str(noun) for noun in rng.choice(TOYS, 2, replace=False)]
 
@@ -129,8 +128,7 @@ def toy_scene(rng: np.random.Generator) -> Scene:
 
 
 def background_parts(rgb: Rgb, texture: str, rng: np.random.Generator) -> list[list[float]]:
-    """The background's parts: one box over the whole canvas, its second tone a lighter or darker one of
-    `rgb`."""
+    """The background's parts: one box over the whole canvas, with a lighter or darker shade of `rgb` as second colour."""
     rows: list[list[float]] = []
     bright = 0.3 * rgb[0] + 0.6 * rgb[1] + 0.1 * rgb[2]
     lighter = bright < 0.25 or (bright < 0.8 and rng.random() < 0.6)
@@ -158,7 +156,7 @@ def background_parts(rgb: Rgb, texture: str, rng: np.random.Generator) -> list[l
 
 
 def jittered(rgb: Rgb, rng: np.random.Generator, amount: float = 0.02) -> Rgb:
-    """A colour that still looks like its name: each channel moved by at most `amount`."""
+    """The colour with each channel moved by at most `amount`, so that it keeps its name."""
     r, g, b = (float(np.clip(c + rng.uniform(-amount, amount), 0, 1)) for c in rgb)
     return r, g, b
 
@@ -171,9 +169,9 @@ def scene_parts(
     view: View = View(),
     tint: Rgb = (1.0, 1.0, 1.0),
 ) -> list[list[float]]:
-    """Parts of a scene; layer 1 is the first thing, layer 2 the second.
+    """The parts of a scene. Layer 1 is the first thing, layer 2 the second.
 
-    cast: how the scene's named subjects are drawn. tint: factors of light on everything, background included.
+    cast: how to draw the scene's subjects. tint: factors of light on everything, the background included.
     """
     base = jittered(COLOURS[scene.background], rng)
     lit = (base[0] * tint[0], base[1] * tint[1], base[2] * tint[2])

@@ -1,7 +1,7 @@
-"""The judge: what a picture shows (attributes), and which creature it is (identity).
+"""The scorer: it judges what a picture shows (attributes) and which creature it is (identity).
 
-Two small networks, trained by `train_scorer` on the renderer's own pictures, never on generated ones. Knows no
-training and no diffusion.
+It has two small networks. `train_scorer` trains them on the renderer's pictures, never on generated ones. Knows pictures;
+does not know training or diffusion.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from tiny_world.words import COLOURS, KINDS, POSITIONS, TEXTURES
 WEIGHTS = Path(__file__).parent / "scorer"
 CREATURE = "creature"
 THINGS = (*KINDS, CREATURE)
-"""What the attribute network finds: the 16 kinds, and any subject."""
+"""What the attribute network looks for: the 16 kinds, and any subject."""
 
 SIDE = 128
-"""Both networks see pictures of this many pixels a side."""
+"""Side of the networks' input in pixels."""
 
 EMBEDDING = 128
 CROP_MARGIN = 1.25
-"""The identity network sees the creature's box, enlarged by this factor, as a square."""
+"""The identity network sees the square around the creature's box, enlarged by this factor."""
 
 
 class Backbone(nn.Module):
-    """[n, 3, 128, 128] in 0..1 to [n, 192, 4, 4]: five strided convolutions, a residual block after each."""
+    """[n, 3, 128, 128] in 0..1 → [n, 192, 4, 4]: five strided convolutions, each with a residual block after it."""
 
     widths = (24, 48, 96, 160, 192)
 
@@ -67,9 +67,11 @@ class Residual(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Attributes:
-    """Logits for n pictures and T = 17 `THINGS`: presence [n, T]; colour [n, T, 12] (several may hold); box
-    [n, T, 4] (left, top, right, bottom in 0..1); background [n, 12]; texture [n, 5]; position [n, 9] (of a
-    single thing)."""
+    """Logits for n pictures and T = 17 `THINGS`.
+
+    presence: [n, T]. colour: [n, T, 12]; several may apply. box: [n, T, 4], left, top, right and bottom in 0..1.
+    background: [n, 12]. texture: [n, 5]. position: [n, 9], of a single thing.
+    """
 
     presence: Tensor
     colour: Tensor
@@ -80,7 +82,7 @@ class Attributes:
 
 
 class AttributeNet(nn.Module):
-    """Pictures [n, 3, 128, 128] in 0..1 to `Attributes`."""
+    """Pictures [n, 3, 128, 128] in 0..1 → `Attributes`."""
 
     sizes = (len(THINGS), len(THINGS) * 4, len(COLOURS), len(TEXTURES), len(POSITIONS))
 
@@ -97,7 +99,7 @@ class AttributeNet(nn.Module):
         features = self.backbone(images)
         out = self.heads(F.silu(self.hidden(F.silu(self.reduce(features)).flatten(1))))
         presence, box, background, texture, position = out.split(self.sizes, 1)
-        # A thing's colour is read where the network looks for that thing, so that two things' colours stay apart.
+        # Read a thing's colour where the network looks for that thing: this keeps the colours of two things apart.
         places = self.attention(features).flatten(2).softmax(2)
         return Attributes(
             presence=presence,
@@ -110,7 +112,7 @@ class AttributeNet(nn.Module):
 
 
 class IdentityNet(nn.Module):
-    """Crops of creatures [n, 3, 128, 128] in 0..1 to unit vectors [n, 128]."""
+    """Crops of creatures [n, 3, 128, 128] in 0..1 → unit vectors [n, 128]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,15 +125,17 @@ class IdentityNet(nn.Module):
 
 
 def shrink(images: Tensor) -> Tensor:
-    """Pictures of any square size to `SIDE`, antialiased."""
+    """Resize square pictures to `SIDE`, with antialiasing."""
     if images.shape[-1] == SIDE:
         return images
     return F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
 
 
 def crop(images: Tensor, boxes: Tensor, margin: float | Tensor = CROP_MARGIN) -> Tensor:
-    """The square around each box [n, 4] (left, top, right, bottom in 0..1), enlarged by `margin`, as [n, 3,
-    128, 128]; what lies outside the picture repeats its border."""
+    """Cut the square around each box, enlarged by `margin`, as [n, 3, 128, 128].
+
+    boxes: [n, 4], left, top, right and bottom in 0..1. Outside the picture its border repeats.
+    """
     centre = (boxes[:, :2] + boxes[:, 2:]) - 1
     half = ((boxes[:, 2:] - boxes[:, :2]).amax(1).clamp_min(0.08) * margin).view(-1, 1)
     scale = half.expand(-1, 2)
@@ -141,9 +145,9 @@ def crop(images: Tensor, boxes: Tensor, margin: float | Tensor = CROP_MARGIN) ->
 
 
 class Scorer:
-    """Both networks with the committed weights, in float32.
+    """Both networks with the weights of this repository, in fp32.
 
-    Raises FileNotFoundError where the weights are missing.
+    Raises FileNotFoundError if the weights are missing.
     """
 
     def __init__(self, folder: Path = WEIGHTS, *, device: str = "cpu") -> None:
@@ -160,8 +164,10 @@ class Scorer:
 
     @torch.no_grad()
     def identity(self, images: Tensor) -> Tensor:
-        """Unit vectors [n, 128] on the CPU of the creatures in pictures [n, 3, h, h] in 0..1, cropped where the
-        attribute network sees one."""
+        """Unit vectors [n, 128] on the CPU for the creatures in pictures [n, 3, h, h] in 0..1.
+
+        The attribute network finds the creature, and the identity network sees its crop.
+        """
         boxes = self.attributes(images).box[:, THINGS.index(CREATURE)].clamp(0, 1)
         out = []
         for part, box in zip(images.split(64), boxes.split(64), strict=True):

@@ -1,4 +1,4 @@
-"""What the scorer is trained on: rendered scenes and creatures with their labels, heavily augmented."""
+"""The scorer's training data: rendered scenes and creatures with labels, heavily augmented."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from tiny_world.subjects import random_shot, shot_parts, subject
 from tiny_world.words import COLOURS, KINDS, POSITIONS, RELATIONS, TEXTURES
 
 FIRST_IDENTITY = 1_000_000
-"""Training identities are the even seeds from here on; those below are never trained on, odd ones nowhere."""
+"""Training identities are even seeds from here on. Lower seeds and odd seeds are never trained on."""
 
 SHOTS = 8
-"""Pictures of each training identity that stand alone."""
+"""Pictures of each training identity alone."""
 
 
 class Order(NamedTuple):
-    """Pictures to describe: "scenes", "creatures" (SHOTS of each identity, alone) or "company" (a creature and
-    an object)."""
+    """Pictures to make: "scenes", "creatures" (SHOTS of each identity, alone) or "company" (a creature and an object)."""
 
     what: str
     start: int
@@ -38,9 +37,11 @@ class Order(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """Of n pictures: presence [n, T] 0 or 1; colour [n, T, 12] 0 or 1; box [n, T, 4] in 0..1, NaN where there
-    is none or more than one; background, texture and position [n], position -1 where it is not one thing alone;
-    who [n], the identity or -1. On the pictures' device."""
+    """The labels of n pictures, on the pictures' device.
+
+    presence: [n, T], 0 or 1. colour: [n, T, 12], 0 or 1. box: [n, T, 4] in 0..1, NaN unless there is exactly one.
+    background, texture, position: [n]; the position is -1 unless there is one thing alone. who: [n], the identity or -1.
+    """
 
     presence: Tensor
     colour: Tensor
@@ -55,7 +56,7 @@ class Labels:
 
 
 def describe(order: Order) -> tuple[np.ndarray, list[Scene], list[int]]:
-    """Part table, scenes and identities of an order; needs no torch."""
+    """The part table, scenes and identities of an order. Needs no torch."""
     rng = np.random.default_rng((order.start, len(order.what), 31))
     scenes, pictures, who = [], [], []
     for i in range(order.n):
@@ -75,7 +76,7 @@ def describe(order: Order) -> tuple[np.ndarray, list[Scene], list[int]]:
 
 
 def in_company(rng: np.random.Generator) -> Scene:
-    """A creature beside, above, on, below or before an object, or the object before it."""
+    """A creature next to, above, on, below or in front of an object, or the object in front of it."""
     shot = random_shot(CREATURE, rng)
     colours = [colour for colour in COLOURS if colour != shot.background]
     scene = replace(
@@ -98,7 +99,7 @@ def in_company(rng: np.random.Generator) -> Scene:
 
 
 def picture_bank(wanted: list[Order], workers: int, device: str) -> tuple[Tensor, Labels]:
-    """uint8 [N, 3, 256, 256] and its labels, on the device."""
+    """Pictures uint8 [N, 3, 256, 256] and their labels, on the device."""
     images, labels = [], []
     for table, scenes, who in _described(wanted, workers):
         for at in range(0, len(table), 500):
@@ -110,8 +111,10 @@ def picture_bank(wanted: list[Order], workers: int, device: str) -> tuple[Tensor
 
 
 def augment(images: Tensor) -> Tensor:
-    """float [n, 3, h, h] in 0..1, each picture spoilt in its own way, none so far that a name changes: warped by a
-    few pixels, moved, softened, made noisy, lit otherwise."""
+    """float [n, 3, h, h] in 0..1, each picture randomly warped, moved, blurred, made noisy and relit.
+
+    No change is strong enough to change a label.
+    """
     n, size, device = len(images), images.shape[-1], images.device
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -134,7 +137,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """Bounding boxes [n, 4] in 0..1 of masks [n, h, w]; NaN where a mask is empty."""
+    """Bounding boxes [n, 4] in 0..1 of masks [n, h, w]. NaN for an empty mask."""
     inside = masks > 0.5
     out = []
     for axis in (1, 2):

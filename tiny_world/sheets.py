@@ -1,4 +1,4 @@
-"""Sheets of pictures with captions under them, and the loss curve; Pillow only."""
+"""Sheets of pictures with captions, and the loss curve. Uses Pillow only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """[3, h, w] in 0..1 to an RGB image."""
+    """[3, h, w] in 0..1 → an RGB image."""
     return Image.fromarray(
         (image.clamp(0, 1).permute(1, 2, 0).float().cpu().numpy() * 255).round().astype(np.uint8)
     )
@@ -22,7 +22,7 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_grid(
     images: Tensor, file: Path, *, columns: int, captions: list[str] | None = None, side: int = 160
 ) -> None:
-    """Save pictures [n, 3, h, w] in 0..1 as a grid, captions below them."""
+    """Save pictures [n, 3, h, w] in 0..1 as a grid, with captions below them."""
     margin = 40 if captions else 2
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + 4), rows * (side + margin)), "white")
@@ -36,8 +36,7 @@ def save_grid(
 
 
 def save_curve(log: Path, file: Path) -> None:
-    """Plot each stage's loss over its steps from the log's lines, one panel a stage, on a logarithmic
-    axis."""
+    """Plot the losses of a log on a logarithmic axis, with one panel for each stage."""
     stages: dict[str, list[tuple[int, float]]] = {}
     for line in log.read_text().splitlines():
         entry = json.loads(line)

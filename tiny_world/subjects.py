@@ -1,4 +1,4 @@
-"""Subjects: articulated creatures and toys, one identity per integer seed, shown in any pose on any background.
+"""Subjects: articulated creatures and toys in any pose on any background, one identity for each integer seed.
 
 The pretraining never shows them. Even seeds are for development, odd seeds for judging.
 """
@@ -18,7 +18,7 @@ BUILDS = ("biped", "blob", "robot", "walker")
 
 
 def subject(seed: int) -> Subject:
-    """The identity of a seed. Colours, build and accessories are drawn independently."""
+    """The identity of a seed. Colours, build and accessories are independent of each other."""
     rng = np.random.default_rng((seed, 4242))
     hue = rng.random()
     skin = _hsv(hue, rng.uniform(0.45, 0.85), rng.uniform(0.62, 0.95))
@@ -82,7 +82,7 @@ def random_tint(rng: np.random.Generator) -> Rgb:
 
 
 def random_shot(name: str, rng: np.random.Generator, *, second: str | None = None) -> Scene:
-    """A random scene of a named subject, alone or next to another one, on any background of the world."""
+    """A random scene of a subject, alone or next to another one, on any background."""
     sizes = ("small", "medium", "large")
     return Scene(
         kind=name,
@@ -97,7 +97,7 @@ def random_shot(name: str, rng: np.random.Generator, *, second: str | None = Non
 
 
 def shot_parts(scene: Scene, cast: dict[str, Subject], seed: int) -> list[list[float]]:
-    """Parts of a scene whose names stand for subjects; pose, light and jitter come from `seed`."""
+    """The parts of a scene with subjects; cast: name → subject. Pose, light and jitter come from `seed`."""
     rng = np.random.default_rng((seed, 99))
     draws = {
         name: (lambda frame, rng, who=who: draw_subject(frame, who, random_pose(rng)))

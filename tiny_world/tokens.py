@@ -1,7 +1,7 @@
-"""The tokenizers: a byte-level BPE in CLIP's form that holds every word of the world as one token.
+"""The tokenizers: a byte-level BPE in CLIP's form, with one token for every word of the world.
 
-Like CLIP's, the vocabulary is 256 bytes ("!" is 0), the same bytes at a word's end, one entry per merge, and
-the two special tokens last, so that <|endoftext|> is the highest id.
+The vocabulary has the order of CLIP's: 256 bytes ("!" is 0), the same bytes at a word's end, one entry for each merge, and
+the two special tokens. So <|endoftext|> has the highest id.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_characters() -> list[str]:
-    """The 256 printable stand-ins of bytes, in byte-level BPE's order: printable Latin-1 first, then the
-    others."""
+    """The 256 printable characters that stand for bytes, in the order of byte-level BPE: printable Latin-1 first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
@@ -28,8 +27,7 @@ def byte_characters() -> list[str]:
 
 @lru_cache
 def merges() -> tuple[tuple[str, str], ...]:
-    """Merges learnt on the world's words, each counted once, until every word is one token (Sennrich et al.,
-    2016)."""
+    """The merges that make every word of the world one token (Sennrich et al., 2016). Each word counts once."""
     words = [[*word[:-1], word[-1] + "</w>"] for word in vocabulary_words()]
     learnt: list[tuple[str, str]] = []
     while True:
@@ -51,8 +49,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def encode_words(caption: str, pad: int) -> np.ndarray:
-    """Ids uint16 [77] of a caption of known words, as the tokenizer gives them; `pad` fills up after
-    <|endoftext|>."""
+    """The tokenizer's ids of a caption of known words, uint16 [77], padded with `pad` after <|endoftext|>."""
     ids = vocabulary()
     words = caption.replace(",", " ,").split()
     row = np.full(LENGTH, pad, dtype=np.uint16)
@@ -62,8 +59,7 @@ def encode_words(caption: str, pad: int) -> np.ndarray:
 
 
 def build_tokenizers():
-    """(tokenizer padding with <|endoftext|>, tokenizer_2 padding with "!"), both transformers
-    CLIPTokenizer."""
+    """tokenizer, which pads with <|endoftext|>, and tokenizer_2, which pads with "!"; both are transformers' CLIPTokenizer."""
     from transformers import CLIPTokenizer
 
     def build(pad: str):

@@ -1,7 +1,8 @@
-"""`python -m tiny_world.train_scorer`: train the scorer's two networks, and measure their own ceilings.
+"""`python -m tiny_world.train_scorer`: train the scorer's two networks and measure their limits.
 
-Attributes: cross-entropies and box distances on scenes, creatures, and both together. Identity: supervised
-contrastive learning (Khosla et al., 2020) over thousands of creatures, several pictures of each in a batch.
+The attribute network learns scenes, creatures and both together, by cross-entropies and box distances. The identity network
+learns thousands of creatures by supervised contrastive learning (Khosla et al., 2020), with several pictures of each in a
+batch.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from tiny_world.training import Run, Trainer, save_half_weights
 
 TEMPERATURE = 0.1
 VIEWS = 4
-"""Pictures of one identity in a batch."""
+"""Pictures of each identity in a batch."""
 
 
 def main() -> None:
-    """Train both networks, write their weights, then `ceilings.json` beside them."""
+    """Train both networks and write their weights and `ceilings.json`."""
     parser = argparse.ArgumentParser(prog="python -m tiny_world.train_scorer", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=2.0, help="of training, for each network")
+    parser.add_argument("--minutes", type=float, default=2.0, help="training time of each network")
     parser.add_argument("--workdir", type=Path, default=Path("runs/scorer"))
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="full", choices=("smoke", "full"))
     parser.add_argument("--only", choices=("attributes", "identity"), help="train one of the two")
-    parser.add_argument("--ceilings-only", action="store_true", help="measure the weights that are there")
+    parser.add_argument("--ceilings-only", action="store_true", help="measure the existing weights")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.backends.cudnn.benchmark = True
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def training_orders(smoke: bool) -> list[Order]:
-    """20,000 scenes, 3,000 identities alone, 10,000 creatures in company."""
+    """20,000 scenes, 3,000 identities alone and 10,000 creatures with an object."""
     if smoke:
         return [Order("scenes", 0, 8), Order("creatures", 0, 4 * SHOTS), Order("company", 0, 8)]
     scenes = [Order("scenes", i, 500) for i in range(0, 20_000, 500)]
@@ -94,7 +95,7 @@ def train_attributes(run: Run, images: Tensor, labels: Labels) -> nn.Module:
 
 
 def attribute_loss(found, labels: Labels) -> Tensor:
-    """Sum of the heads' losses; colours and boxes count only where a thing is, positions only of single
+    """The sum of the heads' losses. Colours and boxes count only for things that are there, positions only for single
     things."""
     present = labels.presence
     coloured = labels.colour.amax(2)
@@ -114,7 +115,7 @@ def attribute_loss(found, labels: Labels) -> Tensor:
 
 
 def train_identity(run: Run, images: Tensor, labels: Labels) -> nn.Module:
-    """Returns the network with the averaged weights. Needs each identity's SHOTS pictures in a row."""
+    """Returns the network with the averaged weights. The SHOTS pictures of each identity must be in a row."""
     torch.manual_seed(12)
     thing = THINGS.index(CREATURE)
     rows = ((labels.who >= 0) & (labels.position >= 0)).nonzero().flatten().view(-1, SHOTS)
@@ -140,7 +141,7 @@ def train_identity(run: Run, images: Tensor, labels: Labels) -> nn.Module:
 
 
 def contrastive_loss(embeddings: Tensor, identities: int) -> Tensor:
-    """Supervised contrastive loss of unit vectors [identities * views, d], views of one identity in a row."""
+    """The supervised contrastive loss of unit vectors [identities * views, d], with the views of one identity in a row."""
     views = len(embeddings) // identities
     who = torch.arange(identities, device=embeddings.device).repeat_interleave(views)
     itself = torch.eye(len(who), dtype=torch.bool, device=embeddings.device)
@@ -151,8 +152,11 @@ def contrastive_loss(embeddings: Tensor, identities: int) -> Tensor:
 
 @torch.no_grad()
 def ceilings(scorer: Scorer, *, smoke: bool, workers: int) -> dict[str, float]:
-    """Accuracies on fresh real renders, and similarities of development identities never trained on (the even
-    seeds below 200): within one subject, to any other, and to the nearest other."""
+    """The scorer's limits: its accuracies on new renders, and similarities of identities that it was not trained on.
+
+    The identities are the even seeds below 200. The similarities are those within one subject, to any other subject and
+    to the nearest other subject.
+    """
     n = 8 if smoke else 2_000
     images, labels = picture_bank([Order("scenes", 900_000, n)], workers, scorer.device)
     found = scorer.attributes(images.float() / 255)
@@ -176,8 +180,10 @@ def ceilings(scorer: Scorer, *, smoke: bool, workers: int) -> dict[str, float]:
 
 
 def similarity_ceilings(embeddings: Tensor) -> dict[str, float]:
-    """Of unit vectors [identities, shots, d]: mean similarity of one subject's pictures to each other, to those
-    of any other, to the nearest other; and how often a picture's nearest mean is its own subject's."""
+    """Mean similarities of one subject's pictures to each other, to other subjects' and to the nearest other subject's.
+
+    Also how often the nearest subject of a picture is its own. vectors: unit vectors [identities, shots, d].
+    """
     n, shots, _ = embeddings.shape
     means = embeddings.mean(1)
     to_means = torch.einsum("ikd,jd->ikj", embeddings, means)

@@ -1,7 +1,6 @@
-"""What the stages share: the work folder, the time budget, fp32 master weights with EMA, and the captured
-step.
+"""What the stages share: the work folder, the time budget, fp32 master weights with EMA, and the captured step.
 
-Knows neither pictures nor losses.
+Knows modules and budgets; does not know pictures or losses.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ log = logging.getLogger(__name__)
 class Run:
     """Where and how a stage runs.
 
-    minutes: the stage's whole budget, over which the learning rate anneals. this_call: minutes after which
-    this call stops and saves its state, to be resumed by the next. workers: processes that describe
-    pictures. eager: no CUDA graph.
+    minutes: the total time of the stage; the learning rate anneals over it. this_call: minutes after which this call
+    saves its state and stops; the next call continues. workers: processes that make data. eager: no CUDA graph.
     """
 
     workdir: Path
@@ -40,14 +38,14 @@ class Run:
 
     @property
     def fetch(self) -> Path:
-        """Half-precision weights, logs and sheets: all that is worth keeping."""
+        """The results: half-precision weights, logs and sheets."""
         folder = self.workdir / "fetch"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @property
     def state(self) -> Path:
-        """Full-precision weights and optimizer state, for resuming."""
+        """Full-precision weights and optimizer state, to continue from."""
         folder = self.workdir / "state"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -68,19 +66,17 @@ class Run:
 
 
 def learning_rate(peak: float, step: int, progress: float, warmup: int) -> float:
-    """Linear warm-up over steps, then a cosine over the share of the budget that is spent, down to 1 % of
-    the peak."""
+    """A linear warm-up over steps, then half a cosine over the time, down to 1 % of the peak. progress: 0 to 1."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return peak * min((step + 1) / warmup, 1.0) * (0.01 + 0.99 * cosine)
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """AdamW on fp32 master weights, the modules themselves in the run's compute dtype, and an EMA of the
-    masters.
+    """AdamW on fp32 master weights, with an EMA of them. The modules themselves have the run's compute dtype.
 
-    modules: name -> module, already on the device. Optimizer and EMA work on device tensors only, so that a
-    whole step can be captured in a CUDA graph.
+    modules: name -> module, already on the device. Optimizer and EMA use device tensors only, so a CUDA graph can hold a
+    whole step.
     """
 
     modules: dict[str, nn.Module]
@@ -120,9 +116,9 @@ class Trainer:
     def train(
         self, loss_fn: Callable[[], Tensor], *, stage: str, every: Callable[[Trainer], None] | None = None
     ) -> bool:
-        """Train until the budget or this call's share of it is spent; True if the budget is.
+        """Train until the time of the stage or of this call is over. Returns whether the stage's time is over.
 
-        every: called about every three minutes, outside the budget's accounting of steps but within its time.
+        every: called about every three minutes. Its time counts.
         """
         step = self._captured(loss_fn)
         start, before, last_sheet = time.monotonic(), self.elapsed, time.monotonic()
@@ -160,7 +156,7 @@ class Trainer:
         return self.elapsed >= total
 
     def load_ema(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        """Copy the EMA into other modules of the same shapes; returns them."""
+        """Copy the EMA into other modules of the same shapes and return them."""
         targets = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
         with torch.no_grad():
             for name, value in zip(self.names, self.ema, strict=True):
@@ -168,7 +164,7 @@ class Trainer:
         return modules
 
     def save(self, stage: str) -> None:
-        """Everything that resuming needs, as safetensors."""
+        """Save everything that `resume` needs, as safetensors."""
         tensors: dict[str, Tensor] = {}
         for name, master, ema in zip(self.names, self.masters, self.ema, strict=True):
             tensors[f"master/{name}"], tensors[f"ema/{name}"] = master.detach(), ema
@@ -183,7 +179,7 @@ class Trainer:
         )
 
     def resume(self, stage: str) -> None:
-        """Continue from a saved state, if there is one."""
+        """Continue from the saved state, if there is one."""
         file = self.run.state / f"{stage}.safetensors"
         if not file.exists():
             return
@@ -210,7 +206,7 @@ class Trainer:
         self.decay.fill_(min(self.ema_decay, (1 + self.step) / (10 + self.step)))
 
     def _one_step(self, loss_fn: Callable[[], Tensor]) -> Tensor:
-        """A single training step: loss, gradients to the masters, clipped AdamW, weights back, EMA."""
+        """One training step: loss, gradients for the masters, clipped AdamW, new weights, EMA."""
         for p in self.params:
             p.grad = None
         loss = loss_fn()
@@ -218,7 +214,9 @@ class Trainer:
         used = [(m, p) for m, p in zip(self.masters, self.params, strict=True) if p.grad is not None]
         for master, param in used:
             assert param.grad is not None
-            master.grad = param.grad.float().contiguous()  # as the masters: fused AdamW wants one layout
+            master.grad = (
+                param.grad.float().contiguous()
+            )  # in the masters' layout: fused AdamW needs one layout
         torch.nn.utils.clip_grad_norm_([m for m, _ in used], 1.0, foreach=True)
         self.optimizer.step()
         with torch.no_grad():
@@ -228,8 +226,7 @@ class Trainer:
         return loss.detach()
 
     def _captured(self, loss_fn: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The step as one CUDA graph, where there is CUDA and it can be captured; random draws advance with
-        each replay."""
+        """The step as one CUDA graph if possible, else as it is. Random draws advance with each replay."""
         if not self.run.cuda or self.run.eager:
             return lambda: self._one_step(loss_fn)
         self._set_rates(self.elapsed / max(self.run.minutes * 60, 1e-9))
@@ -245,7 +242,7 @@ class Trainer:
             with torch.cuda.graph(graph):
                 captured = self._one_step(loss_fn)
         except RuntimeError as error:
-            log.warning("no CUDA graph, steps run one kernel at a time: %s", str(error).splitlines()[0])
+            log.warning("No CUDA graph, so steps run one kernel at a time: %s", str(error).splitlines()[0])
             torch.cuda.synchronize()
             return lambda: self._one_step(loss_fn)
 
@@ -257,12 +254,12 @@ class Trainer:
 
 
 def save_half_weights(module: nn.Module, file: Path) -> None:
-    """A module's weights in half precision."""
+    """Save a module's weights in half precision."""
     save_file({k: v.detach().half().cpu().contiguous() for k, v in module.state_dict().items()}, file)
 
 
 def load_half_weights(module: nn.Module, file: Path) -> None:
-    """Raises FileNotFoundError naming the stage's file that is missing."""
+    """Load a module's weights. Raises FileNotFoundError with the missing file's name."""
     if not file.exists():
         raise FileNotFoundError(
             f"{file} is missing: run the stage that writes it, or put the fetched file there"

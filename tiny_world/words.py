@@ -1,7 +1,7 @@
 """Every word of the world: colours, kinds, places, textures, and the wording of captions.
 
-Captions use no word outside `caption_words()`. The tokenizer's vocabulary also holds `EXTRA_WORDS`, which people
-may use in prompts; of them the pretraining knows `TOYS` alone.
+Captions use only words of `caption_words()`. The tokenizer's vocabulary also has `EXTRA_WORDS`, which people may use in
+prompts. Of these the pretraining shows only `TOYS`.
 """
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -25,7 +25,7 @@ THINGS = ("house", "fish", "tree", "boat", "flower", "mushroom", "car", "cup")
 KINDS = SHAPES + THINGS
 
 TOYS = ("toy", "creature", "figure", "doll", "character", "monster", "robot", "animal")
-"""Nouns for a random figure in an object's place; they say nothing about its looks."""
+"""Nouns for a random figure. They say nothing about its looks."""
 
 SIZES = ("small", "medium", "large")
 
@@ -53,7 +53,7 @@ RELATIONS: dict[str, tuple[str, ...]] = {
     "next to": ("next to", "beside"),
     "in front of": ("in front of",),
 }
-"""Relation -> the phrases that state it."""
+"""Relation -> the phrases for it."""
 
 LEADS = ("a photo of", "a picture of", "a drawing of", "an image of")
 
@@ -199,7 +199,7 @@ EXTRA_WORDS = [
 
 
 def places(position: str) -> tuple[str, ...]:
-    """Phrases that name a position of `POSITIONS`."""
+    """The phrases for a position of `POSITIONS`."""
     if position == "middle":
         return ("in the middle", "in the center", "in the middle")
     if position in ("top", "bottom"):
@@ -215,7 +215,7 @@ def places(position: str) -> tuple[str, ...]:
 
 
 def caption_words() -> tuple[str, ...]:
-    """Sorted words that captions of scenes may use (the comma included)."""
+    """The words of captions, sorted, with the comma."""
     phrases = [*COLOURS, *KINDS, *SIZES, *TEXTURES, *LEADS, *BACKGROUND_LINKS, *TEXTURE_NOUNS.values()]
     phrases += [p for position in POSITIONS for p in places(position)]
     phrases += [p for group in RELATIONS.values() for p in group]
@@ -224,5 +224,5 @@ def caption_words() -> tuple[str, ...]:
 
 
 def vocabulary_words() -> tuple[str, ...]:
-    """Sorted words that are single tokens of the tokenizers."""
+    """The words that are single tokens, sorted."""
     return tuple(sorted({*caption_words(), *EXTRA_WORDS}))
