@@ -135,7 +135,7 @@ def train(
     ),
     random_views: int = Input(
         default=15,
-        description="How many random crops of each picture, enlarged by up to 1.3, to learn beside the whole picture. They teach sizes and positions that your pictures do not show. 0: none.",
+        description="How many random crops of each picture, enlarged by up to 1.3, to learn in addition to the whole picture. They teach sizes and positions that your pictures do not show. 0: none.",
         ge=0,
         le=63,
     ),
@@ -171,7 +171,7 @@ def train(
     ),
     prior_prompts: str = Input(
         default="",
-        description='Prompts, separated by |, that the fine-tune should still draw as the base does, such as "a photo of a dog|a photo of a person". The base draws pictures of them first; training learns these beside yours.',
+        description='Prompts, separated by |, that the fine-tune should still draw as the base does, such as "a photo of a dog|a photo of a person". The base draws pictures of them first, and training learns these together with yours.',
     ),
     prior_images: int = Input(
         default=100,

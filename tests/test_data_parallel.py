@@ -49,7 +49,7 @@ def test_two_processes_learn_as_one(captioned_zip: Path, tmp_path: Path):
     )
     torch.multiprocessing.spawn(work, (str(tmp_path), free_port()), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first["losses"] == second["losses"], "both are told the mean"
+    assert first["losses"] == second["losses"], "both report the mean"
     learn(str(tmp_path), "alone")
     alone = torch.load(tmp_path / "alone.pt")
     assert first["losses"] != pytest.approx(alone["losses"], rel=1e-3), "each sees other pictures and noise"

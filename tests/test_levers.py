@@ -1,4 +1,4 @@
-"""The levers of the recipe: each does what its name says, on the embedded base."""
+"""The levers of the recipe: each does what its name says, on the miniature."""
 
 import dataclasses
 from collections import Counter
@@ -110,7 +110,7 @@ def test_views_tell_where_they_were_cut(striped: Path):
     assert np.corrcoef([left for left, _ in by_left], widths)[0, 1] < -0.5
 
 
-def test_flipped_pictures_are_learnt_beside_the_others(striped: Path):
+def test_flipped_pictures_are_learned_too(striped: Path):
     components = load_components(TINY_BASE, is_lora=False, device=CPU)
     data = cache_examples(striped, components, TokenMap.parse("TOK:2"), seed=0, flip=True)
     plain, mirrored = data.examples
@@ -252,7 +252,7 @@ def test_schedules_are_those_of_diffusers(name):
         assert share == pytest.approx(reference.lr_lambdas[0](step))
 
 
-def test_the_prior_is_drawn_once_and_learnt(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # noqa: F811
+def test_the_prior_is_drawn_once_and_learned(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # noqa: F811
     monkeypatch.setenv("SDXL_CACHE", str(tmp_path / "cache"))
     config = PriorConfig.parse(
         "a red house | a blue car", base=str(TINY_BASE), images=3, resolution=64, steps=2
@@ -294,10 +294,10 @@ def test_lean_layers_compute_what_pefts_do(run, targets: str):  # noqa: F811
         2, 77, unet.config["cross_attention_dim"], generator=torch.Generator().manual_seed(0)
     )
     width = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
-    told = {"text_embeds": torch.zeros(2, width), "time_ids": example.time_ids}
+    added = {"text_embeds": torch.zeros(2, width), "time_ids": example.time_ids}
 
     def answer() -> torch.Tensor:
-        return unet(example.latents, torch.tensor(300), hidden, added_cond_kwargs=told).sample
+        return unet(example.latents, torch.tensor(300), hidden, added_cond_kwargs=added).sample
 
     def gradients() -> list[torch.Tensor]:
         unet.zero_grad()

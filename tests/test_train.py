@@ -1,4 +1,4 @@
-"""The training door as a function: inputs old and new, artifacts, bad input."""
+"""The training entry point as a function: old and new inputs, artifacts, wrong inputs."""
 
 import base64
 import json

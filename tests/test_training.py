@@ -1,4 +1,4 @@
-"""The recipe on the embedded base: what changes, when, and what never does."""
+"""The recipe on the miniature: what changes, when, and what never does."""
 
 import dataclasses
 import itertools

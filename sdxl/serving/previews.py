@@ -11,7 +11,8 @@ from PIL import Image
 
 from dataset_and_utils import TokenMap
 from sdxl.model.components import Components
-from sdxl.serving.generation import GenerationRequest, generate
+from sdxl.serving.generation import generate
+from sdxl.serving.request import GenerationRequest
 
 SAMPLER = "K_EULER"
 
@@ -19,8 +20,8 @@ SAMPLER = "K_EULER"
 def drawer(components: Components, token_map: TokenMap | None = None) -> Callable[..., Image.Image]:
     """A function `draw(prompt, *, side, steps, guidance, seed)` that draws one square picture.
 
-    It shares the parts of `components`, so it takes no second UNet's memory, and every call uses the current weights.
-    The text encoders must be on the training's device.
+    It uses the parts of `components` themselves, without a copy: every call draws with their current weights. The text
+    encoders must be on the same device as the UNet.
 
     token_map: the tokens that prompts may name; by default none.
     """

@@ -21,7 +21,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 def limited(
     default: Any = MISSING, *, ge: float | None = None, gt: float | None = None, le: float | None = None
-):
+) -> Any:
     """A dataclass field whose value must be at least `ge`, above `gt` and at most `le`. None is always in range."""
     return field(default=default, metadata={"ge": ge, "gt": gt, "le": le})
 
@@ -41,7 +41,7 @@ class TrainingOptions:
     ti_lr: float = limited(3e-4, gt=0)
     """Learning rate of the token rows."""
     is_lora: bool = False
-    """Train LoRA matrices beside the UNet instead of the UNet itself."""
+    """Train LoRA matrices instead of the UNet itself."""
     lora_rank: int = limited(32, ge=1, le=1024)
     """Rank of the LoRA matrices."""
     lora_alpha: int | None = limited(None, ge=1)
@@ -72,7 +72,7 @@ class TrainingOptions:
     mask_base_target: bool = True
     """Outside masks, learn what the base would draw instead of what the pictures show."""
     random_views: int = limited(15, ge=0, le=63)
-    """How many random crops of each enlarged picture are learned beside the whole picture."""
+    """How many random crops of each enlarged picture are learned, in addition to the whole picture."""
     horizontal_flip: bool = False
     """Learn every picture mirrored too."""
     prior_prompts: str = ""

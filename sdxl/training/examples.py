@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PIXELS_AT_ONCE = 2 * 1024 * 1024
-"""Most pixels in one batch of the autoencoder, so that its activations fit beside the model."""
+"""Most pixels in one batch of the autoencoder, so that its activations fit in memory together with the model."""
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def cache_examples(
 
     Each picture becomes one sample of the autoencoder's posterior, multiplied by its `scaling_factor`.
 
-    views: random crops of each enlarged picture, learned beside the whole.
+    views: how many random crops of each enlarged picture to learn, in addition to the whole picture.
     flip: learn every view mirrored too.
 
     Raises:

@@ -92,8 +92,8 @@ def choose_plan(
 ) -> MemoryPlan:
     """The best plan that fits in memory, with the reason in one sentence.
 
-    Precision matters more than speed: with `checkpointing` None, activations are kept only if there is room for them
-    beside the best precision.
+    Precision matters more than speed: with `checkpointing` None, activations are kept only if the best precision leaves
+    room for them.
 
     Args:
         free_bytes: memory for the UNet's weights and its training; what else stays in memory is already subtracted.

@@ -1,4 +1,6 @@
-"""Prior preservation: pictures that the base itself draws, learned beside the subject's, so that it goes on drawing them.
+"""Prior preservation: the base draws pictures, and training learns them together with the subject's.
+
+So the fine-tune does not forget how to draw them.
 
 Source: DreamBooth (arXiv:2208.12242), section 3.3. Knows which pictures are wanted and where they are kept; does not know
 how they are drawn, nor the loss.

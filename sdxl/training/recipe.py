@@ -57,7 +57,7 @@ def fine_tune(
 ) -> TrainedFineTune:
     """Train `components` on `dataset`. Full training changes their UNet in place; a LoRA stays in it as an adapter.
 
-    prior: pictures that the base drew. They are learned beside the subject's, so that the base's skills remain.
+    prior: pictures that the base drew. They are learned together with the subject's, so that the base's skills remain.
 
     Raises:
         TrainingDivergedError: the loss is not a number. `on_checkpoint` has received the weights before that step.

@@ -1,4 +1,4 @@
-"""Trainable embedding rows for new tokens, beside a frozen embedding table.
+"""Trainable embedding rows for new tokens, next to a frozen embedding table.
 
 Knows embeddings and tokenizers; does not know captions, losses or optimizers.
 """

@@ -23,8 +23,10 @@ def local_rank() -> int:
 
 
 def run_in_each(run: Callable[[list[str]], int]) -> int:
-    """Call `run` with the arguments of the command line, in this process and those beside it. Only the first process
-    logs, shows progress and leaves files. Returns the exit code."""
+    """Call `run` with the arguments of the command line in every process, and return its exit code.
+
+    Only the first process logs, shows progress and leaves files.
+    """
     if process_count() < 2:
         return run(sys.argv[1:])
 

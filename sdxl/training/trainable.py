@@ -1,4 +1,4 @@
-"""What trains of the UNet: all of it, or LoRA matrices beside it; and how both are exported.
+"""What trains of the UNet: all of it, or LoRA matrices that are added to it; and how both are exported.
 
 Knows the UNet's parameters and how they are prepared for training; does not know losses, text or files.
 """
@@ -86,8 +86,8 @@ def full_unet(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
 def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
     """LoRA matrices (arXiv:2106.09685), or DoRA's (arXiv:2402.09353), on the layers of `lora_targets`.
 
-    They train in fp32 beside the frozen UNet, and are exported as diffusers reads them. torch's global generator draws
-    their start.
+    They train in fp32 while the UNet stays frozen, and are exported as diffusers reads them. torch's global generator
+    draws their initial values.
     """
     alpha = config.lora_alpha or config.lora_rank
     with unet.device:  # otherwise peft makes every matrix on the CPU and moves it
@@ -167,7 +167,7 @@ def _memory_plan(unet: UNet2DConditionModel, config: TrainingConfig) -> MemoryPl
 
 
 def _lora_checkpointing(unet: UNet2DConditionModel, config: TrainingConfig) -> bool:
-    """Whether to recompute activations: as requested, else only if they would not fit beside the LoRA."""
+    """Whether to recompute activations: as requested, else only if they would not fit in memory."""
     if config.gradient_checkpointing is not None:
         return config.gradient_checkpointing
     weights = sum(parameter.numel() for parameter in unet.parameters())
