@@ -6,6 +6,7 @@ Knows the order of the work: prompts, latents, passes, decoding. Does not know w
 import logging
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,15 @@ from sdxl.serving.placement import lent
 from sdxl.serving.plan import plan_passes
 from sdxl.serving.request import MULTIPLE, GenerationRequest
 from sdxl.serving.samplers import make_scheduler
-from sdxl.serving.sampling import Kept, begin, course, denoise, intervals_above, noise_like
+from sdxl.serving.sampling import (
+    Conditioning,
+    Kept,
+    begin,
+    course,
+    denoise,
+    intervals_above,
+    noise_like,
+)
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -83,6 +92,22 @@ def draw(
         pipeline.maybe_free_model_hooks()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """What b pictures start from."""
+
+    prompts: Prompts
+    base_conditioning: Conditioning
+    generators: list[torch.Generator]
+    """One per picture, so that a picture does not depend on the number of pictures."""
+    noise: Tensor
+    """The noise of the first pass [b, 4, h, w]."""
+    image_latents: Tensor | None
+    """Latents of the input picture [b, 4, h, w]."""
+    kept: Kept | None
+    """The part of the input picture that inpainting keeps."""
+
+
 def _draw_batch(
     pipeline: Any,
     refiner: UNet2DConditionModel | None,
@@ -95,11 +120,55 @@ def _draw_batch(
 
     texts: the prompt and the negative prompt.
     """
-    # Each picture has its own generator, so that it does not depend on the number of pictures.
     device = pipeline._execution_device  # asked once: the pipeline searches all its modules for it
+    batch = _prepare(pipeline, request, texts, seeds, device)
+
+    # The base runs the first pass, the refiner may run a second one: see `plan`.
+    passes = plan_passes(request, _base_intervals(pipeline, request, device))
+    models = {"base": (pipeline.unet, batch.base_conditioning)}
+    if request.refine != "no_refiner":
+        assert refiner is not None, "the caller loads the refiner"
+        models["refiner"] = (refiner, for_refiner(pipeline, refiner, batch.prompts))
+
+    latents = batch.image_latents if request.starts_from_image else None
+    for one in passes:
+        # The noise level of a pass depends on where it starts in the schedule, not on where it stops.
+        scheduler = _schedule(pipeline, request, one.steps, device)
+        if one.adds_noise:
+            noise = batch.noise
+            if one.model == "refiner" and latents is not None:
+                noise = noise_like(latents, batch.generators)  # a new one, for the finished picture
+            latents = begin(scheduler, course(scheduler, one.first, one.steps), latents, noise)
+        assert latents is not None, "the first pass adds noise"
+        planned = course(scheduler, one.first, one.stop)
+
+        # The refiner is not part of the pipeline: with offloading it goes to the GPU only for its pass.
+        unet, conditioning = models[one.model]
+        where = lent(unet, pipeline) if one.model == "refiner" else nullcontext()
+        with where, pipeline.progress_bar(total=len(planned.timesteps)) as bar:
+            latents = denoise(
+                runner(unet),
+                scheduler,
+                planned,
+                latents,
+                conditioning,
+                generators=batch.generators,
+                kept=batch.kept,
+                on_call=bar.update,
+            )
+
+    assert latents is not None
+    for picture in _decode(pipeline, latents):
+        yield _finish(picture, request)
+
+
+def _prepare(
+    pipeline: Any, request: GenerationRequest, texts: tuple[str, str], seeds: list[int], device: torch.device
+) -> _Batch:
+    """Encode the prompts and the input picture, and draw the first noise."""
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    # Latents are on a grid of 8 pixels: pad an input picture of another size, and crop the result at the end.
+    # A latent pixel is 8 pixels wide: pad an input picture of another size, and crop the result at the end.
     image = None if request.image is None else padded(request.image)
     height, width = (request.height, request.width) if image is None else (image.height, image.width)
     prompts = Prompts(
@@ -110,56 +179,29 @@ def _draw_batch(
         size=(height, width),
         device=device,
     )
-    conditioning = {"base": for_base(pipeline, prompts)}
-    dtype = conditioning["base"].embeds.dtype
+    conditioning = for_base(pipeline, prompts)
+    dtype = conditioning.embeds.dtype
 
-    # The noise of the first pass. Inpainting needs it in every step, for the part of the picture that it keeps.
     image_latents = None
     if image is not None:
         image_latents = _encode(pipeline, image, device, dtype, len(seeds))
     shape = (len(seeds), 4, height // MULTIPLE, width // MULTIPLE)
     noise = noise_like(torch.empty(shape, device=device, dtype=dtype), generators)
+
+    # Inpainting needs the first noise in every step, for the part of the picture that it keeps.
     kept = None
     if request.mask is not None:
         assert image_latents is not None
-        kept = Kept(latents=image_latents, noise=noise, mask=_latent_mask(request.mask).to(noise))
-
-    # The base runs the first pass, the refiner may run a second one: see `plan`.
-    passes = plan_passes(request, _base_intervals(pipeline, request, device))
-    unets = {"base": pipeline.unet}
-    if request.refine != "no_refiner":
-        assert refiner is not None, "the caller loads the refiner"
-        unets["refiner"] = refiner
-        conditioning["refiner"] = for_refiner(pipeline, refiner, prompts)
-
-    latents = image_latents if request.starts_from_image else None
-    for step in passes:
-        # The noise level of a pass depends on where it starts in the schedule, not on where it stops.
-        scheduler = _schedule(pipeline, request, step.steps, device)
-        if step.adds_noise:
-            own = noise if latents is None or step.model == "base" else noise_like(latents, generators)
-            latents = begin(scheduler, course(scheduler, step.first, step.steps), latents, own)
-        assert latents is not None, "the first pass adds noise"
-        planned = course(scheduler, step.first, step.stop)
-
-        # The refiner is no part of the pipeline: with offloading it goes to the GPU only for its pass.
-        unet = unets[step.model]
-        where = lent(unet, pipeline) if step.model == "refiner" else nullcontext()
-        with where, pipeline.progress_bar(total=len(planned.timesteps)) as bar:
-            latents = denoise(
-                runner(unet),
-                scheduler,
-                planned,
-                latents,
-                conditioning[step.model],
-                generators=generators,
-                kept=kept,
-                on_call=bar.update,
-            )
-
-    assert latents is not None
-    for picture in _decode(pipeline, latents):
-        yield _finish(picture, request)
+        cells = torch.from_numpy(latent_mask(padded(request.mask)))[None, None]
+        kept = Kept(latents=image_latents, noise=noise, mask=cells.to(noise))
+    return _Batch(
+        prompts=prompts,
+        base_conditioning=conditioning,
+        generators=generators,
+        noise=noise,
+        image_latents=image_latents,
+        kept=kept,
+    )
 
 
 def _base_intervals(pipeline: Any, request: GenerationRequest, device: torch.device) -> int:
@@ -175,11 +217,6 @@ def _schedule(pipeline: Any, request: GenerationRequest, steps: int, device: tor
     scheduler: Any = make_scheduler(request.scheduler, pipeline)
     scheduler.set_timesteps(steps, device=device)
     return scheduler
-
-
-def _latent_mask(mask: Image.Image) -> Tensor:
-    """The mask on the grid of latents, [1, 1, h, w]: 1 where the picture is repainted."""
-    return torch.from_numpy(latent_mask(padded(mask)))[None, None]
 
 
 def _encode(
