@@ -62,7 +62,7 @@ def test_the_ranges_are_those_of_the_table():
 def test_help_and_wrong_inputs_need_no_torch():
     heavy = {"torch", "diffusers", "transformers", "pandas"}
     code = f"import predict, sys; assert not {heavy} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 @pytest.mark.parametrize(

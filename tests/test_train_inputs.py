@@ -119,7 +119,7 @@ def test_without_a_seed_each_run_gets_its_own():
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
 
 
