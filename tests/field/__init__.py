@@ -1,0 +1,1 @@
+"""Inputs with one oddity each, as people really bring them, and what the project must make of each."""
