@@ -34,11 +34,11 @@ TRAINING = {
     "token_init": "TOK:toy",
     "is_lora": "true",
     "lora_targets": "all",
-    "lora_lr": "1.5e-3",
+    "lora_lr": "2e-3",
     "ti_lr": "5e-3",
     "lr_scheduler": "cosine",
     "random_views": "0",
-    "max_train_steps": "400",
+    "max_train_steps": "260",
     "seed": "0",
 }
 """Inputs of train.py. The learning rates suit the miniature's 7 million UNet parameters; the defaults suit SDXL's. Random
@@ -99,7 +99,7 @@ def draw(tar: Path) -> tuple[list[Image.Image], list[Image.Image]]:
     def draw_all() -> list[Image.Image]:
         requests = [
             GenerationRequest(
-                prompt=prompt, width=side, height=side, num_inference_steps=25, guidance_scale=3, seed=index
+                prompt=prompt, width=side, height=side, num_inference_steps=20, guidance_scale=3, seed=index
             )
             for index, prompt in enumerate(PROMPTS)
         ]

@@ -1,7 +1,7 @@
 """`python -m benchmarks.pictures`: draw the documentation's pictures of results.
 
 Writes `quality.jpg` (three subjects in five new scenes), `steps.jpg` (short and long runs) and `two_subjects.jpg` (two
-subjects in one fine-tune). Takes about five minutes on an H100 with 16 cores.
+subjects in one fine-tune). Takes about three minutes on an H100 with 16 cores.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ LONGER = 4
 
 PAIR = Path("example_datasets/doggo_robo.zip")
 PAIR_TOKENS = "DOGGO_TOK:2,ROBO_TOK:2"
+PAIR_METHOD = replace(
+    LORA, views=0, settings={**LORA.settings, "token_init": "DOGGO_TOK:animal,ROBO_TOK:robot"}
+)
+"""Each token starts at a word of its own: two that start at the same word are easily confused."""
 ALONE = [
     "a photo of DOGGO_TOK in the middle on a plain red background",
     "a photo of DOGGO_TOK on the right on a blue striped background",
@@ -55,15 +59,22 @@ TOGETHER = [
 
 
 def main() -> None:
-    """Train every fine-tune and write the three sheets."""
+    """Train the fine-tunes and write the chosen sheets."""
     args = _arguments()
     args.output.mkdir(parents=True, exist_ok=True)
+    if "methods" in args.sheets:
+        _draw_methods(args)
+    if "two_subjects" in args.sheets:
+        _save(two_subjects_sheet(args), args.output / "two_subjects.jpg")
+
+
+def _draw_methods(args: argparse.Namespace) -> None:
+    """Write `quality.jpg` and `steps.jpg`, which show the same fine-tunes."""
     methods = [_of_steps(m, steps) for m in (FULL, LORA) for steps in (args.steps, LONGER * args.steps)]
     results = run_all(SUBJECTS, methods, args)
     short_full = [r for r in results if r["method"] == methods[0].name]
     _save(quality_sheet(short_full), args.output / "quality.jpg")
     _save(steps_sheet(results, SUBJECTS[:2]), args.output / "steps.jpg")
-    _save(two_subjects_sheet(args), args.output / "two_subjects.jpg")
 
 
 def quality_sheet(results: list[dict[str, Any]]) -> Image.Image:
@@ -95,7 +106,7 @@ def two_subjects_sheet(args: argparse.Namespace) -> Image.Image:
         tuned = learn(
             folder / "raw",
             folder,
-            FULL,
+            PAIR_METHOD,
             base=BASE,
             token_map=PAIR_TOKENS,
             resolution=256,
@@ -130,6 +141,9 @@ def _save(sheet: Image.Image, path: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=__doc__)
+    sheets = ["methods", "two_subjects"]
+    help_text = "methods: quality.jpg and steps.jpg; two_subjects: two_subjects.jpg"
+    parser.add_argument("--sheets", nargs="+", choices=sheets, default=sheets, help=help_text)
     add_job_arguments(parser)
     parser.set_defaults(output=Path("docs"), workdir=Path("runs/pictures"), sampling_steps=25, seeds=1)
     return parser.parse_args()
