@@ -77,7 +77,7 @@ def marked(case: Case):
     return pytest.param(case, id=case.name, marks=gap)
 
 
-@pytest.mark.parametrize("case", map(marked, CASES))
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_a_set_is_used_as_meant_or_refused(case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     archive = case.write(tmp_path)
     caplog.set_level(logging.INFO)
