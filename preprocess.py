@@ -31,7 +31,7 @@ from sdxl.data.model_stages import find_salience, upscale_small, write_missing_c
 from sdxl.data.source_folder import open_source
 from sdxl.files.archives import pack_tar
 from sdxl.files.fetching import fetch
-from sdxl.process import configure_logging, workspace_of_run
+from sdxl.process import configure_logging, repeat_on_cpu, workspace_of_run
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class Preprocessor(BaseRunner):
         )
         if not target_size:
             config = dataclasses.replace(config, target_size=_base_size())
+        repeat_on_cpu()
         configure_logging()
         with workspace_of_run("preprocess") as workspace:
             archive = fetch(str(files), workspace / "fetched")

@@ -225,7 +225,11 @@ def train(
     inputs = train_inputs(locals())
     repeat_on_cpu()
     configure_logging()
-    with workspace_of_run("train", keep=f"{_OUTPUT}/checkpoints") as workspace:
+    from sdxl.model import (
+        fine_tune_files,  # here, after logging is configured: torch and diffusers log on import
+    )
+
+    with workspace_of_run("train", keep=f"{_OUTPUT}/{fine_tune_files.CHECKPOINTS}") as workspace:
         return Path(run(inputs, workspace))
 
 

@@ -40,9 +40,7 @@ LONGER = 4
 
 PAIR = Path("example_datasets/doggo_robo.zip")
 PAIR_TOKENS = "DOGGO_TOK:2,ROBO_TOK:2"
-PAIR_METHOD = replace(
-    LORA, views=0, settings={**LORA.settings, "token_init": "DOGGO_TOK:animal,ROBO_TOK:robot"}
-)
+PAIR_METHOD = replace(LORA, settings={**LORA.settings, "token_init": "DOGGO_TOK:animal,ROBO_TOK:robot"})
 """Each token starts at a word of its own: two that start at the same word are easily confused."""
 ALONE = [
     "a photo of DOGGO_TOK in the middle on a plain red background",

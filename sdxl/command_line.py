@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 from sdxl.errors import UserInputError
 from sdxl.files.archives import atomic_path
 from sdxl.files.fetching import is_remote
-from sdxl.process import repeat_on_cpu
 
 _REQUIRED = object()
 
@@ -141,7 +140,6 @@ def run_command_line(
 
     Returns the exit code: 0 for success, 1 for a failed run, 2 for wrong inputs, 130 for Ctrl-C or SIGTERM.
     """
-    repeat_on_cpu()
     inputs = declared_inputs(entry_point)
     parser = argparse.ArgumentParser(
         prog=f"python {Path(sys.argv[0]).name}",

@@ -13,7 +13,7 @@ ROOMS = {
     "errors": {"dataset_and_utils"},
     "settings": {"errors"},
     "process": {"errors", "settings"},
-    "command_line": {"errors", "files", "process"},
+    "command_line": {"errors", "files"},
     "files": {"errors", "settings"},
     "speed": {"errors", "settings"},
     "model": {"dataset_and_utils", "errors", "settings", "files"},

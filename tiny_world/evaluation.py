@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -61,9 +60,3 @@ def colour_shares(images: Tensor, scenes: list[Scene]) -> dict[str, float]:
         "background_colour": round(background / share, 3),
         "object_colour": round(thing / share, 3),
     }
-
-
-def border_colour(image: Tensor) -> str:
-    """The named colour nearest to the median of the border of a picture [3, h, w] in 0..1."""
-    border = torch.cat([image[:, :6].flatten(1), image[:, -6:].flatten(1)], 1).median(1).values.numpy()
-    return min(COLOURS, key=lambda name: float(np.square(np.subtract(COLOURS[name], border)).sum()))

@@ -58,12 +58,12 @@ def unpack(
     folder: Path,
     *,
     limits: Limits = Limits(),
-    leave: Callable[[Path], bool] = lambda path: False,
+    skip: Callable[[Path], bool] = lambda path: False,
 ) -> list[Path]:
     """Unpack a zip or tar into `folder`, and return the written files in the archive's order.
 
     Detects the format, also of compressed tars, by content and ignores the file name. Writes only regular files, and only
-    inside `folder`; skips folders, links, devices, and members for whose path `leave` returns True.
+    inside `folder`; skips folders, links, devices, and members for whose path `skip` returns True.
 
     Raises:
         ArchiveError: not an archive, damaged, encrypted, empty, over `limits`, or a member's path leaves `folder`.
@@ -76,7 +76,7 @@ def unpack(
             if len(written) == limits.files:
                 raise ArchiveError(f"{archive.name} holds more than {limits.files} files: split it.")
             relative = _safe_relative(name, archive)
-            if leave(relative):
+            if skip(relative):
                 has_skipped = True
                 continue
             target = folder / relative

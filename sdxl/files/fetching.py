@@ -97,11 +97,11 @@ class Fetched:
 
 
 def download(
-    url: str, folder: Path, *, max_bytes: int = MAX_BYTES, known: Mapping[str, str] | None = None
+    url: str, folder: Path, *, max_bytes: int = MAX_BYTES, validators: Mapping[str, str] | None = None
 ) -> Fetched | None:
     """Save the content of `url` in `folder`.
 
-    known: the validators of an earlier download. With them, return None if the server says that nothing changed or cannot
+    validators: those of an earlier download. With them, return None if the server says that nothing changed or cannot
     be reached; the caller then uses its earlier file.
 
     Raises:
@@ -117,9 +117,9 @@ def download(
     target = folder / "download.bin"
     received = 0
     try:
-        with requests.get(url, stream=True, timeout=TIMEOUT_S, headers=dict(known or {})) as response:
+        with requests.get(url, stream=True, timeout=TIMEOUT_S, headers=dict(validators or {})) as response:
             response.raise_for_status()
-            if known is not None and response.status_code == requests.codes.not_modified:
+            if validators is not None and response.status_code == requests.codes.not_modified:
                 return None
             with atomic_path(target) as partial, partial.open("wb") as sink:
                 for chunk in response.iter_content(1 << 20):
@@ -136,7 +136,7 @@ def download(
                 if answer in response.headers
             }
     except requests.RequestException as error:
-        if known is not None and isinstance(error, requests.ConnectionError | requests.Timeout):
+        if validators is not None and isinstance(error, requests.ConnectionError | requests.Timeout):
             log.warning("%s cannot be reached; using the earlier download", shown)
             return None
         reason = f"HTTP {error.response.status_code}" if error.response is not None else type(error).__name__

@@ -3,8 +3,10 @@
 Knows diffusers' layout and devices; does not know training or serving.
 """
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,19 @@ class Components:
     device: torch.device
 
 
+@contextlib.contextmanager
+def incomplete_base_named(folder: Path) -> Iterator[None]:
+    """Turn an error of diffusers or transformers while loading from `folder` into a WeightsError that names it."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise WeightsError(
+            f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
+        ) from error
+
+
 def default_device() -> torch.device:
     """The first CUDA device, else the CPU."""
     if torch.cuda.is_available():
@@ -46,14 +61,10 @@ def native_resolution(folder: Path) -> int:
     Raises:
         WeightsError: the configuration files are missing or damaged.
     """
-    try:
+    with incomplete_base_named(folder):
         unet = json.loads((folder / "unet" / "config.json").read_text())
         vae = json.loads((folder / "vae" / "config.json").read_text())
         return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(
-            f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
-        ) from error
 
 
 def weights_variant(folder: Path) -> str | None:
@@ -133,7 +144,7 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
         )
         return model.requires_grad_(False).eval()
 
-    try:
+    with incomplete_base_named(folder):
         noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         assert isinstance(noise_scheduler, DDPMScheduler)
         components = Components(
@@ -150,12 +161,6 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
             noise_scheduler=noise_scheduler,
             device=device,
         )
-    except WeightsError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise WeightsError(
-            f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
-        ) from error
     for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
         pool_at_eos(encoder, eos_id(tokenizer))
     return components

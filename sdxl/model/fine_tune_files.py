@@ -122,7 +122,7 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
         }
         if len(still_packed) > _MAX_IN_PLACE:
             still_packed = {}
-        unpack(source, folder, limits=LIMITS, leave=lambda path: path in still_packed or is_checkpoint(path))
+        unpack(source, folder, limits=LIMITS, skip=lambda path: path in still_packed or is_checkpoint(path))
 
     # Take the first folder with weights or embeddings: the root, or a folder that the user packed.
     folders = [Path(), *(Path(path.name) for path in sorted(folder.iterdir()) if path.is_dir())]
@@ -223,7 +223,7 @@ def is_safetensors(path: Path) -> bool:
     return True
 
 
-def stays(source: Path) -> bool:
+def is_read_in_place(source: Path) -> bool:
     """Whether `read` takes the large files directly from `source`, without unpacking them."""
     return is_safetensors(source) or in_place(source, limits=LIMITS) is not None
 

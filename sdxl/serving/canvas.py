@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
+from sdxl.data.framing import covering_size
 from sdxl.errors import UserInputError
 from sdxl.serving.request import ASPECT_RATIOS, MULTIPLE, SIDES, LayoutOptions
 
@@ -85,10 +86,9 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
     if (image.height, image.width) == size:
         return image
-    scale = max(width / image.width, height / image.height)
-    scaled_wh = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    left, top = (scaled_wh[0] - width) // 2, (scaled_wh[1] - height) // 2
-    resized = image.resize(scaled_wh, Image.Resampling.LANCZOS)
+    scaled_height, scaled_width = covering_size((image.height, image.width), size)
+    left, top = (scaled_width - width) // 2, (scaled_height - height) // 2
+    resized = image.resize((scaled_width, scaled_height), Image.Resampling.LANCZOS)
     return resized.crop((left, top, left + width, top + height))
 
 

@@ -93,7 +93,7 @@ class FineTuneCache(Generic[T]):
         def make() -> T:
             return (
                 self._in_place(path)
-                if fine_tune_files.stays(path)
+                if fine_tune_files.is_read_in_place(path)
                 else self._from_disk(key, path.name, lambda folder: path)
             )
 
@@ -122,7 +122,7 @@ class FineTuneCache(Generic[T]):
             manifest = self._manifest(key)
             with self._partial() as partial:
                 fetched = download(
-                    source, partial, known=manifest.get("validators", {}) if manifest else None
+                    source, partial, validators=manifest.get("validators", {}) if manifest else None
                 )
                 if fetched is not None:
                     self._build(key, name, partial, fetched.path, fetched.validators)
@@ -152,7 +152,7 @@ class FineTuneCache(Generic[T]):
         if fine_tune_files.is_safetensors(archive):
             shutil.copyfile(archive, content / _file_name(name))
         else:
-            unpack(archive, content, limits=fine_tune_files.LIMITS, leave=fine_tune_files.is_checkpoint)
+            unpack(archive, content, limits=fine_tune_files.LIMITS, skip=fine_tune_files.is_checkpoint)
         fine_tune_files.read(content, content, name=name)
         sizes = {str(file.relative_to(content)): file.stat().st_size for file in _files(content)}
         manifest = {"files": sizes, "bytes": sum(sizes.values()), "validators": validators}

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError
 
 from dataset_and_utils import eos_id, pool_at_eos
-from sdxl.errors import WeightsError
-from sdxl.model.components import load_unet, weights_variant
+from sdxl.model.components import incomplete_base_named, load_unet, weights_variant
 from sdxl.serving.placement import Placement, place
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiff
 
     placement = device if isinstance(device, Placement) else Placement(name=device.type, device=device)
     dtype = torch.float16 if placement.device.type == "cuda" else torch.float32
-    try:
+    with incomplete_base_named(folder):
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             folder,
             unet=load_unet(folder, dtype, torch.device("cpu") if placement.offloaded else placement.device),
@@ -46,12 +44,6 @@ def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiff
             use_safetensors=True,
             add_watermarker=False,
         )
-    except WeightsError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise WeightsError(
-            f"{folder} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
-        ) from error
     for encoder, tokenizer in (
         (pipeline.text_encoder, pipeline.tokenizer),
         (pipeline.text_encoder_2, pipeline.tokenizer_2),

@@ -68,7 +68,7 @@ class UNetRunner:
         if speed != "eager":
             fuse_blocks(unet)
         self._graphs = GraphedWork(unet.device, enabled=speed != "eager")
-        self._fp8 = Fp8Layers(unet, besides=self._prompts.layers) if speed == "fp8" else None
+        self._fp8 = Fp8Layers(unet, except_layers=self._prompts.layers) if speed == "fp8" else None
         if self.compiles:
             compile_blocks(unet)
 

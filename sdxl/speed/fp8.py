@@ -36,15 +36,15 @@ class Fp8Layers:
     produces it. Eager calls keep half precision.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, *, besides: Collection[nn.Module] = ()) -> None:
-        """Replace the forward of all linear layers in transformer blocks except `besides`."""
+    def __init__(self, unet: UNet2DConditionModel, *, except_layers: Collection[nn.Module] = ()) -> None:
+        """Replace the forward of all linear layers in transformer blocks except `except_layers`."""
         self._layers = [
             layer
             for block in unet.modules()
             if isinstance(block, BasicTransformerBlock)
             for layer in block.modules()
             if isinstance(layer, nn.Linear)
-            and layer not in besides
+            and layer not in except_layers
             and not any(side % _MULTIPLE for side in layer.weight.shape)
         ]
         for layer in self._layers:

@@ -97,7 +97,7 @@ class TrainingOptions:
         check_limits(self)
         TokenMap.parse(self.token_map).parse_init(self.token_init)
         if self.prior_prompts:
-            split_prompts(self.prior_prompts)
+            prior_prompts_of(self.prior_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ def check_limits(config: Any) -> None:
         raise UserInputError(f"{entry.name} is {value}, but must be {wanted}{example}.")
 
 
-def split_prompts(text: str) -> tuple[str, ...]:
+def prior_prompts_of(text: str) -> tuple[str, ...]:
     """The prompts of `prior_prompts`, which are separated by |.
 
     Raises:
