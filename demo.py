@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdxl.data.contact_sheet import Row, contact_sheet
-from sdxl.data.decoding import IMAGE_SUFFIXES, read_image
+from sdxl.data.picture_reader import IMAGE_SUFFIXES, read_image
 from sdxl.errors import UserInputError
 from sdxl.files.archives import unpack
 from sdxl.model import fine_tune_files

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from predict import Predictor
-from sdxl.data.decoding import read_image
+from sdxl.data.picture_reader import read_image
 from sdxl.errors import DownloadError, UserInputError, WithheldError
 from sdxl.serving import watermark
 from sdxl.serving.picture_files import read_parameters, save

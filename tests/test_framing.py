@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl.data.decoding import read_image
 from sdxl.data.framing import Framing, Salience, buckets, crop_box, cut, nearest_bucket, place_crop
+from sdxl.data.picture_reader import read_image
 from tiny_world.parts import pad
 from tiny_world.raster import mask_box, render
 from tiny_world.subjects import random_shot, shot_parts, subject

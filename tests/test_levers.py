@@ -22,11 +22,12 @@ from sdxl.serving.previews import drawer
 from sdxl.serving.tuned_pipeline import TunedPipeline
 from sdxl.settings import cache_folder
 from sdxl.training.batches import Batches
-from sdxl.training.diffusion import drop_prompts, masked_mse, sample_noise
+from sdxl.training.diffusion import drop_prompts, sample_noise
 from sdxl.training.examples import cache_examples
+from sdxl.training.loss import masked_mse
 from sdxl.training.prior import PriorConfig, prior_dataset
+from sdxl.training.random_views import LARGEST_ZOOM
 from sdxl.training.recipe import StepReport, fine_tune, learning_rate_share
-from sdxl.training.views import LARGEST_ZOOM
 from tests.conftest import TINY_BASE
 from tests.test_training import CONFIG, run  # noqa: F401 - a fixture
 

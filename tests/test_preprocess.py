@@ -13,8 +13,8 @@ from PIL import Image, ImageCms
 
 from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
-from sdxl.data.decoding import read_image
 from sdxl.data.framing import cut, place_crop
+from sdxl.data.picture_reader import read_image
 from sdxl.errors import ArchiveError, DatasetError, UserInputError
 from sdxl.files.archives import Limits, pack_tar, unpack
 from tests.conftest import REPOSITORY, png, write_zip

@@ -17,8 +17,9 @@ from sdxl.model.components import Components, add_placeholder_tokens, load_compo
 from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.training import token_rows
 from sdxl.training.config import TrainingConfig
-from sdxl.training.diffusion import encode_prompt, masked_mse, min_snr_weights
+from sdxl.training.diffusion import encode_prompt
 from sdxl.training.examples import cache_examples
+from sdxl.training.loss import masked_mse, min_snr_weights
 from sdxl.training.recipe import StepReport, fine_tune
 from sdxl.training.token_rows import TokenRows
 from tests.conftest import TINY_BASE

@@ -25,7 +25,6 @@ from sdxl.data.dataset_folder import (
     picture_file,
     read_framings,
 )
-from sdxl.data.decoding import read_image, read_mask
 from sdxl.data.framing import (
     Framing,
     Salience,
@@ -36,6 +35,7 @@ from sdxl.data.framing import (
     nearest_bucket,
     place_crop,
 )
+from sdxl.data.picture_reader import read_image, read_mask
 from sdxl.data.source_folder import Source
 from sdxl.errors import DatasetError
 

@@ -13,9 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdxl.data.config import PreprocessConfig, split_prompts
-from sdxl.data.decoding import read_image
 from sdxl.data.framed_pictures import PNG_LEVEL, FramedPicture
 from sdxl.data.framing import Salience, crop_box
+from sdxl.data.picture_reader import read_image
 from sdxl.data.source_folder import Source
 from sdxl.errors import DownloadError, WeightsError
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl.data.dataset_folder import ADVICE, SHEET
-from sdxl.data.decoding import IMAGE_SUFFIXES
+from sdxl.data.picture_reader import IMAGE_SUFFIXES
 from sdxl.errors import DatasetError
 from sdxl.files.archives import unpack
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sdxl.errors import WeightsError
-from sdxl.serving.sampling import Conditioning
+from sdxl.serving.denoising import Conditioning
 
 AESTHETIC_SCORES = (2.5, 6.0)
 """The aesthetic score that the refiner gets with the negative prompt and with the prompt (arXiv:2307.01952)."""

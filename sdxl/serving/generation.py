@@ -18,11 +18,7 @@ from dataset_and_utils import TokenMap
 from sdxl.errors import WeightsError
 from sdxl.serving.canvas import latent_mask, padded, put_back
 from sdxl.serving.conditioning import Prompts, for_base, for_refiner
-from sdxl.serving.placement import lent
-from sdxl.serving.plan import plan_passes
-from sdxl.serving.request import MULTIPLE, GenerationRequest
-from sdxl.serving.samplers import make_scheduler
-from sdxl.serving.sampling import (
+from sdxl.serving.denoising import (
     Conditioning,
     Kept,
     begin,
@@ -31,6 +27,10 @@ from sdxl.serving.sampling import (
     intervals_above,
     noise_like,
 )
+from sdxl.serving.placement import lent
+from sdxl.serving.plan import plan_passes
+from sdxl.serving.request import MULTIPLE, GenerationRequest
+from sdxl.serving.samplers import make_scheduler
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from sdxl.data.decoding import read_image
+from sdxl.data.picture_reader import read_image
 from sdxl.files.archives import atomic_path
 from sdxl.files.fetching import fetch
 from sdxl.serving.plan import REFINER_STRENGTH

@@ -22,7 +22,7 @@ from sdxl import settings
 from sdxl.data.dataset_folder import read_dataset_folder
 from sdxl.model.components import Components, add_placeholder_tokens
 from sdxl.speed.compiled_blocks import fuse_blocks
-from sdxl.training.views import View, views_of
+from sdxl.training.random_views import View, views_of
 
 log = logging.getLogger(__name__)
 

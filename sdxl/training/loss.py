@@ -1,6 +1,8 @@
 """The denoising loss of a batch.
 
 Knows SDXL's parts and the maths of diffusion; does not know batches' origin, optimizers or the GPU's tricks.
+
+Shape suffixes: b pictures, c latent channels, h w latent pixels.
 """
 
 from collections.abc import Callable
@@ -8,6 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from dataset_and_utils import Example
@@ -16,8 +21,6 @@ from sdxl.training.config import TrainingConfig
 from sdxl.training.diffusion import (
     drop_prompts,
     encode_prompt,
-    masked_mse,
-    min_snr_weights,
     sample_noise,
     sample_timesteps,
     training_target,
@@ -75,3 +78,30 @@ class DenoisingLoss:
         prediction = components.unet(noisy, timesteps, **condition).sample
         weights = min_snr_weights(scheduler, timesteps, config.snr_gamma)
         return masked_mse(prediction, target, batch.mask, weights, config.mask_floor)
+
+
+def min_snr_weights(scheduler: DDPMScheduler, timesteps_b: Tensor, gamma: float) -> Tensor:
+    """Weight [b] of each picture's loss: min(SNR, γ) / SNR for noise prediction, min(SNR, γ) / (SNR + 1) for v.
+
+    It keeps the many easy, nearly clean timesteps from outweighing those that decide colour and composition.
+    Source: Hang et al., min-SNR-γ (arXiv:2303.09556), section 3.4.
+    """
+    snr = compute_snr(scheduler, timesteps_b)
+    extra = 1 if scheduler.config["prediction_type"] == "v_prediction" else 0
+    return snr.clamp(max=gamma) / (snr + extra)
+
+
+def masked_mse(
+    prediction_bchw: Tensor, target_bchw: Tensor, mask_b1hw: Tensor, weights_b: Tensor, floor: float = 0.0
+) -> Tensor:
+    """Mean squared error inside the mask, in fp32, weighted by picture. Every picture counts alike, however small its
+    mask is.
+
+    floor: weight, 0 to 1, of the area outside the mask; the area inside has 1.
+    """
+    mask_b1hw = floor + (1 - floor) * mask_b1hw
+    error_b1hw = F.mse_loss(prediction_bchw.float(), target_bchw.float(), reduction="none").mean(
+        1, keepdim=True
+    )
+    per_picture_b = (error_b1hw * mask_b1hw).sum((1, 2, 3)) / mask_b1hw.sum((1, 2, 3)).clamp_min(1e-6)
+    return (per_picture_b * weights_b).mean()

@@ -19,11 +19,11 @@ from sdxl.errors import TrainingDivergedError
 from sdxl.model.components import Components
 from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.training.batches import Batches
+from sdxl.training.caption_encoding import encode_captions
 from sdxl.training.config import Schedule, TrainingConfig
 from sdxl.training.data_parallel import rank, world_size
 from sdxl.training.loss import DenoisingLoss
 from sdxl.training.optimizers import Group, Optimizers
-from sdxl.training.prompts import encode_captions
 from sdxl.training.step import TrainingStep
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import Trainable, as_base, full_unet, lora
