@@ -1,9 +1,9 @@
-"""The contract on disk: token map, captions, token embeddings, cached examples.
+"""The contract on disk: token map, token embeddings, cached examples.
 
 Knows how the tokens of a fine-tune are named, written and read; does not know how they are trained. Imports nothing
 else of this project: copy this one file next to your script to use a fine-tune with a plain diffusers pipeline.
 
-torch and pandas are imported in the functions that need them, so that entry points check their inputs without them.
+torch is imported in the functions that need it, so that entry points check their inputs without it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class UserInputError(ValueError):
 
 
 class ContractError(UserInputError):
-    """A token map, captions file or embeddings file is malformed."""
+    """A token map, a table of captions or a file of embeddings is malformed."""
 
 
 # Token map --------------------------------------------------------------------------------------------------
@@ -132,52 +132,6 @@ class TokenMap:
             example = '{"TOK": "<s0><s1>"}'
             raise ContractError(f"{path.name} must look like {example}: take it from a finished training.")
         return cls(content)
-
-
-# Captions ---------------------------------------------------------------------------------------------------
-
-_FILE_COLUMNS = ("image_file", "image_path", "file_name")
-"""Names of the column with the picture's file; the first one present is used."""
-
-
-def read_captions_csv(path: Path) -> dict[str, str]:
-    """Picture's file as written → caption, in the file's order; see `read_captions_table`."""
-    return {row["image_file"]: row["caption"] for row in read_captions_table(path)}
-
-
-def read_captions_table(path: Path) -> list[dict[str, str]]:
-    """Read a captions file: UTF-8 csv with a column `image_file` (or `image_path`, `file_name`) and a column `caption`.
-
-    Returns the rows as column → cell, all stripped of surrounding spaces. Each row has the keys `image_file` and
-    `caption`, whatever the first column's name in the file, and both cells are filled.
-
-    Raises:
-        ContractError: unreadable, a missing column, an empty cell, or a picture with two rows.
-    """
-    import pandas as pd
-
-    try:
-        table = pd.read_csv(
-            path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
-        )
-    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
-        raise ContractError(f"{path.name} cannot be read as csv: save it as UTF-8 with commas.") from error
-    columns = [str(column).strip() for column in table.columns]
-    file_column = next((name for name in _FILE_COLUMNS if name in columns), None)
-    if file_column is None or "caption" not in columns:
-        has = ", ".join(columns)
-        raise ContractError(f"{path.name} needs the columns image_file and caption, but has {has}.")
-
-    rows: dict[str, dict[str, str]] = {}
-    for line, cells in enumerate(table.itertuples(index=False, name=None), start=2):
-        row = {column: cell.strip() for column, cell in zip(columns, cells, strict=True)}
-        image = row["image_file"] = row[file_column]
-        if not image or not row["caption"]:
-            raise ContractError(f"Line {line} of {path.name} has no image file or no caption: fill in both.")
-        if image in rows:
-            raise ContractError(f"Line {line} of {path.name} names {image} again: keep one line an image.")
-        rows[image] = row
-    return list(rows.values())
 
 
 # Token embeddings -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Optional
 
 from cog import BaseRunner, Input, Path
@@ -21,11 +21,11 @@ from cog import BaseRunner, Input, Path
 from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.data.advice import advise
-from sdxl.data.caption_files import find_captions, require_token
-from sdxl.data.caption_text import tokens_in
+from sdxl.data.caption_files import GivenCaptions, find_captions
+from sdxl.data.caption_text import require_token, tokens_in
 from sdxl.data.config import PreprocessConfig
 from sdxl.data.contact_sheet import dataset_sheet
-from sdxl.data.dataset_folder import ADVICE, SHEET, TABLE, write_captions
+from sdxl.data.dataset_folder import ADVICE, SHEET, TABLE, earlier_framings, write_captions
 from sdxl.data.framed_pictures import FramedPicture, frame_all
 from sdxl.data.model_stages import find_salience, upscale_small, write_missing_captions
 from sdxl.data.source_folder import open_source
@@ -59,15 +59,13 @@ def prepare_dataset(
     with tempfile.TemporaryDirectory(prefix="unpacked-", dir=folder.parent) as unpacked:
         files = open_source(source, pathlib.Path(unpacked))
         given = find_captions(files, global_caption=config.global_caption)
-        if given is not None and config.token_map is not None:
-            require_token(given, config.token_map, files.root)  # before the models run
+        _require_tokens(given, config)  # before the models run
+        earlier = {} if given is None else earlier_framings(given.rows)
         folder.mkdir(parents=True, exist_ok=True)
         salience = find_salience(files, config)
-        pictures = frame_all(files, salience, folder, config)
+        pictures = frame_all(files, salience, earlier, folder, config)
         upscale_small(pictures)
-        texts = write_missing_captions(pictures, given, config)
-        if config.token_map is not None:
-            require_token(dict(zip(files.images, texts, strict=True)), config.token_map, files.root)
+        texts = write_missing_captions(pictures, None if given is None else given.texts, config)
     captions = {picture.file.name: text for picture, text in zip(pictures, texts, strict=True)}
     write_captions(folder / TABLE, captions, [picture.framing for picture in pictures])
 
@@ -79,17 +77,30 @@ def prepare_dataset(
     return folder
 
 
+def _require_tokens(given: GivenCaptions | None, config: PreprocessConfig) -> None:
+    """Refuse captions without a token, if tokens are known. Captions by a model begin with the prefix."""
+    if config.token_map is None:
+        return
+    if given is None:
+        require_token(config.caption_prefix, config.token_map, "caption_prefix")
+    else:
+        for picture, caption in given.texts.items():
+            require_token(caption, config.token_map, given.source[picture])
+
+
 def _advise(
     pictures: Sequence[FramedPicture],
     captions: Sequence[str],
-    given: Mapping[pathlib.Path, str] | None,
+    given: GivenCaptions | None,
     config: PreprocessConfig,
 ) -> list[str]:
     """Log and return advice on the prepared pictures."""
     if config.token_map is not None:
         tokens = list(config.token_map.placeholders)
     else:  # guess: the words in capital letters, in the given captions or else in the prefix
-        tokens = tokens_in(" ".join(given.values()) if given else "") or tokens_in(config.caption_prefix)
+        tokens = tokens_in(" ".join(given.texts.values()) if given else "") or tokens_in(
+            config.caption_prefix
+        )
     advice = advise([picture.facts for picture in pictures], captions, tokens)
     for sentence in advice:
         log.info("Advice: %s", sentence)

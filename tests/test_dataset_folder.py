@@ -5,20 +5,27 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataset_and_utils import ContractError, read_captions_csv
+from dataset_and_utils import ContractError
 from preprocess import PreprocessConfig, prepare_dataset
+from sdxl.data.caption_table import read_caption_table
 from sdxl.data.dataset_folder import (
     FRAMING_COLUMNS,
     TABLE,
+    earlier_framings,
     mask_file,
     picture_file,
     read_dataset_folder,
-    read_framings,
     write_captions,
 )
 from sdxl.data.framing import Framing
 from sdxl.errors import DatasetError
 from tests.conftest import png, write_zip
+
+
+def read_framings(table: Path) -> dict[str, tuple[int, int, int, int]]:
+    """The framing numbers of a table's pictures, as preprocessing reads them."""
+    rows = {table.parent / row.file: row for row in read_caption_table(table)}
+    return {picture.name: numbers for picture, numbers in earlier_framings(rows).items()}
 
 
 def write_folder(folder: Path, captions: list[str]) -> list[Framing]:
@@ -49,7 +56,7 @@ def test_what_is_written_is_read(tmp_path: Path):
     assert [picture.framing for picture in pictures] == framings
     assert [picture.picture.name for picture in pictures] == ["0.src.png", "1.src.png", "2.src.png"]
     assert [picture.mask for picture in pictures] == [tmp_path / "0.mask.png", None, None]
-    assert read_captions_csv(tmp_path / TABLE) == {
+    assert {row.file: row.caption for row in read_caption_table(tmp_path / TABLE)} == {
         picture.picture.name: picture.caption for picture in pictures
     }
 

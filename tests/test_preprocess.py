@@ -11,11 +11,11 @@ import pytest
 import skimage.data
 from PIL import Image, ImageCms
 
-from dataset_and_utils import TokenMap
+from dataset_and_utils import ContractError, TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.data.framing import cut, place_crop
 from sdxl.data.picture_reader import read_image
-from sdxl.errors import ArchiveError, DatasetError, UserInputError
+from sdxl.errors import ArchiveError, UserInputError
 from sdxl.files.archives import Limits, pack_tar, unpack
 from tests.conftest import REPOSITORY, png, write_zip
 
@@ -258,5 +258,5 @@ def test_packing_is_deterministic_and_atomic(tmp_path: Path):
 
 
 def test_unreadable_text_is_refused(tmp_path: Path):
-    with pytest.raises(DatasetError, match="UTF-8"):
-        prepare(tmp_path, write_zip(tmp_path / "x.zip", {"1.png": png(1), "1.txt": b"\xff\xfe\x00TOK"}))
+    with pytest.raises(ContractError, match=r"1\.txt is not UTF-8"):
+        prepare(tmp_path, write_zip(tmp_path / "x.zip", {"1.png": png(1), "1.txt": b"\xff\x00TOK"}))

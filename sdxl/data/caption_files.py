@@ -1,125 +1,222 @@
-"""Captions that come with the pictures: a csv, or a text file next to each picture.
+"""Captions that come with the pictures: a table, or a text file for each picture.
 
 Knows the layouts of captions in an archive; does not know models that write captions. To read another layout, add a
 function to `find_captions`.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset_and_utils import TokenMap, read_captions_csv
-from sdxl.data.source_folder import Source
+from sdxl.data.caption_table import (
+    CaptionRow,
+    caption_in_json,
+    has_caption_columns,
+    read_caption_table,
+    read_text,
+)
+from sdxl.data.picture_names import PictureNames
+from sdxl.data.source_folder import CAPTION_SUFFIXES, Source
 from sdxl.errors import DatasetError
 
 log = logging.getLogger(__name__)
 
+_TABLES, _TEXTS = {".csv", ".tsv", ".jsonl", ".json"}, {".txt", ".caption"}
+_TABLE_NAMES = ("caption", "metadata", "meta_cap")
+"""A file whose name contains one of these and whose suffix is in `_TABLES` is meant as a table of captions."""
+_NO_CAPTIONS = {"readme", "license", "licence", "copying", "notice", "changelog", "credits", "requirements"}
+"""Stems of text files that come with archives and hold no captions."""
 
-def find_captions(files: Source, *, global_caption: str | None) -> dict[Path, str] | None:
-    """Picture → its caption, or None if there are no captions.
 
-    The first of these that exists is used: a csv with "caption" in its name; a `.txt` next to each picture;
-    `global_caption` for all pictures.
+@dataclass(frozen=True, kw_only=True)
+class GivenCaptions:
+    """The captions that a user gave, one for each picture."""
+
+    texts: Mapping[Path, str]
+    """Picture → caption."""
+    source: Mapping[Path, str]
+    """Picture → where its caption comes from, for messages: "the caption of 1.jpg", "global_caption"."""
+    rows: Mapping[Path, CaptionRow] = field(default_factory=dict)
+    """Picture → its row, if the captions come from a table."""
+
+
+def find_captions(files: Source, *, global_caption: str | None) -> GivenCaptions | None:
+    """The captions of all pictures, or None if there are none.
+
+    The first of these that exists is used: a table with "caption" or "metadata" in its name, or any csv, tsv or jsonl
+    with the right columns; a text file for each picture (.txt or .caption, or else .json); `global_caption`.
 
     Raises:
-        ContractError: the csv is malformed.
-        DatasetError: a picture without caption, a row without picture, several csv files, or an empty `.txt`.
+        ContractError: a table is malformed, or a file is not UTF-8 text.
+        DatasetError: a picture without caption, a row without picture, several tables or several captions of one picture,
+            an empty text file, or files that look like captions but cannot be assigned to pictures.
     """
-    tables = caption_tables(files)
-    texts = {path.with_suffix(""): path for path in files.others if path.suffix.lower() == ".txt"}
-    if len(tables) > 1:
-        names = ", ".join(sorted(str(path.relative_to(files.root)) for path in tables))
-        raise DatasetError(f"There are several captions files ({names}): keep one.")
+    names = PictureNames(files.images, files.root)
+    tables = _tables(files, names)
+    read = set(tables)
     if tables:
-        captions, origin = _from_table(files, tables[0]), tables[0].name
-    elif any(image.with_suffix("") in texts for image in files.images):
-        captions, origin = _from_texts(files, texts), "the .txt files"
-    elif global_caption:
-        captions, origin = dict.fromkeys(files.images, global_caption), "global_caption"
+        captions, origin = _from_tables(files, names, tables), " and ".join(path.name for path in tables)
     else:
-        captions, origin = None, ""
+        texts = _texts_of(files, names, _TEXTS) or _json_of(files, names)
+        captions, origin = _from_texts(files, texts), "the files named after the pictures"
+        read |= {path for paths in texts.values() for path in paths}
+    unread = [path for path in files.others if path not in read and _looks_like_captions(path, names)]
 
-    unread = [path.name for path in files.others if path.suffix.lower() == ".csv"]
-    if unread and not tables:
-        log.warning("Ignored %s: to use its captions, name it captions.csv.", ", ".join(unread))
+    if captions is not None:
+        if global_caption:
+            log.warning("global_caption is not used, because the pictures have captions of their own.")
+    elif global_caption:
+        captions, origin = _same_for_all(files, global_caption), "global_caption"
+    elif unread:
+        raise DatasetError(
+            f"{_some(files.relative(path) for path in unread)} may hold captions, but no picture has that name: name "
+            "text files after their pictures (1.txt for 1.jpg), or list image_file and caption in a captions.csv."
+        )
     if captions is not None:
         log.info("Captions come from %s", origin)
+        if unread:
+            log.warning("Ignored %s", _some(files.relative(path) for path in unread))
     return captions
 
 
-def caption_tables(files: Source) -> list[Path]:
-    """The csv files that hold captions, judged by their names."""
-    return [path for path in files.others if path.suffix.lower() == ".csv" and "caption" in path.name.lower()]
+# Tables -----------------------------------------------------------------------------------------------------
 
 
-def require_token(captions: Mapping[Path, str], token_map: TokenMap, root: Path) -> None:
-    """Refuse captions without a token of the map: their pictures would teach the token nothing.
+def _tables(files: Source, names: PictureNames) -> list[Path]:
+    """The tables of captions: those that are meant as such by their names, or else those with the right columns.
 
-    Raises:
-        DatasetError: names the first such picture.
+    Several tables are fine in several folders, such as one for each subject.
     """
-    for image, caption in captions.items():
-        if not token_map.named_in(caption):
-            tokens = " or ".join(token_map.placeholders)
-            raise DatasetError(
-                f'The caption of {image.relative_to(root)}, "{caption}", names no token of token_map: '
-                f"add {tokens} as a separate word, in exactly this spelling."
-            )
+    candidates = [path for path in files.others if path.suffix.lower() in _TABLES and not names.beside(path)]
+    meant = [path for path in candidates if any(part in path.name.lower() for part in _TABLE_NAMES)]
+    others = [path for path in candidates if path.suffix.lower() != ".json"]
+    tables = meant or [path for path in others if has_caption_columns(path)]
+    if len({path.parent for path in tables}) < len(tables):
+        listed = ", ".join(sorted(files.relative(path) for path in tables))
+        raise DatasetError(f"There are several captions files ({listed}): keep one.")
+    return tables
 
 
-def _from_table(files: Source, table: Path) -> dict[Path, str]:
-    """Captions from a csv: each row names a picture by its path or by its file name."""
-    captions: dict[Path, str] = {}
-    for name, caption in read_captions_csv(table).items():
-        image = _find(name, files, table)
-        if image in captions:
-            raise DatasetError(f"{table.name} has two rows for {image.relative_to(files.root)}: keep one.")
-        captions[image] = caption
-    missing = [str(image.relative_to(files.root)) for image in files.images if image not in captions]
+def _from_tables(files: Source, names: PictureNames, tables: Sequence[Path]) -> GivenCaptions:
+    """Captions from tables: each row names a picture."""
+    texts: dict[Path, str] = {}
+    rows: dict[Path, CaptionRow] = {}
+    for table in tables:
+        for row in read_caption_table(table):
+            image = _picture_of_row(row.file, files, names, table)
+            if image in texts:
+                raise DatasetError(f"{table.name} has two rows for {files.relative(image)}: keep one.")
+            texts[image], rows[image] = row.caption, row
+    missing = [files.relative(image) for image in files.images if image not in texts]
     if missing:
+        listed = " and ".join(table.name for table in tables)
         raise DatasetError(
-            f"{table.name} has no row for {_some(missing)}: add a row for each picture, or remove the pictures."
+            f"{listed} has no row for {_some(missing)}: add a row for each picture, or remove the pictures."
         )
-    return {image: captions[image] for image in files.images}
+    return _given(files, texts, rows)
 
 
-def _find(name: str, files: Source, table: Path) -> Path:
-    """The picture that a row names: by its path in the archive, its path from the table, or its file name."""
-    wanted = Path(name.replace("\\", "/"))
-    found = [image for image in files.images if image.relative_to(files.root) == wanted]
-    found = found or [image for image in files.images if image == table.parent / wanted]
-    found = found or [image for image in files.images if image.name == wanted.name]
-    if not found:
-        raise DatasetError(
-            f"{table.name} names {name}, but there is no such picture: add the picture or delete the row."
-        )
-    if len(found) > 1:
+def _picture_of_row(name: str, files: Source, names: PictureNames, table: Path) -> Path:
+    """The picture that a row names."""
+    found = names.named(name, table.parent)
+    if len(found) == 1:
+        return found[0]
+    if found:
         raise DatasetError(
             f"{table.name} names {name}, but there are several of that name: write the folder too."
         )
-    return found[0]
+    if PictureNames(files.others, files.root).named(name, table.parent):
+        raise DatasetError(
+            f"{table.name} names {name}, which is there, but this kind of file is not read: save it as jpg or png, or "
+            "delete the row."
+        )
+    raise DatasetError(
+        f"{table.name} names {name}, but there is no such picture: add the picture or delete the row."
+    )
 
 
-def _from_texts(files: Source, texts: Mapping[Path, Path]) -> dict[Path, str]:
-    """Captions from text files: the caption of a.jpg is in a.txt, in the same folder."""
+# One file for each picture ----------------------------------------------------------------------------------
+
+
+def _texts_of(files: Source, names: PictureNames, suffixes: set[str]) -> dict[Path, list[Path]]:
+    """Picture → the files with one of `suffixes` that are named after it."""
+    texts: dict[Path, list[Path]] = defaultdict(list)
+    for path in files.others:
+        if path.suffix.lower() in suffixes:
+            for image in names.beside(path):
+                texts[image].append(path)
+    return texts
+
+
+def _json_of(files: Source, names: PictureNames) -> dict[Path, list[Path]]:
+    """Picture → the json files that are named after it, if any of these has a caption."""
+    texts = _texts_of(files, names, {".json"})
+    return texts if any(caption_in_json(path) for paths in texts.values() for path in paths) else {}
+
+
+def _from_texts(files: Source, texts: Mapping[Path, Sequence[Path]]) -> GivenCaptions | None:
+    """Captions from files that are named after their pictures; None if there are no such files."""
+    if not texts:
+        return None
+    suffix = next(iter(texts.values()))[0].suffix.lower()
     captions: dict[Path, str] = {}
     for image in files.images:
-        text = texts.get(image.with_suffix(""))
-        if text is None:
-            name = image.relative_to(files.root)
+        found = {_one_line(path, files): path for path in texts.get(image, ())}
+        if not found:
+            name = Path(files.relative(image))
             raise DatasetError(
-                f"{name} has no .txt, but other pictures have: add {name.with_suffix('.txt')}."
+                f"{name} has no {suffix}, but other pictures have: add {name.with_suffix(suffix)}."
             )
-        name = text.relative_to(files.root)
-        try:
-            captions[image] = " ".join(text.read_text(encoding="utf-8-sig").split())
-        except UnicodeDecodeError as error:
-            raise DatasetError(f"{name} is not UTF-8 text: save it as UTF-8.") from error
-        if not captions[image]:
-            raise DatasetError(f"{name} is empty: write the caption of {image.name} into it.")
-    return captions
+        if len(found) > 1:
+            listed = " and ".join(files.relative(path) for path in found.values())
+            raise DatasetError(f"{files.relative(image)} has several captions, in {listed}: keep one.")
+        captions[image] = next(iter(found))
+    return _given(files, captions)
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def _one_line(path: Path, files: Source) -> str:
+    """The caption in a text or json file, on one line."""
+    text = caption_in_json(path) if path.suffix.lower() == ".json" else read_text(path)
+    caption = " ".join((text or "").split())
+    if not caption:
+        raise DatasetError(f"{files.relative(path)} is empty: write the caption of its picture into it.")
+    return caption
+
+
+# All layouts ------------------------------------------------------------------------------------------------
+
+
+def _given(
+    files: Source, texts: Mapping[Path, str], rows: Mapping[Path, CaptionRow] | None = None
+) -> GivenCaptions:
+    """The captions in the order of the pictures."""
+    return GivenCaptions(
+        texts={image: texts[image] for image in files.images},
+        source={image: f"The caption of {files.relative(image)}" for image in files.images},
+        rows=rows or {},
+    )
+
+
+def _same_for_all(files: Source, caption: str) -> GivenCaptions:
+    return GivenCaptions(
+        texts=dict.fromkeys(files.images, caption), source=dict.fromkeys(files.images, "global_caption")
+    )
+
+
+def _looks_like_captions(path: Path, names: PictureNames) -> bool:
+    """Whether a file that was not read may hold captions."""
+    suffix, stem = path.suffix.lower(), path.stem.lower()
+    if suffix not in CAPTION_SUFFIXES or stem in _NO_CAPTIONS or not path.stat().st_size:
+        return False
+    if suffix == ".json":  # settings of tools are json files too
+        return bool(names.beside(path)) or any(part in path.name.lower() for part in _TABLE_NAMES)
+    return True
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first three of `names`, and how many more there are."""
+    listed = list(names)
+    shown = ", ".join(listed[:3])
+    return shown if len(listed) <= 3 else f"{shown} and {len(listed) - 3} more"

@@ -6,7 +6,8 @@ Knows texts; does not know files, pictures or models.
 import re
 import unicodedata
 
-from sdxl.errors import UserInputError
+from dataset_and_utils import TokenMap
+from sdxl.errors import DatasetError, UserInputError
 
 
 def tokens_in(text: str) -> list[str]:
@@ -31,6 +32,29 @@ def check_caption_text(text: str) -> None:
             f'"{text}" holds {placeholder[0]}, a placeholder token that only training may insert: '
             "write a word such as TOK instead."
         )
+
+
+def require_token(caption: str, token_map: TokenMap, what: str) -> None:
+    """Refuse a caption without a token of the map: its picture would teach the token nothing.
+
+    what: where the caption comes from, such as "The caption of 1.jpg".
+
+    Raises:
+        DatasetError: the caption names no token.
+    """
+    if token_map.named_in(caption):
+        return
+    shown = caption if len(caption) <= 120 else f"{caption[:120]}…"
+    problem = f'{what}, "{shown}", names no token of token_map'
+    for token in token_map.placeholders:
+        similar = re.search(rf"\w*{re.escape(token)}\w*", caption, re.IGNORECASE)
+        if similar is not None:
+            case = "" if token in similar[0] else " and in the same case"
+            raise DatasetError(
+                f'{problem}: it has "{similar[0]}", but {token} must be a separate word{case}.'
+            )
+    tokens = " or ".join(token_map.placeholders)
+    raise DatasetError(f"{problem}: add {tokens} as a separate word, in exactly this spelling.")
 
 
 def join_caption(prefix: str, written: str) -> str:

@@ -4,13 +4,14 @@ The only module that knows these names and the table's columns. Does not know ho
 """
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from dataset_and_utils import read_captions_table
+from sdxl.data.caption_table import CaptionRow, read_caption_table
 from sdxl.data.framing import Framing, Size
 from sdxl.errors import DatasetError
 
@@ -65,18 +66,18 @@ def read_dataset_folder(folder: Path) -> list[PreparedPicture]:
     """
     table = folder / TABLE
     pictures = []
-    for row in read_captions_table(table):
-        numbers = _framing_numbers(row, table)
+    for row in read_caption_table(table):
+        numbers = _framing_numbers(row)
         if numbers is None:
             raise DatasetError(f"{table} needs the columns {', '.join(FRAMING_COLUMNS)}: prepare it again.")
         original_height, original_width, top, left = numbers
-        picture = folder / row["image_file"]
+        picture = folder / row.file
         mask = mask_file(picture)
         pictures.append(
             PreparedPicture(
                 picture=picture,
                 mask=mask if mask.is_file() else None,
-                caption=row["caption"],
+                caption=row.caption,
                 framing=Framing(
                     original_size=(original_height, original_width),
                     crop_top_left=(top, left),
@@ -96,29 +97,28 @@ def _size(picture: Path) -> Size:
         raise DatasetError(f"{picture} is missing or damaged: prepare the pictures again.") from error
 
 
-def read_framings(table: Path) -> dict[str, FramingNumbers]:
-    """Picture's file as written → its values of `FRAMING_COLUMNS`; empty for a table without these columns.
+def earlier_framings(rows: Mapping[Path, CaptionRow]) -> dict[Path, FramingNumbers]:
+    """Picture → its framing numbers, for those of `rows` that come from a dataset folder.
 
     Raises:
-        ContractError: the table is malformed.
         DatasetError: a value is not an integer, or out of range.
     """
     framings = {}
-    for row in read_captions_table(table):
-        numbers = _framing_numbers(row, table)
-        if numbers is not None:
-            framings[row["image_file"]] = numbers
+    for picture, row in rows.items():
+        numbers = _framing_numbers(row)
+        if numbers is not None and is_picture_file(picture):
+            framings[picture] = numbers
     return framings
 
 
-def _framing_numbers(row: Mapping[str, str], table: Path) -> FramingNumbers | None:
+def _framing_numbers(row: CaptionRow) -> FramingNumbers | None:
     """The values of `FRAMING_COLUMNS` in a row; None if it lacks any of these columns."""
-    if not row.keys() >= set(FRAMING_COLUMNS):
+    if not row.cells.keys() >= set(FRAMING_COLUMNS):
         return None
-    height, width, top, left = (_integer(row[column]) for column in FRAMING_COLUMNS)
+    height, width, top, left = (_integer(row.cells[column]) for column in FRAMING_COLUMNS)
     if min(height, width) < 1 or min(top, left) < 0 or max(height, width, top, left) > _LARGEST:
         raise DatasetError(
-            f"The row of {row['image_file']} in {table.name} has a wrong number in {', '.join(FRAMING_COLUMNS)}: "
+            f"The row of {row.file} in {row.table} has a wrong number in {', '.join(FRAMING_COLUMNS)}: "
             "delete these columns, or make the file again."
         )
     return height, width, top, left
@@ -127,7 +127,7 @@ def _framing_numbers(row: Mapping[str, str], table: Path) -> FramingNumbers | No
 def _integer(cell: str) -> int:
     """The integer in a cell, which spreadsheets may write as 512.0; -1 for anything else."""
     digits = cell.removesuffix(".0")
-    return int(digits) if digits.isdecimal() else -1
+    return int(digits) if re.fullmatch(r"[0-9]{1,9}", digits) else -1
 
 
 def write_captions(table: Path, captions: Mapping[str, str], framings: Sequence[Framing]) -> None:

@@ -16,14 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdxl.data.advice import Facts, fingerprint, sharpness, thumbnail
-from sdxl.data.caption_files import caption_tables
 from sdxl.data.config import PreprocessConfig
 from sdxl.data.dataset_folder import (
     FramingNumbers,
-    is_picture_file,
     mask_file,
     picture_file,
-    read_framings,
 )
 from sdxl.data.framing import (
     Framing,
@@ -80,17 +77,20 @@ class _SourcePicture:
 
 
 def frame_all(
-    files: Source, salience: Mapping[Path, Salience | None], folder: Path, config: PreprocessConfig
+    files: Source,
+    salience: Mapping[Path, Salience | None],
+    earlier: Mapping[Path, FramingNumbers],
+    folder: Path,
+    config: PreprocessConfig,
 ) -> list[FramedPicture]:
     """Write every picture, and its mask if it has one, into `folder`.
 
     salience: the pictures that a model searched → what it found.
+    earlier: the pictures that come from a dataset folder → the numbers of their framing.
 
     Raises:
         DatasetError: a picture or mask cannot be read, or a mask is black or differs in size from its picture.
     """
-    tables = caption_tables(files)
-    earlier = read_framings(tables[0]) if tables else {}
 
     def frame(numbered: tuple[int, Path]) -> FramedPicture:
         index, image = numbered
@@ -98,7 +98,7 @@ def frame_all(
             file=image,
             name=str(image.relative_to(files.root)),
             mask=files.masks.get(image),
-            earlier=earlier.get(image.name) if is_picture_file(image) else None,
+            earlier=earlier.get(image),
             searched=image in salience,
             salience=salience.get(image),
         )

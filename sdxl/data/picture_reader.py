@@ -16,9 +16,28 @@ from sdxl.errors import DatasetError
 
 register_heif_opener()  # adds the format of phones' pictures to those that Pillow opens
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".heic", ".heif"}
+_SUFFIXES_OF_FORMATS = {
+    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"},
+    "PNG": {".png", ".apng"},
+    "WEBP": {".webp"},
+    "BMP": {".bmp"},
+    "HEIF": {".heic", ".heif", ".hif"},
+    "AVIF": {".avif"},
+    "GIF": {".gif"},
+    "TIFF": {".tif", ".tiff"},
+    "JPEG2000": {".jp2", ".j2k", ".jpx"},
+    "PPM": {".ppm", ".pgm"},
+    "TGA": {".tga"},
+    "JXL": {".jxl"},
+}
+"""Formats of Pillow that hold pictures as people make them, and the suffixes of their files."""
 MAX_PIXELS = 200_000_000
 """Largest picture that is decoded, in pixels. Larger files are decompression bombs or needlessly large scans."""
+
+Image.init()
+FORMATS = tuple(kind for kind in _SUFFIXES_OF_FORMATS if kind in Image.OPEN)
+"""The formats that this installation can read."""
+IMAGE_SUFFIXES = {suffix for kind in FORMATS for suffix in _SUFFIXES_OF_FORMATS[kind]}
 
 _ORIENTATION = 0x0112
 """EXIF tag of a picture's orientation; values 5 to 8 exchange height and width."""
@@ -41,7 +60,7 @@ def read_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
+            with Image.open(path, formats=FORMATS) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise DatasetError(
                         f"{path.name} has more than {MAX_PIXELS // 10**6} megapixels: shrink it first."
@@ -59,6 +78,20 @@ def read_mask(path: Path) -> tuple[Image.Image, Size]:
     """Decode a mask to grey values, with transparent areas black; otherwise like `read_image`."""
     picture, size = read_image(path, ground="black")
     return picture.convert("L"), size
+
+
+def is_picture_content(path: Path) -> bool:
+    """Whether the content of a file, whatever its name, begins like a picture in one of `FORMATS`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # TGA has no signature, so that any file may look like it.
+            with Image.open(path, formats=[kind for kind in FORMATS if kind != "TGA"]):
+                return True
+    except Image.DecompressionBombError:
+        return True  # reading it says what is wrong
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _decode(opened: Image.Image, at_least: Size | None, ground: str) -> tuple[Image.Image, Size]:

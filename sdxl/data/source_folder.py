@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl.data.dataset_folder import ADVICE, SHEET
-from sdxl.data.picture_reader import IMAGE_SUFFIXES
+from sdxl.data.picture_reader import IMAGE_SUFFIXES, is_picture_content
 from sdxl.errors import DatasetError
 from sdxl.files.archives import unpack
 
 log = logging.getLogger(__name__)
 
+CAPTION_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".caption"}
+"""Suffixes of files that may hold captions."""
+_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"}
 _MASK = ".mask"
 """The stem of a mask's file name ends with this."""
-_LITTER = {"Thumbs.db", SHEET, ADVICE}
+_LITTER = {"Thumbs.db", "desktop.ini", SHEET, ADVICE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,10 @@ class Source:
     """Picture → its mask, for pictures with a mask."""
     others: list[Path]
     """All other files: captions, and files that are ignored."""
+
+    def relative(self, path: Path) -> str:
+        """The path of a file in the data set, for messages."""
+        return str(path.relative_to(self.root))
 
 
 def open_source(source: Path, folder: Path) -> Source:
@@ -47,21 +54,39 @@ def open_source(source: Path, folder: Path) -> Source:
         found = unpack(source, root)
     files = sorted({path for path in found if not _is_litter(path.relative_to(root))})
 
-    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    pictures = [path for path in files if _is_picture(path)]
     masks = {path for path in pictures if path.stem.lower().endswith(_MASK)}
     images = sorted(
         (path for path in pictures if path not in masks), key=lambda path: _natural(path.relative_to(root))
     )
+    others = sorted(set(files) - set(pictures))
     if not images:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DatasetError(f"{source.name} holds no pictures: put {kinds} files into it.")
+        raise DatasetError(_no_pictures(source, others))
 
-    others = [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
-    ignored = [path.name for path in others if path.suffix.lower() not in (".csv", ".txt")]
+    ignored = [path.name for path in others if path.suffix.lower() not in CAPTION_SUFFIXES]
     if ignored:
-        names = ", ".join(sorted(ignored)[:10])
-        log.info("Ignored files that are neither pictures nor captions: %s", names)
+        names = ", ".join(sorted(ignored)[:10]) + (", …" if len(ignored) > 10 else "")
+        log.warning("Ignored %d files that are neither pictures nor captions: %s", len(ignored), names)
     return Source(root=root, images=images, masks=_pair(images, masks, root), others=others)
+
+
+def _no_pictures(source: Path, others: Sequence[Path]) -> str:
+    """The error for a data set without pictures."""
+    archives = [path.name for path in others if path.suffix.lower() in _ARCHIVES]
+    if archives:
+        return (
+            f"{source.name} holds no pictures but another archive, {archives[0]}: unpack that one and pack its "
+            "pictures directly."
+        )
+    return f"{source.name} holds no pictures: put {', '.join(sorted(IMAGE_SUFFIXES))} files into it."
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its suffix, or by its content if it has an unknown suffix or none."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return True
+    return suffix not in CAPTION_SUFFIXES | _ARCHIVES and is_picture_content(path)
 
 
 def _is_litter(path: Path) -> bool:
