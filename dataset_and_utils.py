@@ -95,10 +95,13 @@ class TokenMap:
         return words
 
     def substitute(self, text: str) -> str:
-        """Replace each token in `text` by its placeholder tokens. Only whole words in the same case are tokens."""
+        """Replace each token in `text` by its placeholder tokens. Only whole words in the same case are tokens.
+
+        Some people write a token as <TOK>; the brackets are replaced with it.
+        """
         if not self.placeholders:
             return text
-        return self._words().sub(lambda match: self.placeholders[match[0]], text)
+        return self._words().sub(lambda match: self.placeholders[match[0].strip("<>")], text)
 
     def named_in(self, text: str) -> bool:
         """Whether `text` contains at least one token of the map as a whole word."""
@@ -106,7 +109,7 @@ class TokenMap:
 
     def _words(self) -> re.Pattern[str]:
         names = "|".join(sorted(map(re.escape, self.placeholders), key=len, reverse=True))
-        return re.compile(rf"(?<!\w)(?:{names})(?!\w)")
+        return re.compile(rf"<(?:{names})>|(?<!\w)(?:{names})(?!\w)")
 
     def write(self, path: Path) -> None:
         """Write `special_params.json`."""

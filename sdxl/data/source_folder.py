@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl.data.dataset_folder import ADVICE, SHEET
+from sdxl.data.mask_names import find_masks
 from sdxl.data.picture_reader import IMAGE_SUFFIXES, is_picture_content
 from sdxl.errors import DatasetError
 from sdxl.files.archives import unpack
@@ -18,8 +19,6 @@ log = logging.getLogger(__name__)
 CAPTION_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".caption"}
 """Suffixes of files that may hold captions."""
 _ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"}
-_MASK = ".mask"
-"""The stem of a mask's file name ends with this."""
 _LITTER = {"Thumbs.db", "desktop.ini", SHEET, ADVICE}
 
 
@@ -55,10 +54,8 @@ def open_source(source: Path, folder: Path) -> Source:
     files = sorted({path for path in found if not _is_litter(path.relative_to(root))})
 
     pictures = [path for path in files if _is_picture(path)]
-    masks = {path for path in pictures if path.stem.lower().endswith(_MASK)}
-    images = sorted(
-        (path for path in pictures if path not in masks), key=lambda path: _natural(path.relative_to(root))
-    )
+    masks = find_masks(pictures, root)
+    images = sorted(set(pictures) - set(masks.values()), key=lambda path: _natural(path.relative_to(root)))
     others = sorted(set(files) - set(pictures))
     if not images:
         raise DatasetError(_no_pictures(source, others))
@@ -67,7 +64,9 @@ def open_source(source: Path, folder: Path) -> Source:
     if ignored:
         names = ", ".join(sorted(ignored)[:10]) + (", …" if len(ignored) > 10 else "")
         log.warning("Ignored %d files that are neither pictures nor captions: %s", len(ignored), names)
-    return Source(root=root, images=images, masks=_pair(images, masks, root), others=others)
+    if masks:
+        log.info("Masks come with %d of %d pictures", len(masks), len(images))
+    return Source(root=root, images=images, masks=masks, others=others)
 
 
 def _no_pictures(source: Path, others: Sequence[Path]) -> str:
@@ -93,31 +92,6 @@ def _is_litter(path: Path) -> bool:
     """Whether an operating system or an earlier run of the preprocessor put this file there."""
     hidden = any(part == "__MACOSX" or part.startswith(".") for part in path.parts)
     return hidden or path.name in _LITTER
-
-
-def _pair(images: Sequence[Path], masks: set[Path], root: Path) -> dict[Path, Path]:
-    """Picture → its mask, both in one folder.
-
-    The mask of a.jpg is a.mask.png or a.jpg.mask.png, and the mask of 0.src.png is 0.mask.png, in any image format.
-    """
-    paired: dict[Path, Path] = {}
-    for mask in sorted(masks):
-        name = mask.stem[: -len(_MASK)].lower()
-        found = [
-            image
-            for image in images
-            if image.parent == mask.parent
-            and name in (image.name.lower(), image.stem.lower(), image.stem.lower().removesuffix(".src"))
-        ]
-        if not found:
-            raise DatasetError(
-                f"{mask.relative_to(root)} is the mask of no picture: name it after its picture, such as a.mask.png for a.jpg."
-            )
-        for image in found:
-            if image in paired:
-                raise DatasetError(f"{image.relative_to(root)} has several masks: keep one.")
-            paired[image] = mask
-    return paired
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -116,6 +116,36 @@ def _cut_zip(folder: Path) -> Path:
     return path
 
 
+def _encrypted(folder: Path) -> Path:
+    """A zip whose members have the flag of encryption."""
+    path = _zip("locked", TWO)(folder)
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = data.find(signature)
+        while at >= 0:
+            data[at + offset] |= 1
+            at = data.find(signature, at + 4)
+    path.write_bytes(data)
+    return path
+
+
+def _behind_other_content(folder: Path) -> Path:
+    """A zip behind a program, as in archives that unpack themselves."""
+    path = _zip("set", {**TWO, "captions.csv": CSV})(folder)
+    path.write_bytes(b"MZ" + b"\0" * 600 + path.read_bytes())
+    return path
+
+
+def _latin_tar(folder: Path) -> Path:
+    """A tar with a name in Latin-1."""
+    path = folder / "set.tar"
+    with tarfile.open(path, "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as archive:
+        entry = tarfile.TarInfo("größe.jpg")
+        entry.size = len(picture(0))
+        archive.addfile(entry, io.BytesIO(picture(0)))
+    return path
+
+
 TWO: Files = {"1.jpg": picture(0), "2.jpg": picture(1)}
 CSV = "image_file,caption\n1.jpg,a photo of TOK\n2.jpg,a photo of TOK outside\n"
 GOOD = {0: "a photo of TOK", 1: "a photo of TOK outside"}
@@ -158,6 +188,15 @@ def _animated(kind: str) -> bytes:
     buffer = io.BytesIO()
     frames = [Image.new("RGB", (80, 72), COLOURS[index]) for index in (0, 4)]
     frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def _mask() -> bytes:
+    """A mask of a picture of 80×72: its left half is white."""
+    mask = Image.new("L", (80, 72))
+    mask.paste(255, (0, 0, 40, 72))
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -222,6 +261,19 @@ ARCHIVES = [
         says=("pictures.zip", "unpack"),
     ),
     Case(name="cut_zip", write=_cut_zip, says=("cut.zip", "incomplete")),
+    Case(
+        name="encrypted",
+        write=_encrypted,
+        says=("locked.zip", "password"),
+    ),
+    Case(name="exe_with_zip", write=_behind_other_content, captions=GOOD),
+    Case(
+        name="name_twice",
+        write=_tar("set.tar", {**TWO, "captions.csv": CSV.replace("TOK", "NOT"), "./captions.csv": CSV}),
+        captions=GOOD,
+        says=("captions.csv more than once",),
+    ),
+    Case(name="latin_name_in_tar", write=_latin_tar, captions={0: PREFIX}),
     Case(name="empty_file", write=_file("empty.zip", b""), says=("empty.zip", "empty")),
     Case(
         name="web_page",
@@ -409,6 +461,16 @@ TABLES = [
         "original_height",
     ),
     _csv("table_of_another_name", CSV, GOOD, file="labels.csv"),
+    _csv("excel_names_the_delimiter", "sep=;\n" + CSV.replace(",", ";"), GOOD),
+    _csv("unclosed_quotes", 'image_file,caption\n1.jpg,"TOK one\n2.jpg,TOK two\n', {}, "line 2", "quotes"),
+    _csv(
+        "quotes_inside_quotes", 'image_file,caption\n1.jpg,"a "big" TOK"\n2.jpg,TOK\n', {}, "line 2", "quotes"
+    ),
+    _csv("inches", 'image_file,caption\n1.jpg,a 5" TOK\n2.jpg,TOK\n', {0: 'a 5" TOK', 1: "TOK"}),
+    _csv("empty_columns", CSV.replace("caption\n", "caption,,\n"), GOOD),
+    _csv("converted_pictures", CSV.replace(".jpg", ".png"), GOOD),
+    _csv("without_rows", "image_file,caption\n", {}, "no row for 1.jpg"),
+    _csv("empty_table", "", {}, "captions.csv", "empty"),
     _csv("unreadable_table", "a,b\n1,2\n", {}, "labels.csv", file="labels.csv"),
     _set(
         "table_above_pictures",
@@ -492,6 +554,108 @@ BESIDE = [
     ),
 ]
 
+BESIDE += [
+    _set(
+        "txt_and_caption_agree",
+        {"1.jpg": picture(0), "1.txt": "TOK one", "1.caption": "TOK one"},
+        {0: "TOK one"},
+    ),
+    _set(
+        "txt_and_caption_differ",
+        {"1.jpg": picture(0), "1.txt": "TOK one", "1.caption": "TOK uno"},
+        {},
+        "1.jpg",
+        "1.txt",
+        "1.caption",
+    ),
+    _set("captions_in_another_case", {**TWO, "1.TXT": "TOK one", "2.Txt": "TOK two"}, ONE_TWO),
+    _set(
+        "decomposed_txt",
+        {
+            unicodedata.normalize("NFC", COMPOSED): picture(0),
+            unicodedata.normalize("NFD", "café.txt"): "TOK one",
+        },
+        {0: "TOK one"},
+    ),
+    _set("txt_utf16", {"1.jpg": picture(0), "1.txt": "TOK in a café".encode("utf-16")}, {0: "TOK in a café"}),
+    _set(
+        "ambiguous_captions_folder",
+        {
+            "a/1.jpg": picture(0),
+            "b/1.jpg": picture(1),
+            "captions/1.txt": "TOK one",
+        },
+        {},
+        "captions/1.txt",
+    ),
+    _set(
+        "settings_beside_pictures",
+        {**TWO, "config.json": "{}", "dataset.toml": "x", "1.txt": "TOK one", "2.txt": "TOK two"},
+        ONE_TWO,
+    ),
+    _set(
+        "json_table",
+        {
+            **TWO,
+            "metadata.json": '[{"file_name": "1.jpg", "text": "TOK one"}, {"file_name": "2.jpg", "text": "TOK two"}]',
+        },
+        ONE_TWO,
+    ),
+    _set(
+        "kohya_metadata",
+        {
+            **TWO,
+            "meta_cap.json": '{"/home/me/set/1": {"caption": "TOK one"}, "/home/me/set/2.jpg": {"caption": "TOK two"}}',
+        },
+        ONE_TWO,
+    ),
+    _set(
+        "jsonl_in_each_folder",
+        {
+            "a/1.jpg": picture(0),
+            "b/1.jpg": picture(1),
+            "a/metadata.jsonl": '{"file_name": "1.jpg", "text": "TOK one"}\n',
+            "b/metadata.jsonl": '{"file_name": "1.jpg", "text": "TOK two"}\n\n',
+        },
+        ONE_TWO,
+    ),
+    _set(
+        "two_tables",
+        {**TWO, "captions.csv": CSV, "metadata.csv": CSV},
+        {},
+        "captions.csv",
+        "metadata.csv",
+    ),
+    _set(
+        "table_and_txt",
+        {**TWO, "captions.csv": CSV, "1.txt": "TOK uno", "2.txt": "TOK due"},
+        GOOD,
+        "ignored 1.txt, 2.txt",
+    ),
+    _set(
+        "no_suffix",
+        {"IMG_1": picture(0), "IMG_2.jpg_large": picture(1), "IMG_1.txt": "TOK one", "IMG_2.txt": "TOK two"},
+        ONE_TWO,
+    ),
+    _set(
+        "masks_folder",
+        {**TWO, "masks/1.png": _mask(), "masks/2.png": _mask()},
+        dict.fromkeys(range(2), PREFIX),
+        "2 of 2",
+    ),
+    _set(
+        "mask_endings",
+        {**TWO, "1_mask.png": _mask(), "2-masklabel.png": _mask()},
+        dict.fromkeys(range(2), PREFIX),
+        "2 of 2",
+    ),
+    _set(
+        "pictures_of_masks",
+        {"masks/1.jpg": picture(0), "masks/gas_mask.jpg": picture(1)},
+        dict.fromkeys(range(2), PREFIX),
+    ),
+]
+
 LONG = "a very detailed photograph " * 30
 TEXTS = [
     _set(
@@ -505,6 +669,7 @@ TEXTS = [
         {0: "TOK's hat, (TOK); TOK-like TOK."},
     ),
     _set("lower_case", {"1.jpg": picture(0), "1.txt": "a photo of tok"}, {}, "1.jpg", "tok", "case"),
+    _set("angle_brackets", {"1.jpg": picture(0), "1.txt": "a photo of <TOK>"}, {0: "a photo of <TOK>"}),
     _set("inside_a_word", {"1.jpg": picture(0), "1.txt": "a photo of TOKs"}, {}, "1.jpg", "TOKs"),
     _set("without_token", {"1.jpg": picture(0), "1.txt": "a photo"}, {}, "1.jpg", "TOK"),
     _set("no_captions", dict(TWO), dict.fromkeys(range(2), PREFIX)),
