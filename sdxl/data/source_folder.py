@@ -63,7 +63,7 @@ def open_source(source: Path, folder: Path) -> Source:
     ignored = [path.name for path in others if path.suffix.lower() not in CAPTION_SUFFIXES]
     if ignored:
         names = ", ".join(sorted(ignored)[:10]) + (", …" if len(ignored) > 10 else "")
-        log.warning("Ignored %d files that are neither pictures nor captions: %s", len(ignored), names)
+        log.warning("Ignored files that are neither pictures nor captions (%d): %s", len(ignored), names)
     if masks:
         log.info("Masks come with %d of %d pictures", len(masks), len(images))
     return Source(root=root, images=images, masks=masks, others=others)
