@@ -28,7 +28,21 @@ _TOKEN_MAP_ENTRY = re.compile(r"([A-Za-z_]+):([0-9]+)")
 
 
 class UserInputError(ValueError):
-    """An input, a file or a setting is wrong. The message is one sentence that names it and the remedy."""
+    """An input, a file or a setting is wrong. The message is one sentence that names it and the remedy.
+
+    Messages quote what strangers wrote, so they are kept to one line of `LONGEST_MESSAGE` characters that can be printed.
+    """
+
+    LONGEST_MESSAGE = 400
+
+    def __init__(self, message: str) -> None:
+        line = "".join(
+            character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in message
+        )
+        if len(line) > self.LONGEST_MESSAGE:  # cut the middle: the end says what to do
+            half = self.LONGEST_MESSAGE // 2
+            line = f"{line[:half]}…{line[1 - half :]}"
+        super().__init__(line)
 
 
 class ContractError(UserInputError):

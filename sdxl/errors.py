@@ -3,6 +3,8 @@
 Each message is one sentence that names the file or input and the remedy. The entry points show it unchanged.
 """
 
+from pathlib import Path
+
 from dataset_and_utils import UserInputError
 
 __all__ = [
@@ -10,6 +12,7 @@ __all__ = [
     "DatasetError",
     "DownloadError",
     "NotEnoughMemoryError",
+    "StorageError",
     "TrainingDivergedError",
     "UserInputError",
     "WeightsError",
@@ -27,6 +30,15 @@ class DatasetError(UserInputError):
 
 class DownloadError(UserInputError):
     """A URL or a model on the hub could not be fetched."""
+
+
+class StorageError(UserInputError):
+    """A file cannot be written: the disk is full, or the folder is read-only."""
+
+    @classmethod
+    def of(cls, error: OSError, path: Path) -> "StorageError":
+        """The error for `path`, with the system's own words."""
+        return cls(f"{path.name} cannot be written ({error.strerror}): free space, or choose another folder.")
 
 
 class WeightsError(UserInputError):

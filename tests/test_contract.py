@@ -12,6 +12,7 @@ from dataset_and_utils import (
     ContractError,
     TokenEmbeddingsHandler,
     TokenMap,
+    UserInputError,
     read_embeddings,
     write_embeddings,
 )
@@ -160,3 +161,14 @@ def test_unmarked_embeddings_pool_the_old_way(tmp_path: Path):
     _handler(pipe).load_embeddings(tmp_path / "old.pti")
     assert torch.allclose(_pooled(pipe, "<s0><s1> on red"), _pooled(pipe, "<s0><s1> on blue"), atol=1e-6)
     assert not torch.allclose(_pooled(pipe, "red <s0><s1>"), _pooled(pipe, "blue <s0><s1>"))
+
+
+def test_messages_are_one_line_that_can_be_printed():
+    said = str(UserInputError("a\nb\x1b[31m\u2028\ud800" + "x" * 5000 + ": shorten it."))
+    assert said.isprintable()
+    assert said.startswith("a\N{REPLACEMENT CHARACTER}b")
+    assert said.endswith("x: shorten it.")
+    assert len(said) <= UserInputError.LONGEST_MESSAGE
+    assert (
+        str(ContractError("the caption “é” is wrong: change it.")) == "the caption “é” is wrong: change it."
+    )

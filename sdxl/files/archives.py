@@ -1,63 +1,51 @@
 """Unpack archives from strangers safely, and pack tars deterministically.
 
-Knows zip and tar; does not know what they contain.
+Knows where members of zips and tars may go; does not know what they contain.
 """
 
-import itertools
 import logging
-import lzma
 import os
 import re
-import stat
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from sdxl.errors import ArchiveError
+from sdxl.errors import ArchiveError, StorageError
+from sdxl.files.archive_members import Limits, checked, members, open_tar
 from sdxl.files.file_kinds import describe_other_kind
+
+__all__ = ["Limits", "atomic_path", "in_place", "pack_tar", "unpack"]
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
-_ENCRYPTED, _UTF8 = 0x1, 0x800
-"""Flags of a zip's member: its content is encrypted; its name is in UTF-8."""
+_LIMITS = Limits()
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+_DEEPEST, _LONGEST_NAME = 32, 255
+"""Folders in a member's path, and bytes of the name of each."""
+_LARGEST_RATIO, _RATIO_FROM = 200, 1 << 30
+"""An archive that unpacks to more bytes than `_RATIO_FROM` may not have grown more than `_LARGEST_RATIO` times."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Limits on an archive's unpacked content. They count real bytes, not the sizes that headers claim."""
-
-    files: int = 10_000
-    """Maximum number of files."""
-    total_bytes: int = 16 << 30
-    """Maximum sum of the unpacked sizes."""
-
-
-def in_place(archive: Path, *, limits: Limits = Limits()) -> dict[Path, tuple[int, int]] | None:
+def in_place(archive: Path, *, limits: Limits = _LIMITS) -> dict[Path, tuple[int, int]] | None:
     """The byte ranges of the regular files in an uncompressed tar: safe relative path → (first byte, size).
 
-    Returns None for anything else, and for a tar with more files than `limits` allows.
-
-    Raises:
-        ArchiveError: a member's path is unsafe.
+    Returns None for anything else, and for a tar that `unpack` would refuse.
     """
     try:
-        with tarfile.open(archive, "r:") as opened:
-            members = list(itertools.islice(opened, limits.files + 1))
-            if len(members) > limits.files:
+        with open_tar(archive, limits) as tar:
+            if tar.fileobj.compressed:  # type: ignore[union-attr]
                 return None
-            return {
-                _safe_relative(member.name, archive): (member.offset_data, member.size)
-                for member in members
-                if member.isreg() and not member.issparse()
-            }
-    except (tarfile.TarError, EOFError, OSError):
+            files = [member for member in checked(tar, archive, limits) if member.isreg()]
+    except Exception:  # whatever a stranger's file makes Python's reader raise
+        return None
+    if len(files) > limits.files:
+        return None
+    try:
+        return {_safe_relative(member.name, archive): (member.offset_data, member.size) for member in files}
+    except ArchiveError:
         return None
 
 
@@ -65,7 +53,7 @@ def unpack(
     archive: Path,
     folder: Path,
     *,
-    limits: Limits = Limits(),
+    limits: Limits = _LIMITS,
     skip: Callable[[Path], bool] = lambda path: False,
 ) -> list[Path]:
     """Unpack a zip or tar into `folder`, and return the written files in the archive's order.
@@ -76,12 +64,13 @@ def unpack(
 
     Raises:
         ArchiveError: not an archive, damaged, encrypted, empty, over `limits`, or a member's path leaves `folder`.
+        StorageError: a file cannot be written.
     """
-    written: list[Path] = []
+    written: dict[Path, None] = {}
     has_skipped = False
-    remaining_bytes = limits.total_bytes
+    unpacked = 0
     try:
-        for name, source in _members(archive):
+        for name, source in members(archive, limits):
             if len(written) == limits.files:
                 raise ArchiveError(f"{archive.name} holds more than {limits.files} files: split it.")
             relative = _safe_relative(name, archive)
@@ -89,101 +78,73 @@ def unpack(
                 has_skipped = True
                 continue
             target = folder / relative
-            if target.exists():
+            if target in written:
                 log.warning("%s holds %s more than once: the last one is used.", archive.name, relative)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as sink:
-                while chunk := source.read(min(_CHUNK, remaining_bytes + 1)):
-                    remaining_bytes -= len(chunk)
-                    if remaining_bytes < 0:
-                        raise ArchiveError(
-                            f"{archive.name} unpacks to more than {limits.total_bytes / 2**30:.1f} GiB: "
-                            "use a smaller archive."
-                        )
-                    sink.write(chunk)
-            written.append(target)
-    except ArchiveError:
-        raise
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        zlib.error,
-        lzma.LZMAError,
-        EOFError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
-        # zipfile raises NotImplementedError for an unknown compression. tarfile raises ValueError for some damaged headers.
-        if kind := describe_other_kind(archive):
-            raise ArchiveError(f"{archive.name} {kind}") from error
-        raise ArchiveError(f"{archive.name} cannot be unpacked ({error}): pack the files again.") from error
+            with _new_file(target) as sink:
+                while chunk := source.read(min(_CHUNK, limits.total_bytes - unpacked + 1)):
+                    unpacked += len(chunk)
+                    _check_size(archive, unpacked, limits)
+                    _write(sink, chunk, target)
+            written[target] = None
+    except (ArchiveError, StorageError) as error:
+        raise error if archive.name in str(error) else _damaged(archive, error) from error
+    except Exception as error:  # whatever a stranger's file makes Python's readers raise
+        raise _damaged(archive, error) from error
     if not written and not has_skipped:
         raise ArchiveError(f"{archive.name} is empty: add files and pack it again.")
-    return written
+    return list(written)
 
 
-def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    if not archive.is_file():
-        raise ArchiveError(f"{archive} does not exist: give an existing zip or tar file.")
-    # The beginning decides. A zip is also recognised by its end, and a tar may end with a zip.
-    with archive.open("rb") as file:
-        begins_as_zip = file.read(2) == b"PK"
-    if begins_as_zip and zipfile.is_zipfile(archive):
-        yield from _zip_members(archive)
-    elif archive.stat().st_size > 0 and tarfile.is_tarfile(archive):
-        with tarfile.open(archive, "r:*") as opened:
-            for member in opened:
-                if member.isreg() and (source := opened.extractfile(member)) is not None:
-                    yield _readable(member.name), source
-    elif zipfile.is_zipfile(archive):  # after other content, as in an archive that unpacks itself
-        yield from _zip_members(archive)
-    else:
-        kind = describe_other_kind(archive)
+def _damaged(archive: Path, error: Exception) -> ArchiveError:
+    if kind := describe_other_kind(archive):
+        return ArchiveError(f"{archive.name} {kind}")
+    return ArchiveError(f"{archive.name} cannot be unpacked ({error}): pack the files again.")
+
+
+def _check_size(archive: Path, unpacked: int, limits: Limits) -> None:
+    if unpacked > limits.total_bytes:
         raise ArchiveError(
-            f"{archive.name} {kind}"
-            if kind
-            else f"{archive.name} is neither a zip nor a tar archive: pack the files as .zip or .tar.gz."
+            f"{archive.name} unpacks to more than {limits.total_bytes / 2**30:.1f} GiB: use a smaller archive."
+        )
+    if unpacked > _RATIO_FROM and unpacked > _LARGEST_RATIO * archive.stat().st_size:
+        raise ArchiveError(
+            f"{archive.name} unpacks to more than {_LARGEST_RATIO} times its size: pack ordinary files."
         )
 
 
-def _zip_members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    with zipfile.ZipFile(archive) as opened:
-        for entry in opened.infolist():
-            if entry.is_dir() or stat.S_ISLNK(entry.external_attr >> 16):
-                continue
-            if entry.flag_bits & _ENCRYPTED:
-                raise ArchiveError(f"{archive.name} is encrypted: pack the files without a password.")
-            with opened.open(entry) as source:
-                yield _name_in_zip(entry), source
-
-
-def _name_in_zip(entry: zipfile.ZipInfo) -> str:
-    """A member's path. Many programs, such as macOS, write UTF-8 without the flag that says so."""
-    if entry.flag_bits & _UTF8:
-        return entry.filename
+@contextmanager
+def _new_file(target: Path) -> Iterator[IO[bytes]]:
     try:
-        return entry.filename.encode("cp437").decode("utf-8")
-    except UnicodeError:
-        return entry.filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sink = target.open("wb")
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise ArchiveError(f"{target.name} is a file and a folder at once") from error
+    except OSError as error:
+        raise StorageError.of(error, target) from error
+    with sink:
+        yield sink
 
 
-def _readable(name: str) -> str:
-    """A member's path in a tar. Bytes that are not UTF-8 are read as Western European, so that it can be printed."""
+def _write(sink: IO[bytes], chunk: bytes, target: Path) -> None:
     try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return name.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
-    return name
+        sink.write(chunk)
+    except OSError as error:
+        raise StorageError.of(error, target) from error
 
 
 def _safe_relative(name: str, archive: Path) -> Path:
+    """The path of a member, relative to the folder into which it is unpacked.
+
+    Raises:
+        ArchiveError: it leads out of that folder, or is too long.
+    """
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or not path.parts or _DRIVE.match(name) or "\0" in name:
         raise ArchiveError(
-            f"{archive.name} holds the unsafe path {name!r}: pack the files under relative paths."
+            f"{archive.name} holds the unsafe path {name[:100]!r}: pack the files under relative paths."
         )
+    if len(path.parts) > _DEEPEST or any(len(part.encode()) > _LONGEST_NAME for part in path.parts):
+        raise ArchiveError(f"{archive.name} holds a path that is too long, {name[:100]!r}: shorten it.")
     return Path(*path.parts)
 
 
