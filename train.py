@@ -183,7 +183,7 @@ def train(
     ),
     mask_target_prompts: Optional[str] = Input(
         default=None,
-        description='What matters in the pictures, such as "a dog" or "a dog, a red ball". The rest is masked and not learned. Pictures that come with a mask keep it.',
+        description='What matters in the pictures, such as "a dog" or "a dog, a red ball". The rest is masked and counts less. Pictures that come with a mask keep it.',
     ),
     crop_based_on_salience: bool = Input(
         default=True,

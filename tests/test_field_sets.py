@@ -16,7 +16,6 @@ from tests.field.sets import CASES, COLOURS, Case
 CONFIG = PreprocessConfig(target_size=64, token_map=TokenMap.parse("TOK:2"))
 
 KNOWN_GAPS = {
-    "animated",
     "avif_in_table",
     "caption_suffix",
     "captions_txt_alone",
@@ -29,7 +28,6 @@ KNOWN_GAPS = {
     "decomposed_names",
     "empty_cells",
     "empty_rows",
-    "extreme_shape",
     "formats",
     "header_in_capitals",
     "huge_number",
