@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 from cog import BaseRunner, Input, Path
@@ -28,7 +28,8 @@ from sdxl.data.contact_sheet import dataset_sheet
 from sdxl.data.dataset_folder import ADVICE, SHEET, TABLE, write_captions
 from sdxl.data.framed_pictures import FramedPicture, frame_all
 from sdxl.data.model_stages import find_salience, upscale_small, write_missing_captions
-from sdxl.data.source_folder import open_source
+from sdxl.data.source_folder import Source, open_source
+from sdxl.errors import DatasetError
 from sdxl.files.archives import pack_tar
 from sdxl.files.fetching import fetch
 from sdxl.process import configure_logging, repeat_on_cpu, workspace_of_run
@@ -44,6 +45,7 @@ def prepare_dataset(
     *,
     config: PreprocessConfig,
     report: pathlib.Path | None = None,
+    check: Callable[[Mapping[str, str]], object] = lambda captions: None,
 ) -> pathlib.Path:
     """Prepare the pictures of `source`, a zip, a tar or a folder, in the dataset folder `folder`; return `folder`.
 
@@ -51,6 +53,8 @@ def prepare_dataset(
     mask, caption and size conditioning. Advice goes to the log.
 
     report: a folder for advice.txt and contact_sheet.jpg.
+    check: called before anything takes time, with each picture's name and its caption, or how its caption will begin.
+        It may refuse them by an error.
 
     Raises:
         ArchiveError, ContractError, DatasetError: the archive, its table of captions or its pictures are wrong.
@@ -61,6 +65,8 @@ def prepare_dataset(
         given = find_captions(files, global_caption=config.global_caption)
         if given is not None and config.token_map is not None:
             require_token(given, config.token_map, files.root)  # before the models run
+        beginnings = _beginnings(files, given, config)
+        check({str(image.relative_to(files.root)): text for image, text in beginnings.items()})
         folder.mkdir(parents=True, exist_ok=True)
         salience = find_salience(files, config)
         pictures = frame_all(files, salience, folder, config)
@@ -77,6 +83,29 @@ def prepare_dataset(
         (report / ADVICE).write_text(text, encoding="utf-8")
         dataset_sheet(folder, captions).save(report / SHEET, quality=88)
     return folder
+
+
+def _beginnings(
+    files: Source, given: Mapping[pathlib.Path, str] | None, config: PreprocessConfig
+) -> Mapping[pathlib.Path, str]:
+    """Each picture's caption, or how it will begin. The log says which settings about captions are not used.
+
+    Raises:
+        DatasetError: captions are to be written that name no token.
+    """
+    if given is None:
+        if config.token_map is not None and not config.token_map.named_in(config.caption_prefix):
+            tokens = " or ".join(config.token_map.placeholders)
+            raise DatasetError(
+                f'There are no captions, and caption_prefix, "{config.caption_prefix}", names no token of token_map: '
+                f"write {tokens} into it."
+            )
+        return dict.fromkeys(files.images, config.caption_prefix)
+    if config.caption_prefix.strip(" ,") != PreprocessConfig.caption_prefix.strip(" ,"):
+        log.info('"%s" is not used, because the pictures have captions.', config.caption_prefix)
+    if config.global_caption and set(given.values()) != {config.global_caption}:
+        log.info("global_caption is not used, because the archive holds captions.")
+    return given
 
 
 def _advise(

@@ -243,6 +243,7 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
     from sdxl.model import fine_tune_files
     from sdxl.model.components import default_device, load_components, native_resolution
     from sdxl.training import data_parallel
+    from sdxl.training.early_check import early_check
     from sdxl.training.examples import cache_examples
     from sdxl.training.recipe import fine_tune
 
@@ -251,7 +252,8 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
     resolution = native_resolution(base) if inputs.resolution is None else inputs.resolution
     archive = fetch(inputs.input_images, workspace / "fetched")
     preprocess_config = inputs.preprocess_config(resolution)
-    dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config)
+    check = early_check(inputs, base, resolution)
+    dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config, check=check)
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 
     # Only now the number of pictures is known, so the number of steps is too.
