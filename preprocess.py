@@ -60,6 +60,8 @@ def prepare_dataset(
         ArchiveError, ContractError, DatasetError: the archive, its table of captions or its pictures are wrong.
         DownloadError, WeightsError: the segmenter is needed, but cannot be fetched or loaded.
     """
+    for told in config.without_effect():
+        log.warning("%s", told)
     with tempfile.TemporaryDirectory(prefix="unpacked-", dir=folder.parent) as unpacked:
         files = open_source(source, pathlib.Path(unpacked))
         given = find_captions(files, global_caption=config.global_caption)
@@ -102,9 +104,9 @@ def _beginnings(
             )
         return dict.fromkeys(files.images, config.caption_prefix)
     if config.caption_prefix.strip(" ,") != PreprocessConfig.caption_prefix.strip(" ,"):
-        log.info('"%s" is not used, because the pictures have captions.', config.caption_prefix)
+        log.warning('"%s" is not used, because the pictures have captions.', config.caption_prefix)
     if config.global_caption and set(given.values()) != {config.global_caption}:
-        log.info("global_caption is not used, because the archive holds captions.")
+        log.warning("global_caption is not used, because the archive holds captions.")
     return given
 
 

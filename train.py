@@ -64,7 +64,7 @@ def train(
     ),
     num_train_epochs: Optional[int] = Input(
         default=None,
-        description="How often to show every picture. Used only if max_train_steps is not given.",
+        description="How often to show every picture, instead of max_train_steps.",
         ge=1,
     ),
     max_train_steps: Optional[int] = Input(
@@ -75,7 +75,7 @@ def train(
     train_batch_size: int = Input(default=4, description="Pictures in each batch.", ge=1),
     unet_learning_rate: float = Input(
         default=1e-6,
-        description="Learning rate of the whole UNet. 1e-6 to 1e-5 is usual for SDXL 1.0. Not used with is_lora.",
+        description="Learning rate of the whole UNet. 1e-6 to 1e-5 is usual for SDXL 1.0. No effect with is_lora: see lora_lr.",
     ),
     ti_lr: float = Input(default=3e-4, description="Learning rate of the new tokens' embedding rows."),
     is_lora: bool = Input(
@@ -92,14 +92,14 @@ def train(
     ),
     use_dora: bool = Input(
         default=False,
-        description="Train a DoRA instead of a LoRA: slightly closer to full training, but slower.",
+        description="Train a DoRA instead of a LoRA: slightly closer to full training, but slower. Needs is_lora.",
     ),
     lora_targets: str = Input(
         default="transformer",
         description="Which layers of the UNet the LoRA changes: its attention, its whole transformer blocks, or all layers including the convolutions. More layers capture unusual subjects better, in a larger file.",
         choices=["attention", "transformer", "all"],
     ),
-    lora_lr: float = Input(default=1e-4, description="Learning rate of the LoRA. Used only with is_lora."),
+    lora_lr: float = Input(default=1e-4, description="Learning rate of the LoRA. Needs is_lora."),
     optimizer: str = Input(
         default="adamw",
         description="Optimizer of the UNet or LoRA. adamw_8bit and adafactor need less memory. prodigy finds its own learning rate: set unet_learning_rate or lora_lr to 1.",
@@ -175,11 +175,13 @@ def train(
     ),
     prior_images: int = Input(
         default=100,
-        description="How many pictures the base draws for prior_prompts. Later runs reuse them.",
+        description="How many pictures the base draws for prior_prompts. Later runs reuse them. Needs prior_prompts.",
         ge=1,
     ),
     prior_weight: float = Input(
-        default=1.0, description="Weight of these pictures in the loss. Yours have 1.", ge=0
+        default=1.0,
+        description="Weight of these pictures in the loss. Yours have 1. Needs prior_prompts.",
+        ge=0,
     ),
     mask_target_prompts: Optional[str] = Input(
         default=None,
@@ -257,14 +259,15 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 
     # Only now the number of pictures is known, so the number of steps is too.
+    pictures = read_dataset_folder(dataset_folder)
     config = inputs.training_config(
         resolution=resolution,
-        images=len(read_dataset_folder(dataset_folder)),
+        images=len(pictures),
         processes=data_parallel.world_size(),
         seed=data_parallel.agreed(inputs.seed),
     )
     record = fine_tune_files.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder)
-    _announce(config)
+    _announce(config, masks=any(picture.mask for picture in pictures))
 
     # Dataset folder and base → fine-tune.
     keep_compiled_kernels()
@@ -309,9 +312,13 @@ def _prior(config: TrainingConfig, components: "Components") -> "ExampleDataset"
     return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
 
 
-def _announce(config: TrainingConfig) -> None:
+def _announce(config: TrainingConfig, *, masks: bool) -> None:
+    """Log what is trained, and which settings have no effect. masks: whether any picture has a mask."""
     from sdxl.model.components import default_device
+    from sdxl.training.contradictions import without_effect_here
 
+    for told in without_effect_here(config, masks=masks, cuda=default_device().type == "cuda"):
+        log.warning("%s", told)
     what = f"a LoRA of rank {config.lora_rank}" if config.is_lora else "the whole UNet"
     log.info(
         "Training %s and the tokens of %s on %s: %d steps of %d pictures at %d×%d pixels, with seed %d. "
