@@ -16,7 +16,7 @@ from sdxl.data.contact_sheet import dataset_sheet
 from sdxl.data.dataset_folder import read_dataset_folder
 from sdxl.data.face_masks import face_salience
 from sdxl.data.framing import crop_box, place_crop
-from sdxl.data.picture_reader import LONGEST_RATIO, read_header, read_image
+from sdxl.data.picture_reader import LONGEST_RATIO, is_plain_png, read_header, read_image
 from sdxl.data.pixel_budget import PixelBudget
 from sdxl.errors import DatasetError
 from sdxl.serving.canvas import cover, mask_like
@@ -49,7 +49,7 @@ def halves(mode: str = "RGB") -> Image.Image:
     """Red above, blue below."""
     image = Image.new("RGB", (SIDE, SIDE), (200, 0, 0))
     image.paste((0, 0, 200), (0, SIDE // 2, SIDE, SIDE))
-    return image.convert(mode)
+    return image.quantize() if mode == "P" else image.convert(mode)
 
 
 def turned() -> bytes:
@@ -64,7 +64,7 @@ def transparent() -> bytes:
     return file_of(image)
 
 
-def with_profile() -> bytes:
+def with_profile(mode: str = "RGB") -> bytes:
     """Red and blue exchanged by the profile."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for old, new in (
@@ -74,7 +74,7 @@ def with_profile() -> bytes:
         (b"s\0R\0G\0B", b"x\0R\0G\0B"),
     ):
         profile = profile.replace(old, new)
-    return file_of(halves(), icc_profile=profile)
+    return file_of(halves(mode), icc_profile=profile)
 
 
 def deep() -> bytes:
@@ -91,12 +91,13 @@ def animated() -> bytes:
         (turned, (0, 0, 200), (200, 0, 0)),
         (transparent, (255, 255, 255), (255, 255, 255)),
         (with_profile, (0, 0, 200), (200, 0, 0)),
+        (lambda: with_profile("P"), (0, 0, 200), (200, 0, 0)),
         (deep, (100, 100, 100), (100, 100, 100)),
         (animated, (200, 0, 0), (0, 0, 200)),
         (lambda: file_of(halves(), "JPEG", quality=95, subsampling=0), (200, 0, 0), (0, 0, 200)),
         (lambda: file_of(halves(), "WEBP", lossless=True), (200, 0, 0), (0, 0, 200)),
     ],
-    ids=["turned", "transparent", "profile", "deep", "animated", "jpeg", "webp"],
+    ids=["turned", "transparent", "profile", "palette", "deep", "animated", "jpeg", "webp"],
 )
 def test_prepared_pictures_that_plain_readers_misread_are_written_anew(
     tmp_path: Path, content: Callable[[], bytes], top: tuple, bottom: tuple
@@ -107,6 +108,7 @@ def test_prepared_pictures_that_plain_readers_misread_are_written_anew(
     assert np.abs(seen[-10, 32] - bottom).max() <= 6
     with Image.open(folder / "0.src.png") as written:
         assert (written.format, written.mode) == ("PNG", "RGB")
+    assert is_plain_png(folder / "0.src.png")
     assert (folder / "captions.csv").read_text() == TABLE, "the numbers of the original stay"
 
 
@@ -242,6 +244,38 @@ def test_only_what_is_shown_is_enlarged(monkeypatch: pytest.MonkeyPatch):
     mask = mask_like(long.convert("L").point([0] * 50 + [255] * 206), long, (2048, 2048))
     assert mask.getextrema() == (255, 255)
     assert max(width * height for width, height in asked) <= 2048 * 2048
+
+
+def test_of_a_long_picture_only_the_crop_is_enlarged_by_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upscaler_folder: Path
+):
+    from sdxl.data.upscaler import Upscaler
+
+    monkeypatch.setenv("SDXL_UPSCALER", str(upscaler_folder))
+    asked: list[tuple[int, int]] = []
+    enlarge = Upscaler.enlarge
+    monkeypatch.setattr(
+        Upscaler, "enlarge", lambda self, image: (asked.append(image.size), enlarge(self, image))[1]
+    )
+    long = Image.new("RGB", (32 * LONGEST_RATIO, 32), "navy")
+    long.paste("orange", (15 * LONGEST_RATIO, 0, 17 * LONGEST_RATIO, 32))
+    folder = prepare(tmp_path, {"1.png": file_of(long)})
+    assert asked == [(32, 32)]
+    assert np.abs(plain(folder / "0.src.png")[32, 32] - (255, 165, 0)).max() < 40
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
+def test_damaged_later_frames_do_no_harm(tmp_path: Path):
+    content = bytearray(
+        file_of(halves(), "TIFF", save_all=True, append_images=[Image.new("RGB", (SIDE, SIDE))])
+    )
+    with Image.open(io.BytesIO(content)) as opened:
+        opened.seek(1)
+        second = opened.tag_v2.offset  # type: ignore[attr-defined]
+    content[second + 2 :] = b"\xff" * 8
+    (tmp_path / "scan.tiff").write_bytes(content)
+    assert read_header(tmp_path / "scan.tiff").pixels == SIDE * SIDE
+    assert read_image(tmp_path / "scan.tiff")[1] == (SIDE, SIDE)
 
 
 def test_covering_shows_the_same_pixels_as_enlarging_all():

@@ -141,6 +141,10 @@ PICTURE = Image.new("RGB", (64, 64))
         ({"prompt_strength": 1.0, "image": PICTURE, "mask": PICTURE}, None),
         ({"high_noise_frac": 0.5}, "high_noise_frac has no effect without refine=expert_ensemble_refiner."),
         ({"high_noise_frac": 0.5, "refine": "expert_ensemble_refiner"}, None),
+        (
+            {"high_noise_frac": 1.0, "refine": "expert_ensemble_refiner"},
+            "The refiner has nothing to do, because high_noise_frac is 1.",
+        ),
         ({"refine_steps": 9}, "refine_steps has no effect without refine=base_image_refiner."),
         (
             {"refine_steps": 9, "refine": "expert_ensemble_refiner"},

@@ -4,6 +4,7 @@ Knows file formats, EXIF orientations and colour profiles; does not know crops o
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,8 +67,9 @@ def read_header(path: Path, *, at_least: Size | None = None) -> PictureHeader:
     with _opened(path) as opened:
         if at_least is not None:
             _draft(opened, at_least)
-        pixels, frames = opened.width * opened.height, getattr(opened, "n_frames", 1)
-        return PictureHeader(pixels=pixels, frames=frames, kind=opened.format)
+        return PictureHeader(
+            pixels=opened.width * opened.height, frames=_count_frames(opened), kind=opened.format
+        )
 
 
 def is_plain_png(path: Path) -> bool:
@@ -85,7 +87,7 @@ def is_plain_png(path: Path) -> bool:
         return (
             opened.format == "PNG"
             and depth_and_colour in _PLAIN_PNG
-            and getattr(opened, "n_frames", 1) == 1
+            and _count_frames(opened) == 1
             and not opened.has_transparency_data
             and opened.getexif().get(_ORIENTATION, 1) == 1
             and _in_srgb(opened) is opened
@@ -144,6 +146,14 @@ def _check_shape(opened: Image.Image, name: str) -> None:
         )
 
 
+def _count_frames(opened: Image.Image) -> int:
+    """Frames or pictures in a file; 1 if those after the first are damaged."""
+    try:
+        return getattr(opened, "n_frames", 1)
+    except (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, struct.error):
+        return 1
+
+
 def _lies_on_its_side(opened: Image.Image) -> bool:
     return opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
 
@@ -172,12 +182,16 @@ def _decode(opened: Image.Image, at_least: Size | None, ground: str) -> tuple[Im
     if upright.has_transparency_data:
         layered = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layered.size, ground), layered)
-    return upright.convert("RGB"), size
+    pixels = upright.convert("RGB")
+    pixels.info.clear()  # a profile or transparency that was applied must not be written again
+    return pixels, size
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
     """Convert `image` to sRGB if it has the profile of another colour space, such as Display P3."""
     profile = image.info.get("icc_profile")
+    if profile and image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
         return image
     try:

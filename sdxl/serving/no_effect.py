@@ -22,6 +22,8 @@ def without_effect(
         yield "image gives at most the size, because prompt_strength is 1."
     if drawing.refine != "expert_ensemble_refiner" and _changed(drawing, "high_noise_frac"):
         yield "high_noise_frac has no effect without refine=expert_ensemble_refiner."
+    if drawing.refine == "expert_ensemble_refiner" and drawing.high_noise_frac == 1:
+        yield "The refiner has nothing to do, because high_noise_frac is 1."
     if drawing.refine != "base_image_refiner" and _changed(drawing, "refine_steps"):
         yield "refine_steps has no effect without refine=base_image_refiner."
     if drawing.guidance_scale == 1 and drawing.negative_prompt:
