@@ -23,6 +23,7 @@ from sdxl.process import (
     workspace_of_run,
 )
 from sdxl.serving.canvas import lay_out
+from sdxl.serving.no_effect import without_effect
 from sdxl.serving.picture_files import read_input
 from sdxl.serving.request import DeliveryOptions, DrawingOptions, FineTuneOptions, LayoutOptions
 
@@ -216,6 +217,8 @@ class Predictor(BaseRunner):
                 height=height,
                 aspect_ratio=aspect_ratio,
             )
+            for told in without_effect(drawing, layout, delivery):
+                log.warning("%s", told)
 
             # Cog has called setup before. On the command line it waits until the inputs are checked.
             if not hasattr(self, "painter"):

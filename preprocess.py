@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 from cog import BaseRunner, Input, Path
@@ -28,7 +28,7 @@ from sdxl.data.contact_sheet import dataset_sheet
 from sdxl.data.dataset_folder import ADVICE, SHEET, TABLE, earlier_framings, write_captions
 from sdxl.data.framed_pictures import FramedPicture, frame_all
 from sdxl.data.model_stages import find_salience, upscale_small, write_missing_captions
-from sdxl.data.source_folder import open_source
+from sdxl.data.source_folder import Source, open_source
 from sdxl.files.archives import pack_tar
 from sdxl.files.fetching import fetch
 from sdxl.process import configure_logging, repeat_on_cpu, workspace_of_run
@@ -44,6 +44,7 @@ def prepare_dataset(
     *,
     config: PreprocessConfig,
     report: pathlib.Path | None = None,
+    check: Callable[[Mapping[str, str]], object] = lambda captions: None,
 ) -> pathlib.Path:
     """Prepare the pictures of `source`, a zip, a tar or a folder, in the dataset folder `folder`; return `folder`.
 
@@ -51,15 +52,21 @@ def prepare_dataset(
     mask, caption and size conditioning. Advice goes to the log.
 
     report: a folder for advice.txt and contact_sheet.jpg.
+    check: called before anything takes time, with each picture's name and its caption, or how its caption will begin.
+        It may refuse them by an error.
 
     Raises:
         ArchiveError, ContractError, DatasetError: the archive, its table of captions or its pictures are wrong.
         DownloadError, WeightsError: the segmenter is needed, but cannot be fetched or loaded.
     """
+    for told in config.without_effect():
+        log.warning("%s", told)
     with tempfile.TemporaryDirectory(prefix="unpacked-", dir=folder.parent) as unpacked:
         files = open_source(source, pathlib.Path(unpacked))
         given = find_captions(files, global_caption=config.global_caption)
         _require_tokens(given, config)  # before the models run
+        beginnings = _beginnings(files, given, config)
+        check({files.relative(image): text for image, text in beginnings.items()})
         earlier = {} if given is None else earlier_framings(given.rows)
         folder.mkdir(parents=True, exist_ok=True)
         salience = find_salience(files, config)
@@ -82,10 +89,21 @@ def _require_tokens(given: GivenCaptions | None, config: PreprocessConfig) -> No
     if config.token_map is None:
         return
     if given is None:
-        require_token(config.caption_prefix, config.token_map, "caption_prefix")
+        require_token(config.caption_prefix, config.token_map, "There are no captions, and caption_prefix")
     else:
         for picture, caption in given.texts.items():
             require_token(caption, config.token_map, given.source[picture])
+
+
+def _beginnings(
+    files: Source, given: GivenCaptions | None, config: PreprocessConfig
+) -> Mapping[pathlib.Path, str]:
+    """Each picture's caption, or how it will begin. The log says if the prefix is not used."""
+    if given is None:
+        return dict.fromkeys(files.images, config.caption_prefix)
+    if config.caption_prefix.strip(" ,") != PreprocessConfig.caption_prefix.strip(" ,"):
+        log.warning('"%s" is not used, because the pictures have captions.', config.caption_prefix)
+    return given.texts
 
 
 def _advise(

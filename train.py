@@ -64,7 +64,7 @@ def train(
     ),
     num_train_epochs: Optional[int] = Input(
         default=None,
-        description="How often to show every picture. Used only if max_train_steps is not given.",
+        description="How often to show every picture, instead of max_train_steps.",
         ge=1,
     ),
     max_train_steps: Optional[int] = Input(
@@ -75,7 +75,7 @@ def train(
     train_batch_size: int = Input(default=4, description="Pictures in each batch.", ge=1),
     unet_learning_rate: float = Input(
         default=1e-6,
-        description="Learning rate of the whole UNet. 1e-6 to 1e-5 is usual for SDXL 1.0. Not used with is_lora.",
+        description="Learning rate of the whole UNet. 1e-6 to 1e-5 is usual for SDXL 1.0. No effect with is_lora: see lora_lr.",
     ),
     ti_lr: float = Input(default=3e-4, description="Learning rate of the new tokens' embedding rows."),
     is_lora: bool = Input(
@@ -92,14 +92,14 @@ def train(
     ),
     use_dora: bool = Input(
         default=False,
-        description="Train a DoRA instead of a LoRA: slightly closer to full training, but slower.",
+        description="Train a DoRA instead of a LoRA: slightly closer to full training, but slower. Needs is_lora.",
     ),
     lora_targets: str = Input(
         default="transformer",
         description="Which layers of the UNet the LoRA changes: its attention, its whole transformer blocks, or all layers including the convolutions. More layers capture unusual subjects better, in a larger file.",
         choices=["attention", "transformer", "all"],
     ),
-    lora_lr: float = Input(default=1e-4, description="Learning rate of the LoRA. Used only with is_lora."),
+    lora_lr: float = Input(default=1e-4, description="Learning rate of the LoRA. Needs is_lora."),
     optimizer: str = Input(
         default="adamw",
         description="Optimizer of the UNet or LoRA. adamw_8bit and adafactor need less memory. prodigy finds its own learning rate: set unet_learning_rate or lora_lr to 1.",
@@ -175,15 +175,17 @@ def train(
     ),
     prior_images: int = Input(
         default=100,
-        description="How many pictures the base draws for prior_prompts. Later runs reuse them.",
+        description="How many pictures the base draws for prior_prompts. Later runs reuse them. Needs prior_prompts.",
         ge=1,
     ),
     prior_weight: float = Input(
-        default=1.0, description="Weight of these pictures in the loss. Yours have 1.", ge=0
+        default=1.0,
+        description="Weight of these pictures in the loss. Yours have 1. Needs prior_prompts.",
+        ge=0,
     ),
     mask_target_prompts: Optional[str] = Input(
         default=None,
-        description='What matters in the pictures, such as "a dog" or "a dog, a red ball". The rest is masked and not learned. Pictures that come with a mask keep it.',
+        description='What matters in the pictures, such as "a dog" or "a dog, a red ball". The rest is masked and counts less. Pictures that come with a mask keep it.',
     ),
     crop_based_on_salience: bool = Input(
         default=True,
@@ -243,6 +245,7 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
     from sdxl.model import fine_tune_files
     from sdxl.model.components import default_device, load_components, native_resolution
     from sdxl.training import data_parallel
+    from sdxl.training.early_check import early_check
     from sdxl.training.examples import cache_examples
     from sdxl.training.recipe import fine_tune
 
@@ -251,18 +254,20 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
     resolution = native_resolution(base) if inputs.resolution is None else inputs.resolution
     archive = fetch(inputs.input_images, workspace / "fetched")
     preprocess_config = inputs.preprocess_config(resolution)
-    dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config)
+    check = early_check(inputs, base, resolution)
+    dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config, check=check)
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 
     # Only now the number of pictures is known, so the number of steps is too.
+    pictures = read_dataset_folder(dataset_folder)
     config = inputs.training_config(
         resolution=resolution,
-        images=len(read_dataset_folder(dataset_folder)),
+        images=len(pictures),
         processes=data_parallel.world_size(),
         seed=data_parallel.agreed(inputs.seed),
     )
     record = fine_tune_files.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder)
-    _announce(config)
+    _announce(config, masks=any(picture.mask for picture in pictures))
 
     # Dataset folder and base → fine-tune.
     keep_compiled_kernels()
@@ -307,9 +312,13 @@ def _prior(config: TrainingConfig, components: "Components") -> "ExampleDataset"
     return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
 
 
-def _announce(config: TrainingConfig) -> None:
+def _announce(config: TrainingConfig, *, masks: bool) -> None:
+    """Log what is trained, and which settings have no effect. masks: whether any picture has a mask."""
     from sdxl.model.components import default_device
+    from sdxl.training.contradictions import without_effect_here
 
+    for told in without_effect_here(config, masks=masks, cuda=default_device().type == "cuda"):
+        log.warning("%s", told)
     what = f"a LoRA of rank {config.lora_rank}" if config.is_lora else "the whole UNet"
     log.info(
         "Training %s and the tokens of %s on %s: %d steps of %d pictures at %d×%d pixels, with seed %d. "

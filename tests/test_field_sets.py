@@ -15,12 +15,6 @@ from tests.field.sets import CASES, COLOURS, Case
 
 CONFIG = PreprocessConfig(target_size=64, token_map=TokenMap.parse("TOK:2"))
 
-KNOWN_GAPS = {
-    "animated",
-    "extreme_shape",
-}
-"""Cases that are not handled as they should be yet. A case that starts to pass must leave this list."""
-
 
 def nearest_colour(path: Path) -> int:
     """Which picture a prepared file shows."""
@@ -29,13 +23,7 @@ def nearest_colour(path: Path) -> int:
     return int(np.abs(np.array(COLOURS) - mean).sum(1).argmin())
 
 
-def marked(case: Case):
-    """The case, expected to fail if it is a known gap."""
-    gap = pytest.mark.xfail(strict=True, reason="a known gap") if case.name in KNOWN_GAPS else ()
-    return pytest.param(case, id=case.name, marks=gap)
-
-
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_set_is_used_as_meant_or_refused(case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     archive = case.write(tmp_path)
     caplog.set_level(logging.INFO)

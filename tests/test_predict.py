@@ -100,6 +100,20 @@ def test_lora_scale_zero_is_nearly_the_embeddings_alone(predictor: Predictor, ta
     assert not equal(off, half)
 
 
+def test_inputs_without_effect_are_told(
+    predictor: Predictor, tars: dict[str, Path], caplog: pytest.LogCaptureFixture
+):
+    useless = "lora_scale has no effect without a LoRA as replicate_weights."
+    for weights, told in ((None, 1), (str(tars["full"]), 1), (str(tars["lora"]), 0)):
+        caplog.clear()
+        draw(predictor, replicate_weights=weights, lora_scale=0.5, refine_steps=3)
+        assert caplog.messages.count(useless) == told, weights
+        assert caplog.messages.count("refine_steps has no effect without refine=base_image_refiner.") == 1
+    caplog.clear()
+    draw(predictor, replicate_weights=str(tars["lora"]))
+    assert "no effect" not in caplog.text
+
+
 def test_tokens_count_in_the_negative_prompt_too(predictor: Predictor, tars: dict[str, Path]):
     weights = str(tars["full"])
     plain = draw(predictor, replicate_weights=weights, negative_prompt="stock")

@@ -13,6 +13,7 @@ from PIL import Image
 from predict import Predictor
 from sdxl.command_line import run_command_line
 from sdxl.errors import UserInputError
+from sdxl.serving.no_effect import without_effect
 from sdxl.serving.request import (
     CHOICES,
     RANGES,
@@ -74,6 +75,7 @@ def test_help_and_wrong_inputs_need_no_torch():
             "extra_lora_scale has 2 numbers",
         ),
         (["extra_lora=a.tar", "extra_lora_scale=1.5"], "extra_lora_scale is 1.5"),
+        (["extra_lora_scale=0.5"], "extra_lora_scale has 1 numbers for 0 LoRAs"),
         (["aspect_ratio=1:1", "width=512"], "give one or the other"),
         (["image=@MASK", "width=512"], "Only one of width and height"),
         (["width=100"], "width is 100"),
@@ -121,3 +123,49 @@ def test_options_check_themselves(options: Any, given: dict[str, Any], message: 
     needed = {"prompt": "a fish", "seed": 0} if issubclass(options, DrawingOptions) else {}
     with pytest.raises(UserInputError, match=message):
         options(**needed, **given)
+
+
+PICTURE = Image.new("RGB", (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, None),
+        ({"prompt_strength": 0.5}, "prompt_strength has no effect without image."),
+        ({"prompt_strength": 0.5, "image": PICTURE}, None),
+        (
+            {"prompt_strength": 1.0, "image": PICTURE},
+            "image gives at most the size, because prompt_strength is 1.",
+        ),
+        ({"prompt_strength": 1.0, "image": PICTURE, "mask": PICTURE}, None),
+        ({"high_noise_frac": 0.5}, "high_noise_frac has no effect without refine=expert_ensemble_refiner."),
+        ({"high_noise_frac": 0.5, "refine": "expert_ensemble_refiner"}, None),
+        (
+            {"high_noise_frac": 1.0, "refine": "expert_ensemble_refiner"},
+            "The refiner has nothing to do, because high_noise_frac is 1.",
+        ),
+        ({"refine_steps": 9}, "refine_steps has no effect without refine=base_image_refiner."),
+        (
+            {"refine_steps": 9, "refine": "expert_ensemble_refiner"},
+            "refine_steps has no effect without refine=base_image_refiner.",
+        ),
+        ({"refine_steps": 9, "refine": "base_image_refiner"}, None),
+        (
+            {"guidance_scale": 1.0, "negative_prompt": "fog"},
+            "negative_prompt has no effect, because guidance_scale is 1.",
+        ),
+        ({"guidance_scale": 1.5, "negative_prompt": "fog"}, None),
+        ({"output_quality": 50}, "output_quality has no effect on png, which is lossless."),
+        ({"output_quality": 50, "output_format": "webp"}, None),
+    ],
+)
+def test_options_without_effect_are_told(given: dict[str, Any], told: str | None):
+    def made(kind: Any, **needed: Any) -> Any:
+        names = {one.name for one in fields(kind)}
+        return kind(**needed, **{name: value for name, value in given.items() if name in names})
+
+    sentences = without_effect(
+        made(DrawingOptions, prompt="a fish", seed=0), made(LayoutOptions), made(DeliveryOptions)
+    )
+    assert list(sentences) == ([] if told is None else [told])

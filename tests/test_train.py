@@ -136,7 +136,7 @@ def test_equal_runs_give_equal_bytes(captioned_zip: Path, fine_tunes: dict[str, 
         ({"caption_prefix": "a photo of <s0>"}, "holds <s0>"),
         ({"lr_scheduler": "wave"}, "lr_scheduler"),
         ({"input_images": "http://127.0.0.1:9/data.zip"}, r"127\.0\.0\.1/data\.zip could not be fetched"),
-        ({"input_images": "data:application/zip;base64,aGVsbG8="}, "neither a zip nor a tar"),
+        ({"input_images": "data:application/zip;base64,aGVsbG8="}, "is a text file: give a .zip"),
     ],
 )
 def test_bad_inputs_end_in_one_sentence_and_leave_nothing(
@@ -158,6 +158,28 @@ def test_the_inputs_of_preprocessing_are_honoured_and_recorded(captioned_zip: Pa
     assert settings["crop_based_on_salience"] is True
     assert settings["mask_temperature"] == 0.5
     assert settings["bucketing"] is False
+
+
+def test_settings_without_effect_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    archive = write_zip(
+        tmp_path / "x.zip", {"0.png": png(0), "0.txt": "a TOK", "1.png": png(1), "1.txt": "my TOK"}
+    )
+    useless = {
+        "global_caption": "this TOK",
+        "caption_prefix": "a drawing of TOK",
+        "mask_floor": 0.5,
+        "temp": 0.5,
+    }
+    out = run(tmp_path, input_images=archive, is_lora=True, **QUICK, **useless)
+    assert (out / "lora.safetensors").is_file()
+    for told in (
+        "unet_learning_rate has no effect with is_lora: the LoRA's rate is lora_lr, 0.0001.",
+        "The temperature of masks, 0.5, has no effect without mask_target_prompts or use_face_detection_instead.",
+        "mask_floor has no effect, because no picture has a mask.",
+        "global_caption is not used, because the pictures have captions.",
+        '"a drawing of TOK" is not used, because the pictures have captions.',
+    ):
+        assert caplog.messages.count(told) == 1, told
 
 
 def test_a_wrong_base_is_told_what_to_do(

@@ -14,6 +14,7 @@ import train
 from preprocess import PreprocessConfig
 from sdxl.errors import UserInputError
 from sdxl.training.config import TrainingConfig, TrainingOptions, choices
+from sdxl.training.contradictions import _FP32_ONLY, without_effect, without_effect_here
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.memory_plan import _PLANS
 from sdxl.training.optimizers import OPTIMIZERS
@@ -110,6 +111,120 @@ def test_inputs_become_both_configs():
     preprocess = inputs.preprocess_config(512)
     assert (preprocess.target_size, preprocess.bucketing, preprocess.mask_temperature) == (512, True, 0.5)
     assert preprocess.token_map == inputs.token_map
+
+
+LORA = {"is_lora": True}
+FULL_NEEDS = "without is_lora the whole UNet is trained: set is_lora to true"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"use_dora": True}, f"^use_dora is True, but {FULL_NEEDS}, or leave out use_dora.$"),
+        ({"lora_rank": 8}, f"^lora_rank is 8, but {FULL_NEEDS}"),
+        ({"lora_alpha": 8}, f"^lora_alpha is 8, but {FULL_NEEDS}"),
+        ({"lora_targets": "all"}, f"^lora_targets is all, but {FULL_NEEDS}"),
+        ({"lora_lr": 1e-3}, f"^lora_lr is 0.001, but {FULL_NEEDS}"),
+        ({"max_train_steps": 9, "num_train_epochs": 9}, "both given: give one of them"),
+        ({"prior_images": 9}, "^prior_images is 9, but without prior_prompts"),
+        ({"prior_weight": 0.5}, "^prior_weight is 0.5, but without prior_prompts"),
+        ({"prior_prompts": "a dog|my TOK"}, '^prior_prompts contains "my TOK", but the base'),
+        ({**LORA, "lora_lr": 0.0, "pivot_fraction": 0.0}, "nothing would be trained"),
+        ({"precision": "bf16", "optimizer": "prodigy"}, "^optimizer prodigy would lose small updates"),
+        ({"precision": "bf16", "optimizer": "adafactor"}, "^optimizer adafactor would lose small updates"),
+        ({"temp": 0.5, "clipseg_temperature": 2.0}, "^temp is the old name"),
+        ({"ti_learning_rate_multiplier": 9.0, "ti_lr": 1e-2}, "^ti_learning_rate_multiplier is the old form"),
+    ],
+)
+def test_contradictions_are_refused(inputs: dict[str, Any], message: str):
+    with pytest.raises(UserInputError, match=message):
+        train_inputs(defaults(input_images="x.zip", **inputs))
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {**LORA, "use_dora": True, "lora_rank": 8, "lora_alpha": 8, "lora_targets": "all", "lora_lr": 1e-3},
+        {"prior_prompts": "a dog", "prior_images": 9, "prior_weight": 0.5},
+        {**LORA, "lora_lr": 0.0, "pivot_fraction": 1.0},
+        {"precision": "bf16", "optimizer": "adamw_8bit"},
+        {"temp": 0.5, "mask_target_prompts": "a dog"},
+        {"temp": 0.5, "clipseg_temperature": 0.5, "use_face_detection_instead": True},
+        {"ti_learning_rate_multiplier": 100.0, "unet_learning_rate": 6e-6},
+        {**LORA, "ti_learning_rate_multiplier": 100.0, "unet_learning_rate": 6e-6},
+    ],
+)
+def test_settings_that_go_together_are_neither_refused_nor_told(inputs: dict[str, Any]):
+    accepted = train_inputs(defaults(input_images="x.zip", **inputs))
+    assert list(without_effect(accepted.options)) == []
+    assert list(accepted.preprocess_config(1024).without_effect()) == []
+    if "ti_learning_rate_multiplier" in inputs:
+        assert accepted.options.ti_lr == pytest.approx(6e-4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        (
+            {**LORA, "unet_learning_rate": 1e-5},
+            "unet_learning_rate has no effect with is_lora: the LoRA's rate is lora_lr, 0.0001.",
+        ),
+        ({**LORA, "precision": "fp32"}, "precision has no effect with is_lora: it is for full training."),
+        (
+            {**LORA, "lora_lr": 0.0},
+            "lora_lr is 0, so nothing is trained after the pivot: set pivot_fraction to 1.",
+        ),
+        (
+            {"pivot_fraction": 0.0, "ti_lr": 1e-2},
+            "ti_lr has no effect, because pivot_fraction is 0: the token rows stay as they start.",
+        ),
+        (
+            {"prior_prompts": "a dog", "prior_weight": 0.0},
+            "prior_prompts has no effect, because prior_weight is 0.",
+        ),
+        (
+            {"optimizer": "prodigy"},
+            "prodigy finds its own rate and multiplies it by unet_learning_rate, 1e-06: set unet_learning_rate to 1.",
+        ),
+        (
+            {"temp": 0.5},
+            "The temperature of masks, 0.5, has no effect without mask_target_prompts or use_face_detection_instead.",
+        ),
+        (
+            {"use_face_detection_instead": True, "mask_target_prompts": "a dog"},
+            "mask_target_prompts has no effect with use_face_detection_instead.",
+        ),
+    ],
+)
+def test_settings_without_effect_are_told(inputs: dict[str, Any], told: str):
+    accepted = train_inputs(defaults(input_images="x.zip", **inputs))
+    sentences = [*without_effect(accepted.options), *accepted.preprocess_config(1024).without_effect()]
+    assert sentences == [told]
+
+
+def test_settings_without_effect_on_these_pictures_are_told():
+    given = {
+        "mask_floor": 0.5,
+        "mask_base_target": False,
+        "checkpointing_steps": 9,
+        "gradient_checkpointing": True,
+    }
+    inputs = train_inputs(defaults(input_images="x.zip", max_train_steps=8, **given))
+    config = inputs.training_config(resolution=64, images=4)
+    assert list(without_effect_here(config, masks=False, cuda=False)) == [
+        "mask_floor has no effect, because no picture has a mask.",
+        "mask_base_target has no effect, because no picture has a mask.",
+        "checkpointing_steps has no effect, because the run has only 8 steps.",
+        "gradient_checkpointing has no effect on a CPU.",
+    ]
+    config = dataclasses.replace(config, checkpointing_steps=8)
+    assert list(without_effect_here(config, masks=True, cuda=True)) == []
+
+
+def test_optimizers_without_bf16_are_those_without_a_plan_for_it():
+    assert {name for name, plans in _PLANS.items() if all(plan.weights.itemsize == 4 for plan in plans)} == {
+        *_FP32_ONLY
+    }
 
 
 def test_without_a_seed_each_run_gets_its_own():

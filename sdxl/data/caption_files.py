@@ -65,8 +65,8 @@ def find_captions(files: Source, *, global_caption: str | None) -> GivenCaptions
     unread = [path for path in files.others if path not in read and _looks_like_captions(path, names)]
 
     if captions is not None:
-        if global_caption:
-            log.warning("global_caption is not used, because the pictures have captions of their own.")
+        if global_caption and set(captions.texts.values()) != {global_caption}:
+            log.warning("global_caption is not used, because the pictures have captions.")
     elif global_caption:
         captions, origin = _same_for_all(files, global_caption), "global_caption"
     elif unread:

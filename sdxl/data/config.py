@@ -4,6 +4,7 @@ Knows names, ranges and defaults; does not know how they are used. Importing it 
 check their inputs before they import torch.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,6 +51,18 @@ class PreprocessConfig:
         for token in tokens_in(self.caption_prefix):
             if count_token(self.caption_prefix, token) > 1:
                 raise UserInputError(f'"{self.caption_prefix}" names {token} twice: name it once.')
+
+    def without_effect(self) -> Iterator[str]:
+        """A sentence for each setting that has no effect, whatever the pictures are."""
+        asks = bool(split_prompts(self.mask_target_prompts))
+        if asks and self.use_face_detection_instead:
+            yield "mask_target_prompts has no effect with use_face_detection_instead."
+        masks = asks or self.use_face_detection_instead
+        if self.mask_temperature != PreprocessConfig.mask_temperature and not masks:
+            yield (
+                f"The temperature of masks, {self.mask_temperature:g}, has no effect without mask_target_prompts or "
+                "use_face_detection_instead."
+            )
 
     def as_json(self) -> dict[str, Any]:
         """All settings, ready for JSON, except the size and the tokens, which are settings of the training too."""

@@ -40,7 +40,10 @@ def contact_sheet(rows: Sequence[Row], *, side: int = 256, text: int = 14) -> Im
         for captions in wrapped
     ]
     columns = max(len(row.pictures) for row in rows)
-    sheet = Image.new("RGB", (columns * (side + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), "white")
+    inside = max(
+        columns * (side + _MARGIN) - _MARGIN, *(round(title_font.getlength(row.title)) for row in rows)
+    )
+    sheet = Image.new("RGB", (inside + 2 * _MARGIN, sum(heights) + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     top = _MARGIN
     for row, captions, height in zip(rows, wrapped, heights, strict=True):
@@ -85,7 +88,7 @@ def dataset_sheet(
 
     title = f"{len(captions)} pictures" if len(captions) > 1 else "1 picture"
     if any(mask_file(folder / name).is_file() for name in captions):
-        title += "; red: outside the mask, not learned"
+        title += "; red: outside the mask, counts less"
     if len(captions) > limit:
         title = f"The first {limit} of {title}"
     return contact_sheet(

@@ -32,7 +32,8 @@ from sdxl.data.framing import (
     nearest_bucket,
     place_crop,
 )
-from sdxl.data.picture_reader import read_image, read_mask
+from sdxl.data.picture_reader import MAX_PIXELS, is_plain_png, read_header, read_image, read_mask
+from sdxl.data.pixel_budget import PixelBudget
 from sdxl.data.source_folder import Source
 from sdxl.errors import DatasetError
 
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 
 PNG_LEVEL = 3
 """Compression of the written files: twice as fast as the default 6, for a few percent more bytes."""
+OPEN_PIXELS = MAX_PIXELS
+"""Pixels of pictures and masks that are decoded at once, whatever the number of threads: some gigabytes at worst."""
+SMALLEST_SIDE = 8
+"""Pixels. A smaller picture shows nothing: it is less than one pixel of SDXL's latents."""
 _BLACK = 2
 """A mask without any value above this, of 255, is black."""
 
@@ -89,8 +94,10 @@ def frame_all(
     earlier: the pictures that come from a dataset folder → the numbers of their framing.
 
     Raises:
-        DatasetError: a picture or mask cannot be read, or a mask is black or differs in size from its picture.
+        DatasetError: a picture or mask cannot be read, a picture is tiny or very long, or a mask is black or differs in
+            size from its picture.
     """
+    budget = PixelBudget(OPEN_PIXELS)
 
     def frame(numbered: tuple[int, Path]) -> FramedPicture:
         index, image = numbered
@@ -102,7 +109,8 @@ def frame_all(
             searched=image in salience,
             salience=salience.get(image),
         )
-        return _frame(picture, picture_file(folder, index), config)
+        with budget.taken(_pixels_to_decode(picture, config)):
+            return _frame(picture, picture_file(folder, index), config)
 
     # Threads suffice: Pillow releases the GIL while it decodes and resizes.
     pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
@@ -113,11 +121,33 @@ def frame_all(
         pool.shutdown(cancel_futures=True)  # after an error, do not start any further picture
 
 
+def _needed(config: PreprocessConfig) -> Size:
+    """The (height, width) that every crop comes from; larger JPEGs are decoded at a fraction of their size."""
+    longest = config.target_size
+    if config.bucketing:
+        longest = max(max(size) for size in buckets(config.target_size))
+    return longest, longest
+
+
+def _pixels_to_decode(source: _SourcePicture, config: PreprocessConfig) -> int:
+    """How many pixels `_frame` decodes. The log says so if a file holds more than is used of it."""
+    headers = {source.name: read_header(source.file, at_least=_needed(config))}
+    if source.mask is not None:
+        headers[source.mask.name] = read_header(source.mask)
+    for name, header in headers.items():
+        if told := header.told(name):
+            log.warning("%s", told)
+    return sum(header.pixels for header in headers.values())
+
+
 def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> FramedPicture:
     """Resize and crop one picture and its mask, and write both."""
     side = config.target_size
-    longest = max(max(size) for size in buckets(side)) if config.bucketing else side
-    image, size = read_image(source.file, at_least=(longest, longest))
+    image, size = read_image(source.file, at_least=_needed(config))
+    if min(size) < SMALLEST_SIDE:
+        raise DatasetError(
+            f"{source.name} is {size[1]}×{size[0]} pixels, which shows nothing: leave it out, or use a larger original."
+        )
 
     # A mask that came with the picture takes precedence over what a model found.
     mask, salience = None, source.salience
@@ -158,11 +188,14 @@ def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> Fr
 def _copy(
     source: _SourcePicture, target: Path, image: Image.Image, mask: Image.Image | None, framing: Framing
 ) -> FramedPicture:
-    """Copy a picture of a dataset folder byte by byte, and its mask too if it came as png."""
+    """Keep a picture of a dataset folder, and its mask, at their size: byte by byte if plain decoders read them right."""
     size = framing.target_size
     unchanged = Framing(original_size=size, crop_top_left=(0, 0), target_size=size)
-    shutil.copyfile(source.file, target)
-    if source.mask is not None and source.mask.suffix == ".png":
+    if is_plain_png(source.file):
+        shutil.copyfile(source.file, target)
+    else:
+        cut(image, unchanged).save(target, compress_level=PNG_LEVEL)
+    if source.mask is not None and is_plain_png(source.mask):
         shutil.copyfile(source.mask, mask_file(target))
     elif mask is not None:
         _crop_mask(mask, unchanged).save(mask_file(target), compress_level=PNG_LEVEL)

@@ -4,7 +4,11 @@ Knows file formats, EXIF orientations and colour profiles; does not know crops o
 """
 
 import io
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +38,10 @@ _SUFFIXES_OF_FORMATS = {
 MAX_PIXELS = 200_000_000
 """Largest picture that is decoded, in pixels. Larger files are decompression bombs or needlessly large scans."""
 
+LONGEST_RATIO = 32
+"""Largest ratio of a picture's sides. A crop of a longer picture shows less than a sixteenth of it, and enlarging it to
+cover a square takes memory without bound."""
+
 Image.init()
 FORMATS = tuple(kind for kind in _SUFFIXES_OF_FORMATS if kind in Image.OPEN)
 """The formats that this installation can read."""
@@ -41,6 +49,68 @@ IMAGE_SUFFIXES = {suffix for kind in FORMATS for suffix in _SUFFIXES_OF_FORMATS[
 
 _ORIENTATION = 0x0112
 """EXIF tag of a picture's orientation; values 5 to 8 exchange height and width."""
+_PLAIN_PNG = (b"\x08\x00", b"\x08\x02")
+"""Bit depth and colour type in the header of a png: 8 bits of grey, or 8 bits each of red, green and blue."""
+_PAGED = {"HEIF", "TIFF"}
+"""Pillow's names of formats that hold several pictures rather than frames of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureHeader:
+    """What a picture file says of itself before it is decoded."""
+
+    pixels: int
+    """How many pixels `read_image` decodes with the same `at_least`."""
+    frames: int
+    """Frames of an animation, or pictures in one file; `read_image` decodes one."""
+    kind: str | None
+    """Pillow's name of the format."""
+
+    def told(self, name: str) -> str | None:
+        """One sentence on what is left out of the file `name`, or None if all of it is used."""
+        if (
+            self.frames == 1 or self.kind == "MPO"
+        ):  # the further pictures of an MPO are previews and depth maps
+            return None
+        if self.kind in _PAGED:
+            return f"{name} holds {self.frames} pictures: only its main one is used."
+        return f"{name} is animated ({self.frames} frames): only its first frame is used."
+
+
+def read_header(path: Path, *, at_least: Size | None = None) -> PictureHeader:
+    """What a picture file says of itself. at_least: see `read_image`.
+
+    Raises:
+        DatasetError: like `read_image`, as far as the header shows it.
+    """
+    with _opened(path) as opened:
+        if at_least is not None:
+            _draft(opened, at_least)
+        return PictureHeader(
+            pixels=opened.width * opened.height, frames=_count_frames(opened), kind=opened.format
+        )
+
+
+def is_plain_png(path: Path) -> bool:
+    """Whether any program that decodes the file sees what `read_image` gives.
+
+    That is a png with 8 bits per channel, grey or RGB, without transparency, rotation, a colour space other than sRGB or
+    further frames.
+
+    Raises:
+        DatasetError: like `read_image`.
+    """
+    with path.open("rb") as file:
+        depth_and_colour = file.read(26)[24:]
+    with _opened(path) as opened:
+        return (
+            opened.format == "PNG"
+            and depth_and_colour in _PLAIN_PNG
+            and _count_frames(opened) == 1
+            and not opened.has_transparency_data
+            and opened.getexif().get(_ORIENTATION, 1) == 1
+            and _in_srgb(opened) is opened
+        )
 
 
 def read_image(
@@ -55,23 +125,10 @@ def read_image(
         The picture, and the (height, width) of the whole upright file.
 
     Raises:
-        DatasetError: not a readable picture, or more than `MAX_PIXELS`.
+        DatasetError: not a readable picture, more than `MAX_PIXELS`, or sides of more than 1 to `LONGEST_RATIO`.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise DatasetError(
-                        f"{path.name} has more than {MAX_PIXELS // 10**6} megapixels: shrink it first."
-                    )
-                return _decode(opened, at_least, ground)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, DatasetError):
-            raise
-        raise DatasetError(
-            f"{path.name} cannot be read as a picture: save it again as jpg or png."
-        ) from error
+    with _opened(path) as opened:
+        return _decode(opened, at_least, ground)
 
 
 def read_mask(path: Path) -> tuple[Image.Image, Size]:
@@ -94,28 +151,80 @@ def is_picture_content(path: Path) -> bool:
         return False
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture file, opened but not decoded. Errors of the block become a DatasetError too."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as opened:
+                _check_shape(opened, path.name)
+                yield opened
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(
+            f"{path.name} cannot be read as a picture: save it again as jpg or png."
+        ) from error
+
+
+def _check_shape(opened: Image.Image, name: str) -> None:
+    if opened.width * opened.height > MAX_PIXELS:
+        raise DatasetError(f"{name} has more than {MAX_PIXELS // 10**6} megapixels: shrink it first.")
+    if max(opened.size) > LONGEST_RATIO * min(opened.size):
+        height, width = _upright_size(opened)
+        raise DatasetError(
+            f"{name} is {width}×{height}, but one side may be at most {LONGEST_RATIO} times the other: crop it first, "
+            "or leave it out."
+        )
+
+
+def _count_frames(opened: Image.Image) -> int:
+    """Frames or pictures in a file; 1 if those after the first are damaged."""
+    try:
+        return getattr(opened, "n_frames", 1)
+    except (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, struct.error):
+        return 1
+
+
+def _lies_on_its_side(opened: Image.Image) -> bool:
+    return opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def _upright_size(opened: Image.Image) -> Size:
+    return (opened.width, opened.height) if _lies_on_its_side(opened) else (opened.height, opened.width)
+
+
+def _draft(opened: Image.Image, at_least: Size) -> None:
+    """Let a JPEG decode at a fraction of its size that still covers `at_least`."""
+    if opened.format not in ("JPEG", "MPO"):
+        return
+    height, width = reversed(at_least) if _lies_on_its_side(opened) else at_least
+    opened.draft("RGB", (width, height))
+
+
 def _decode(opened: Image.Image, at_least: Size | None, ground: str) -> tuple[Image.Image, Size]:
-    # The header's size, before `draft` changes it.
-    height, width = opened.height, opened.width
-    lies_on_its_side = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    size = _upright_size(opened)  # before `draft` changes it
     if at_least is not None:
-        draft_height, draft_width = reversed(at_least) if lies_on_its_side else at_least
-        opened.draft("RGB", (draft_width, draft_height))
+        _draft(opened, at_least)
 
     upright = ImageOps.exif_transpose(opened)
-    size = (width, height) if lies_on_its_side else (height, width)
     if upright.mode.startswith("I"):  # 16 bits a pixel
         upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8))
     upright = _in_srgb(upright)
     if upright.has_transparency_data:
         layered = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layered.size, ground), layered)
-    return upright.convert("RGB"), size
+    pixels = upright.convert("RGB")
+    pixels.info.clear()  # a profile or transparency that was applied must not be written again
+    return pixels, size
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
     """Convert `image` to sRGB if it has the profile of another colour space, such as Display P3."""
     profile = image.info.get("icc_profile")
+    if profile and image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
         return image
     try:

@@ -154,16 +154,26 @@ def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Com
                 load(CLIPTextModel, "text_encoder", half),
                 load(CLIPTextModelWithProjection, "text_encoder_2", half),
             ),
-            tokenizers=(
-                CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-                CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
-            ),
+            tokenizers=load_tokenizers(folder),
             noise_scheduler=noise_scheduler,
             device=device,
         )
     for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
         pool_at_eos(encoder, eos_id(tokenizer))
     return components
+
+
+def load_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """The tokenizers of the base in `folder`, which load in a moment.
+
+    Raises:
+        WeightsError: their files are missing or damaged.
+    """
+    with incomplete_base_named(folder):
+        return (
+            CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+            CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
+        )
 
 
 def add_placeholder_tokens(components: Components, token_map: TokenMap) -> tuple[list[int], list[int]]:

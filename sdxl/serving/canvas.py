@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from sdxl.data.framing import covering_size
+from sdxl.data.framing import crop_box, place_crop
 from sdxl.errors import UserInputError
 from sdxl.serving.request import ASPECT_RATIOS, MULTIPLE, SIDES, LayoutOptions
 
@@ -86,10 +86,9 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
     if (image.height, image.width) == size:
         return image
-    scaled_height, scaled_width = covering_size((image.height, image.width), size)
-    left, top = (scaled_width - width) // 2, (scaled_height - height) // 2
-    resized = image.resize((scaled_width, scaled_height), Image.Resampling.LANCZOS)
-    return resized.crop((left, top, left + width, top + height))
+    # Scale only what is shown: a long picture that covers the size may have a hundred times its pixels.
+    box = crop_box(image, place_crop((image.height, image.width), size, None))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def mask_like(mask: Image.Image, original: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -3,7 +3,6 @@
 Knows the order of the work: prompts, latents, passes, decoding. Does not know where weights come from, or Cog.
 """
 
-import logging
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,13 +28,12 @@ from sdxl.serving.denoising import (
 )
 from sdxl.serving.placement import lent
 from sdxl.serving.plan import plan_passes
+from sdxl.serving.prompt_texts import texts_to_encode
 from sdxl.serving.request import MULTIPLE, GenerationRequest
 from sdxl.serving.samplers import make_scheduler
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
-
-log = logging.getLogger(__name__)
 
 Runner = Callable[[UNet2DConditionModel], Callable[..., Any]]
 """Gives what to call instead of a UNet, such as a `Runners`."""
@@ -74,12 +72,7 @@ def draw(
     Raises:
         WeightsError: the weights give numbers that overflow, or the refiner does not fit the base.
     """
-    prompt = token_map.substitute(request.prompt)
-    if prompt != request.prompt:
-        log.info("Prompt with placeholder tokens: %s", prompt)
-    elif "<s" not in prompt and (words := ", ".join(token_map.placeholders)):
-        log.info("The prompt contains none of the fine-tune's tokens: write %s, in the same case", words)
-    negative_prompt = token_map.substitute(request.negative_prompt)
+    texts = texts_to_encode(request, token_map, pipeline)
 
     if pipeline.vae.config["force_upcast"] and pipeline.vae.dtype == torch.float16:
         pipeline.vae.to(dtype=torch.bfloat16)  # SDXL's autoencoder overflows in fp16 and gives black pictures
@@ -87,7 +80,7 @@ def draw(
     try:
         for first in range(0, request.num_outputs, at_once):
             seeds = [request.seed + i for i in range(first, min(first + at_once, request.num_outputs))]
-            yield from _draw_batch(pipeline, refiner, request, (prompt, negative_prompt), seeds, runner)
+            yield from _draw_batch(pipeline, refiner, request, texts, seeds, runner)
     finally:
         pipeline.maybe_free_model_hooks()
 

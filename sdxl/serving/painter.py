@@ -119,6 +119,8 @@ class Painter:
             for lora, scale in options.extra
         )
         require_loras(extra)
+        if options.lora_scale != FineTuneOptions.lora_scale and (main is None or main.unet):
+            log.warning("lora_scale has no effect without a LoRA as replicate_weights.")
         if main is None:
             return extra
         return (ScaledFineTune(fine_tune=main, scale=float(options.lora_scale)), *extra)

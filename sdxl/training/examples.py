@@ -3,7 +3,6 @@
 Knows the frozen parts that encode pictures and captions; does not know what trains.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,9 +21,8 @@ from sdxl import settings
 from sdxl.data.dataset_folder import read_dataset_folder
 from sdxl.model.components import Components, add_placeholder_tokens
 from sdxl.speed.compiled_blocks import fuse_blocks
+from sdxl.training.caption_fit import require_tokens_fit, tell_of_cuts
 from sdxl.training.random_views import View, views_of
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -50,13 +48,16 @@ def cache_examples(
     flip: learn every view mirrored too.
 
     Raises:
-        ContractError, DatasetError: the folder's table or pictures are wrong.
+        ContractError, DatasetError: the folder's table or pictures are wrong, or a caption names a token too late.
     """
     add_placeholder_tokens(components, token_map)
     if settings.speed() != "eager":
         fuse_blocks(components.vae)
     generator = torch.Generator(components.device).manual_seed(seed)
     pictures = read_dataset_folder(folder)
+    captions = {prepared.picture.name: prepared.caption for prepared in pictures}
+    cut = require_tokens_fit(captions, components.tokenizers, token_map)  # before any picture is encoded
+    tell_of_cuts(cut, components.tokenizers[0].model_max_length)
     examples = []
     with ThreadPoolExecutor() as threads:
         # Threads decode and crop the next pictures while the GPU encodes one. Each picture has its own random numbers,
@@ -67,7 +68,7 @@ def cache_examples(
         )
         progress = tqdm(pictures, desc="Encoding pictures", unit="picture")
         for prepared, shown in zip(progress, _ahead(threads, tasks), strict=True):
-            ids = _token_ids(token_map.substitute(prepared.caption), prepared.picture.name, components)
+            ids = _token_ids(token_map.substitute(prepared.caption), components)
             for view, latents in zip(shown, _encode(shown, components, generator), strict=True):
                 examples.append(
                     Example(
@@ -112,15 +113,16 @@ def _latent_mask(mask: Image.Image | None, latents: Tensor) -> Tensor:
     return torch.from_numpy(np.array(small, dtype=np.float32) / 255)[None].to(latents.device)
 
 
-def _token_ids(caption: str, name: str, components: Components) -> tuple[Tensor, Tensor]:
-    """The ids [77] of a caption for each text encoder. `name` is the picture's, for a warning."""
-    ids = []
-    for tokenizer in components.tokenizers:
-        length = tokenizer.model_max_length
-        if len(tokenizer(caption).input_ids) > length:
-            log.warning("The caption of %s is too long; it is cut after %d tokens: %r", name, length, caption)
-        fitted = tokenizer(
-            caption, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
-        ids.append(fitted.input_ids[0].to(components.device))
-    return ids[0], ids[1]
+def _token_ids(caption: str, components: Components) -> tuple[Tensor, Tensor]:
+    """The ids [77] of a caption for each text encoder."""
+    first, second = (
+        tokenizer(
+            caption,
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids[0]
+        for tokenizer in components.tokenizers
+    )
+    return first.to(components.device), second.to(components.device)

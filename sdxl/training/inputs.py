@@ -12,6 +12,7 @@ from sdxl import settings
 from sdxl.data.config import PreprocessConfig
 from sdxl.errors import UserInputError
 from sdxl.training.config import TrainingConfig, TrainingOptions, check_limits, limited, resolve_steps
+from sdxl.training.contradictions import refuse_contradictions
 
 _ANY_RESOLUTION = 1024
 _MANY_PICTURES = 10**9
@@ -30,7 +31,7 @@ class TrainInputs:
     resolution: int | None
     """Side of the training pictures in pixels. None: the base's own."""
     num_train_epochs: int | None = limited(ge=1)
-    """How often every picture is shown, unless `max_train_steps` is given."""
+    """How often every picture is shown; excludes `max_train_steps`."""
     max_train_steps: int | None = limited(ge=1)
     """Optimizer steps. None: as many as the epochs need, or the default."""
     seed: int
@@ -47,6 +48,9 @@ class TrainInputs:
 
     def __post_init__(self) -> None:
         check_limits(self)
+        refuse_contradictions(
+            self.options, max_train_steps=self.max_train_steps, num_train_epochs=self.num_train_epochs
+        )
         resolution = _ANY_RESOLUTION if self.resolution is None else self.resolution
         self.preprocess_config(resolution)
         self.training_config(resolution=resolution, images=_MANY_PICTURES)
@@ -123,12 +127,20 @@ def train_inputs(given: Mapping[str, Any]) -> TrainInputs:
     if values["input_images"] is None:
         raise UserInputError("input_images is missing: give a zip or tar of pictures.")
     if multiplier is not None:
+        if values["ti_lr"] != TrainingOptions.ti_lr:
+            raise UserInputError("ti_learning_rate_multiplier is the old form of ti_lr: give only ti_lr.")
         values["ti_lr"] = multiplier * values["unet_learning_rate"]
+        if values["is_lora"]:  # then the rate has no other use
+            values["unet_learning_rate"] = TrainingOptions.unet_learning_rate
     if token is not None:
         if values["token_map"] not in (TrainingOptions.token_map, f"{token}:2"):
             raise UserInputError("token_string is the old form of token_map: give only token_map.")
         values["token_map"] = f"{token}:2"
     if temperature is not None:
+        if values["clipseg_temperature"] not in (PreprocessConfig.mask_temperature, temperature):
+            raise UserInputError(
+                "temp is the old name of clipseg_temperature: give only clipseg_temperature."
+            )
         values["clipseg_temperature"] = temperature
 
     options = TrainingOptions(**{entry.name: values.pop(entry.name) for entry in fields(TrainingOptions)})

@@ -3,16 +3,19 @@
 Knows embeddings and tokenizers; does not know captions, losses or optimizers.
 """
 
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from dataset_and_utils import TokenMap
 from sdxl.model.components import Components, add_placeholder_tokens
+
+log = logging.getLogger(__name__)
 
 
 class TokenRows(nn.Module):
@@ -80,6 +83,19 @@ def install(
     rows = TokenRows(table, ids[0], len(ids), generator, words)
     text_encoder.set_input_embeddings(rows)
     return rows
+
+
+def tell_of_split_words(init: Mapping[str, str], tokenizer: CLIPTokenizer) -> None:
+    """Log which words of `init`, placeholder token → word, the base does not know as one piece."""
+    for word in dict.fromkeys(init.values()):
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        pieces = [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
+        if len(pieces) > len(word.split()):
+            log.warning(
+                'The base knows the word "%s" of token_init only in pieces (%s), whose mean says little: a common word is '
+                "better.",
+                *(word, ", ".join(pieces)),
+            )
 
 
 class NewTokens:

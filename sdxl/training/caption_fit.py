@@ -1,0 +1,49 @@
+"""Captions that are longer than the text encoders read: cut and told, or refused.
+
+Knows captions and tokenizers; does not know files or how captions are encoded.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from transformers import CLIPTokenizer
+
+from dataset_and_utils import TokenMap
+from sdxl.errors import DatasetError
+from sdxl.model.prompt_length import fit
+
+log = logging.getLogger(__name__)
+
+
+def require_tokens_fit(
+    captions: Mapping[str, str], tokenizers: Sequence[CLIPTokenizer], token_map: TokenMap
+) -> list[str]:
+    """The names of the captions whose end is cut off. `captions` maps names, such as a picture's, to texts.
+
+    tokenizers: they know the map's placeholder tokens.
+
+    Raises:
+        DatasetError: a caption names a token only in the part that is cut off, so that it would not be learned.
+    """
+    cut = []
+    fits = {caption: fit(caption, tokenizers, token_map) for caption in set(captions.values())}
+    for name, caption in captions.items():
+        found = fits[caption]
+        if found.lost:
+            token = found.lost[0]
+            raise DatasetError(
+                f"The caption of {name} is longer than {found.limit} tokens and names {token} only in the part that is cut "
+                f"off: name {token} earlier in the caption."
+            )
+        if found.dropped:
+            cut.append(name)
+    return cut
+
+
+def tell_of_cuts(cut: Sequence[str], limit: int) -> None:
+    """Log which captions are cut off after `limit` tokens."""
+    if not cut:
+        return
+    names = ", ".join(cut[:3]) + (f" and {len(cut) - 3} more" if len(cut) > 3 else "")
+    which = "1 caption is" if len(cut) == 1 else f"{len(cut)} captions are"
+    log.warning("%s longer than %d tokens and cut there: %s.", which, limit, names)

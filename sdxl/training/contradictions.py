@@ -1,0 +1,93 @@
+"""Settings of a training that contradict each other, or have no effect.
+
+Knows names, values and defaults; does not know files or models. An input that is left out looks like one that was given
+with its default, so only values that differ from their defaults are looked at.
+
+A contradiction that trains something else than was asked for is refused. A setting that merely has no effect is told.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from dataset_and_utils import TokenMap
+from sdxl.errors import UserInputError
+from sdxl.training.config import TrainingConfig, TrainingOptions
+
+_OF_LORA = ("use_dora", "lora_rank", "lora_alpha", "lora_targets", "lora_lr")
+_OF_PRIOR = ("prior_images", "prior_weight")
+_FP32_ONLY = ("adafactor", "prodigy")
+"""Optimizers that would lose small updates of bf16 weights."""
+_OWN_RATE = 0.01
+"""prodigy multiplies the rate that it finds by the given one, which should be 1. Less than this trains next to nothing."""
+
+
+def refuse_contradictions(
+    options: TrainingOptions, *, max_train_steps: int | None, num_train_epochs: int | None
+) -> None:
+    """Refuse settings of which one would be ignored, although the user expects another training from it.
+
+    Raises:
+        UserInputError: names both settings.
+    """
+    if max_train_steps is not None and num_train_epochs is not None:
+        raise UserInputError("max_train_steps and num_train_epochs are both given: give one of them.")
+    for name in () if options.is_lora else _changed(options, *_OF_LORA):
+        raise UserInputError(
+            f"{name} is {getattr(options, name)}, but without is_lora the whole UNet is trained: set is_lora to true, or "
+            f"leave out {name}."
+        )
+    for name in () if options.prior_prompts else _changed(options, *_OF_PRIOR):
+        raise UserInputError(
+            f"{name} is {getattr(options, name)}, but without prior_prompts the base draws no pictures to repeat: give "
+            f"prior_prompts, or leave out {name}."
+        )
+    token_map = TokenMap.parse(options.token_map)
+    for prompt in options.prior_prompts.split("|"):
+        if token_map.named_in(prompt):
+            raise UserInputError(
+                f'prior_prompts contains "{prompt.strip()}", but the base, which draws it, does not know the new tokens: '
+                "name what it knows, such as a photo of a dog."
+            )
+    if options.is_lora and options.lora_lr == 0 and options.pivot_fraction == 0:
+        raise UserInputError("lora_lr and pivot_fraction are both 0, so nothing would be trained: raise one.")
+    if not options.is_lora and options.precision == "bf16" and options.optimizer in _FP32_ONLY:
+        raise UserInputError(
+            f"optimizer {options.optimizer} would lose small updates of bf16 weights: use adamw_8bit, or precision fp32."
+        )
+
+
+def without_effect(options: TrainingOptions) -> Iterator[str]:
+    """A sentence for each setting that has no effect, whatever the pictures are."""
+    if options.is_lora:
+        if _changed(options, "unet_learning_rate"):
+            yield f"unet_learning_rate has no effect with is_lora: the LoRA's rate is lora_lr, {options.lora_lr:g}."
+        if _changed(options, "precision"):
+            yield "precision has no effect with is_lora: it is for full training."
+        if options.lora_lr == 0 and options.pivot_fraction < 1:
+            yield "lora_lr is 0, so nothing is trained after the pivot: set pivot_fraction to 1."
+    if options.pivot_fraction == 0 and _changed(options, "ti_lr"):
+        yield "ti_lr has no effect, because pivot_fraction is 0: the token rows stay as they start."
+    if options.prior_prompts and options.prior_weight == 0:
+        yield "prior_prompts has no effect, because prior_weight is 0."
+    rate = "lora_lr" if options.is_lora else "unet_learning_rate"
+    if options.optimizer == "prodigy" and 0 < getattr(options, rate) < _OWN_RATE:
+        yield f"prodigy finds its own rate and multiplies it by {rate}, {getattr(options, rate):g}: set {rate} to 1."
+
+
+def without_effect_here(config: TrainingConfig, *, masks: bool, cuda: bool) -> Iterator[str]:
+    """A sentence for each setting that has no effect on these pictures or this device.
+
+    masks: whether any picture has a mask.
+    """
+    for name in () if masks else _changed(config, "mask_floor", "mask_base_target"):
+        yield f"{name} has no effect, because no picture has a mask."
+    if config.checkpointing_steps > config.max_train_steps:
+        yield f"checkpointing_steps has no effect, because the run has only {config.max_train_steps} steps."
+    if config.gradient_checkpointing and not cuda:
+        yield "gradient_checkpointing has no effect on a CPU."
+
+
+def _changed(options: TrainingOptions, *names: str) -> list[str]:
+    """Those of `names` whose values differ from their defaults."""
+    defaults = {entry.name: entry.default for entry in fields(TrainingOptions)}
+    return [name for name in names if getattr(options, name) != defaults[name]]
