@@ -23,7 +23,7 @@ from sdxl.process import (
     workspace_of_run,
 )
 from sdxl.serving.canvas import lay_out
-from sdxl.serving.picture_files import read_input
+from sdxl.serving.picture_files import read_inputs
 from sdxl.serving.request import DeliveryOptions, DrawingOptions, FineTuneOptions, LayoutOptions
 
 log = logging.getLogger(__name__)
@@ -58,11 +58,11 @@ class Predictor(BaseRunner):
         negative_prompt: str = Input(default="", description="What to keep out of the picture."),
         image: Optional[Path] = Input(
             default=None,
-            description="A picture to start from, for image to image; with mask, for inpainting. jpg, png, webp, bmp or heic.",
+            description="A picture to start from, for image to image; with mask, for inpainting. jpg, png, webp, bmp or heic. Without mask, transparent areas are repainted.",
         ),
         mask: Optional[Path] = Input(
             default=None,
-            description="The mask for inpainting; needs image. White areas are repainted, black areas are kept.",
+            description="The mask for inpainting; needs image. Areas painted in white, or in one colour on black or on nothing, are repainted. Black and transparent areas are kept.",
         ),
         width: Optional[int] = Input(
             default=None,
@@ -209,9 +209,10 @@ class Predictor(BaseRunner):
                 output_quality=output_quality,
                 embed_metadata=embed_metadata,
             )
+            picture, painted = read_inputs(image, mask, workspace / "fetched")
             layout = LayoutOptions(
-                image=read_input(image, workspace / "image"),
-                mask=read_input(mask, workspace / "mask"),
+                image=picture,
+                mask=painted,
                 width=width,
                 height=height,
                 aspect_ratio=aspect_ratio,

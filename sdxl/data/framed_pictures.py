@@ -35,7 +35,8 @@ from sdxl.data.framing import (
     nearest_bucket,
     place_crop,
 )
-from sdxl.data.picture_reader import read_image, read_mask
+from sdxl.data.mask_reader import read_mask
+from sdxl.data.picture_reader import read_image
 from sdxl.data.source_folder import Source
 from sdxl.errors import DatasetError
 
@@ -158,16 +159,24 @@ def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> Fr
 def _copy(
     source: _SourcePicture, target: Path, image: Image.Image, mask: Image.Image | None, framing: Framing
 ) -> FramedPicture:
-    """Copy a picture of a dataset folder byte by byte, and its mask too if it came as png."""
+    """Copy a picture of a dataset folder byte by byte, and its mask too if it came as a grey png."""
     size = framing.target_size
     unchanged = Framing(original_size=size, crop_top_left=(0, 0), target_size=size)
     shutil.copyfile(source.file, target)
-    if source.mask is not None and source.mask.suffix == ".png":
+    if source.mask is not None and mask is not None and _is_grey_png(source.mask, mask):
         shutil.copyfile(source.mask, mask_file(target))
     elif mask is not None:
         _crop_mask(mask, unchanged).save(mask_file(target), compress_level=PNG_LEVEL)
     facts = _measure(image, framing, source)
     return FramedPicture(file=target, source=source.file, crop=unchanged, framing=framing, facts=facts)
+
+
+def _is_grey_png(file: Path, mask: Image.Image) -> bool:
+    """Whether a mask's file holds just the grey values of `mask`, as a mask of a dataset folder does."""
+    if file.suffix != ".png":
+        return False
+    with Image.open(file) as opened:
+        return opened.mode == "L" and opened.tobytes() == mask.tobytes()
 
 
 def _read_own_mask(source: _SourcePicture, size: Size) -> Image.Image:

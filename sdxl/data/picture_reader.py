@@ -1,6 +1,6 @@
-"""Read picture and mask files: upright, in sRGB, without transparency.
+"""Read picture files: upright and in sRGB.
 
-Knows file formats, EXIF orientations and colour profiles; does not know crops or the names of files.
+Knows file formats, EXIF orientations and colour profiles; does not know masks, crops or the names of files.
 """
 
 import io
@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from sdxl.data.framing import Size
 from sdxl.errors import DatasetError
+from sdxl.files.file_kinds import describe_other_kind
 
 register_heif_opener()  # adds the format of phones' pictures to those that Pillow opens
 
@@ -25,12 +26,13 @@ _ORIENTATION = 0x0112
 
 
 def read_image(
-    path: Path, *, at_least: Size | None = None, ground: str = "white"
+    path: Path, *, at_least: Size | None = None, name: str | None = None
 ) -> tuple[Image.Image, Size]:
-    """Decode a picture to RGB in sRGB, turned upright, with transparent areas on the colour `ground`.
+    """Decode a picture to RGB in sRGB, turned upright, with transparent areas white.
 
     at_least: allows decoding a JPEG at 1/2, 1/4 or 1/8 of its size if it still covers this size. The decoder then
         averages pixels, in a fraction of the time and memory.
+    name: its name in messages; by default the file name.
 
     Returns:
         The picture, and the (height, width) of the whole upright file.
@@ -38,30 +40,47 @@ def read_image(
     Raises:
         DatasetError: not a readable picture, or more than `MAX_PIXELS`.
     """
+    layered, size = read_layered(path, at_least=at_least, name=name)
+    return on_white(layered), size
+
+
+def on_white(layered: Image.Image) -> Image.Image:
+    """An RGB or RGBA picture as RGB, with transparent areas white."""
+    if layered.mode == "RGBA":
+        layered = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
+    return layered.convert("RGB")
+
+
+def read_layered(
+    path: Path, *, at_least: Size | None = None, name: str | None = None
+) -> tuple[Image.Image, Size]:
+    """Like `read_image`, but as RGBA if the file has any kind of transparency.
+
+    Raises:
+        DatasetError: not a readable picture, or more than `MAX_PIXELS`.
+    """
+    name = name or path.name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise DatasetError(
-                        f"{path.name} has more than {MAX_PIXELS // 10**6} megapixels: shrink it first."
+                        f"{name} has more than {MAX_PIXELS // 10**6} megapixels: shrink it first."
                     )
-                return _decode(opened, at_least, ground)
+                return _decode(opened, at_least)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, DatasetError):
             raise
-        raise DatasetError(
-            f"{path.name} cannot be read as a picture: save it again as jpg or png."
-        ) from error
+        other = describe_other_kind(path, wanted="a jpg or png")
+        if (
+            other is None or "picture" in other
+        ):  # a picture that is damaged, or of a kind that Pillow does not read
+            raise DatasetError(f"{name} cannot be read as a picture: save it again as jpg or png.") from error
+        raise DatasetError(f"{name} cannot be read as a picture, because it {other}") from error
 
 
-def read_mask(path: Path) -> tuple[Image.Image, Size]:
-    """Decode a mask to grey values, with transparent areas black; otherwise like `read_image`."""
-    picture, size = read_image(path, ground="black")
-    return picture.convert("L"), size
-
-
-def _decode(opened: Image.Image, at_least: Size | None, ground: str) -> tuple[Image.Image, Size]:
+def _decode(opened: Image.Image, at_least: Size | None) -> tuple[Image.Image, Size]:
     # The header's size, before `draft` changes it.
     height, width = opened.height, opened.width
     lies_on_its_side = opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
@@ -74,10 +93,7 @@ def _decode(opened: Image.Image, at_least: Size | None, ground: str) -> tuple[Im
     if upright.mode.startswith("I"):  # 16 bits a pixel
         upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8))
     upright = _in_srgb(upright)
-    if upright.has_transparency_data:
-        layered = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layered.size, ground), layered)
-    return upright.convert("RGB"), size
+    return upright.convert("RGBA" if upright.has_transparency_data else "RGB"), size
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:

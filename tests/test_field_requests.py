@@ -1,0 +1,88 @@
+"""Pictures, masks and weights as people send them: used as meant, or refused in one sentence."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from predict import Predictor
+from sdxl.errors import UserInputError
+from sdxl.serving.canvas import Canvas, lay_out
+from sdxl.serving.picture_files import read_inputs
+from sdxl.serving.request import LayoutOptions
+from tests.conftest import TINY_BASE, call
+from tests.field.requests import BOX, CASES, HOLE, SIZE, Case, file, painted
+
+
+def is_one_sentence(said: str) -> bool:
+    return "\n" not in said and len(said) <= 400 and said.endswith(".")
+
+
+def canvas_of(case: Case, folder: Path) -> Canvas:
+    paths = []
+    for name, write in (("image", case.image), ("mask", case.mask)):
+        (folder / name).mkdir()
+        paths.append(None if write is None else write(folder / name))
+    image, mask = read_inputs(*paths, folder / "fetched")
+    return lay_out(LayoutOptions(image=image, mask=mask), native=64)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_masks_are_used_as_meant_or_refused(case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    if case.repaints == "refused":
+        with pytest.raises(UserInputError) as caught:
+            canvas_of(case, tmp_path)
+        said = str(caught.value)
+        assert is_one_sentence(said)
+    else:
+        mask = canvas_of(case, tmp_path).mask
+        said = caplog.text
+        if case.repaints == "no mask":
+            assert mask is None
+            assert said == ""
+        else:
+            assert mask is not None
+            values = np.asarray(mask) > 0
+            half = np.arange(SIZE[0]) >= SIZE[0] // 2
+            meant = {"box": np.asarray(painted(0, 1, "L")), "all": np.ones((1, 1)), "half": half[None]}
+            wrong = values != (np.broadcast_to(meant[case.repaints], values.shape) > 0)
+            if case.repaints == "half":
+                wrong = wrong[:, np.abs(np.arange(SIZE[0]) - SIZE[0] // 2) > 2]
+            assert wrong.mean() < 0.01
+            assert not (tmp_path / "fetched").exists()
+    for part in case.says:
+        assert part in said
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDXL_BASE", str(TINY_BASE))
+        made = Predictor()
+        made.setup()
+    return made
+
+
+SMALL = {"prompt": "a red fish", "num_inference_steps": 2, "guidance_scale": 4.0, "seed": 0}
+
+
+def draw(predictor: Predictor, **inputs: object) -> list[np.ndarray]:
+    files = call(predictor.run, **{**SMALL, **inputs})
+    return [np.asarray(Image.open(path)) for path in files]
+
+
+def test_a_hole_is_drawn_like_its_mask(predictor: Predictor, tmp_path: Path):
+    hole = file(HOLE, "hole.png")(tmp_path)
+    mask = file(painted((0, 0, 0, 0), "black", "RGBA"), "mask.png")(tmp_path)
+    [one] = draw(predictor, image=hole)
+    [other] = draw(predictor, image=hole, mask=mask)
+    assert np.array_equal(one, other)
+    kept = np.ones(SIZE[::-1], bool)
+    kept[BOX[1] - 4 : BOX[3] + 4, BOX[0] - 4 : BOX[2] + 4] = False
+    before = np.asarray(HOLE.convert("RGB"))
+    assert np.array_equal(one[kept], before[kept])
+    inside = (slice(BOX[1], BOX[3]), slice(BOX[0], BOX[2]))
+    assert not np.array_equal(one[inside], before[inside])
