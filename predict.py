@@ -15,6 +15,7 @@ from cog import BaseRunner, Input, Path
 
 from sdxl import settings
 from sdxl.command_line import run_command_line
+from sdxl.declared_inputs import as_declared
 from sdxl.process import (
     configure_logging,
     keep_compiled_kernels,
@@ -24,7 +25,13 @@ from sdxl.process import (
 )
 from sdxl.serving.canvas import lay_out
 from sdxl.serving.picture_files import read_inputs
-from sdxl.serving.request import DeliveryOptions, DrawingOptions, FineTuneOptions, LayoutOptions
+from sdxl.serving.request import (
+    DeliveryOptions,
+    DrawingOptions,
+    FineTuneOptions,
+    LayoutOptions,
+    made_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +50,7 @@ class Predictor(BaseRunner):
         from sdxl.serving.painter import Painter
         from sdxl.serving.safety import load_judge
 
-        self.painter = Painter(weights=None if weights is None else str(weights))
+        self.painter = Painter(weights=str(weights) if weights else None)
         judge = load_judge(self.painter.placement.helper_device, real_base=not self.painter.is_miniature)
         self.delivery = Delivery(judge, model=pathlib.Path(settings.base_name()).name)
         log.info("Pictures are judged by %s", judge.name)
@@ -124,7 +131,7 @@ class Predictor(BaseRunner):
         ),
         seed: Optional[int] = Input(
             default=None,
-            description="Seed for repeatable pictures: picture i uses seed + i. Default: a random seed, which is logged.",
+            description="Seed for repeatable pictures, up to 4294967295: picture i uses seed + i. Default: a random seed, which is logged.",
             ge=0,
         ),
         refine: str = Input(
@@ -181,42 +188,15 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Draw pictures; returns their files."""
+        given = as_declared(self.run, locals())
         with workspace_of_run("predict") as workspace:
             # Each record checks its inputs: all that is wrong without a look at the model is refused here.
-            drawing = DrawingOptions(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                num_outputs=num_outputs,
-                scheduler=scheduler,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                prompt_strength=prompt_strength,
-                seed=settings.resolve_seed(seed),
-                refine=refine,  # type: ignore[arg-type]
-                high_noise_frac=high_noise_frac,
-                refine_steps=refine_steps,
-            )
-            fine_tunes = FineTuneOptions(
-                replicate_weights=replicate_weights,
-                lora_scale=lora_scale,
-                extra_lora=extra_lora,
-                extra_lora_scale=extra_lora_scale,
-            )
-            delivery = DeliveryOptions(
-                apply_watermark=apply_watermark,
-                disable_safety_checker=disable_safety_checker,
-                output_format=output_format,
-                output_quality=output_quality,
-                embed_metadata=embed_metadata,
-            )
-            picture, painted = read_inputs(image, mask, workspace / "fetched")
-            layout = LayoutOptions(
-                image=picture,
-                mask=painted,
-                width=width,
-                height=height,
-                aspect_ratio=aspect_ratio,
-            )
+            given["seed"] = settings.resolve_seed(given["seed"])
+            drawing = made_of(DrawingOptions, given)
+            fine_tunes = made_of(FineTuneOptions, given)
+            delivery = made_of(DeliveryOptions, given)
+            given["image"], given["mask"] = read_inputs(given["image"], given["mask"], workspace / "fetched")
+            layout = made_of(LayoutOptions, given)
 
             # Cog has called setup before. On the command line it waits until the inputs are checked.
             if not hasattr(self, "painter"):

@@ -10,8 +10,8 @@ from PIL import Image
 from predict import Predictor
 from sdxl.errors import UserInputError
 from sdxl.serving.canvas import Canvas, lay_out
-from sdxl.serving.picture_files import read_inputs
-from sdxl.serving.request import LayoutOptions
+from sdxl.serving.picture_files import read_inputs, read_parameters
+from sdxl.serving.request import RANGES, LayoutOptions
 from tests.conftest import TINY_BASE, call
 from tests.field.requests import BOX, CASES, HOLE, SIZE, Case, file, painted
 
@@ -86,3 +86,23 @@ def test_a_hole_is_drawn_like_its_mask(predictor: Predictor, tmp_path: Path):
     assert np.array_equal(one[kept], before[kept])
     inside = (slice(BOX[1], BOX[3]), slice(BOX[0], BOX[2]))
     assert not np.array_equal(one[inside], before[inside])
+
+
+def test_pictures_after_the_largest_seed_can_be_drawn_again(predictor: Predictor, tmp_path: Path):
+    largest = RANGES["seed"][1]
+    files = call(
+        predictor.run, **{**SMALL, "seed": float(largest), "num_outputs": 2, "width": 64.0, "height": 64}
+    )
+    told = read_parameters(files[1])
+    assert told is not None and "Seed: 0," in told
+    [again] = draw(predictor, seed=0, width=64, height=64)
+    assert np.abs(np.asarray(Image.open(files[1])).astype(int) - again).max() <= 1
+
+
+def test_empty_files_are_not_given(predictor: Predictor):
+    small = {"width": 64, "height": 64}
+    [plain] = draw(predictor, **small)
+    [empty] = draw(
+        predictor, **small, image="", mask="", replicate_weights="", extra_lora=[""], extra_lora_scale=[1.0]
+    )
+    assert np.array_equal(plain, empty)

@@ -88,7 +88,7 @@ def describe(request: GenerationRequest, index: int, *, model: str) -> str:
         "Steps": request.num_inference_steps,
         "Sampler": SCHEDULERS[request.scheduler].label,
         "CFG scale": f"{request.guidance_scale:g}",
-        "Seed": request.seed + index,
+        "Seed": request.seed_of(index),
         "Size": f"{request.width}x{request.height}",
         "Model": f'"{model}"' if any(mark in model for mark in ",:") else model,
     }
