@@ -32,12 +32,12 @@ class DeclaredInput:
     many: bool = False
     """Whether it is a list; each `-i` adds one value."""
     declaration: Any
-    """The object that `cog.Input(...)` returned."""
+    """The object that `cog.Input(...)` returned. Cog's server puts its default into the signature instead."""
 
     @property
     def default(self) -> Any:
         """The value if the user gives none; `REQUIRED` if the user must give one."""
-        default = self.declaration.default
+        default = getattr(self.declaration, "default", self.declaration)
         if default is None:
             return None if self.optional else REQUIRED
         return default

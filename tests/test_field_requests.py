@@ -25,7 +25,7 @@ def canvas_of(case: Case, folder: Path) -> Canvas:
     for name, write in (("image", case.image), ("mask", case.mask)):
         (folder / name).mkdir()
         paths.append(None if write is None else write(folder / name))
-    image, mask = read_inputs(*paths, folder / "fetched")
+    image, mask = read_inputs(paths[0], paths[1], folder / "fetched")
     return lay_out(LayoutOptions(image=image, mask=mask), native=64)
 
 

@@ -85,5 +85,5 @@ def read_with_hole(path: Path, *, name: str | None = None) -> tuple[Image.Image,
     """
     layered, _ = read_layered(path, name=name)
     alpha = layered.getchannel("A") if layered.mode == "RGBA" else None
-    hole = None if alpha is None or alpha.getextrema()[0] >= HALF else ImageChops.invert(alpha)
-    return on_white(layered), hole
+    is_hole = alpha is not None and np.asarray(alpha).min() < HALF
+    return on_white(layered), ImageChops.invert(alpha) if is_hole else None
