@@ -84,6 +84,7 @@ def read_with_hole(path: Path, *, name: str | None = None) -> tuple[Image.Image,
         DatasetError: not a readable picture.
     """
     layered, _ = read_layered(path, name=name)
-    alpha = layered.getchannel("A") if layered.mode == "RGBA" else None
-    is_hole = alpha is not None and np.asarray(alpha).min() < HALF
-    return on_white(layered), ImageChops.invert(alpha) if is_hole else None
+    hole = ImageChops.invert(layered.getchannel("A")) if layered.mode == "RGBA" else None
+    if hole is not None and np.asarray(hole).max() < HALF:
+        hole = None
+    return on_white(layered), hole
