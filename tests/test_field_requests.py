@@ -1,6 +1,10 @@
 """Pictures, masks and weights as people send them: used as meant, or refused in one sentence."""
 
+import base64
+import http.server
 import logging
+import urllib.parse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,8 @@ from sdxl.serving.picture_files import read_inputs, read_parameters
 from sdxl.serving.request import RANGES, LayoutOptions
 from tests.conftest import TINY_BASE, call
 from tests.field.requests import BOX, CASES, HOLE, SIZE, Case, file, painted
+from tests.field.weights import PAGE, WEIGHTS, WeightCase, lora, pickled
+from tests.test_cog_server import http_server
 
 
 def is_one_sentence(said: str) -> bool:
@@ -67,6 +73,7 @@ def predictor() -> Predictor:
 
 
 SMALL = {"prompt": "a red fish", "num_inference_steps": 2, "guidance_scale": 4.0, "seed": 0}
+SQUARE = {"width": 64, "height": 64}
 
 
 def draw(predictor: Predictor, **inputs: object) -> list[np.ndarray]:
@@ -88,6 +95,60 @@ def test_a_hole_is_drawn_like_its_mask(predictor: Predictor, tmp_path: Path):
     assert not np.array_equal(one[inside], before[inside])
 
 
+@pytest.fixture(scope="module")
+def reference(predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """What the plain LoRA draws."""
+    file = tmp_path_factory.mktemp("lora") / "plain.safetensors"
+    file.write_bytes(lora())
+    [drawn] = draw(predictor, **SQUARE, replicate_weights=str(file))
+    [base] = draw(predictor, **SQUARE)
+    assert np.abs(drawn.astype(int) - base).max() > 20
+    return drawn
+
+
+@pytest.mark.parametrize("case", WEIGHTS, ids=lambda case: case.name)
+def test_weights_are_used_as_meant_or_refused(
+    case: WeightCase, predictor: Predictor, reference: np.ndarray, tmp_path: Path
+):
+    source = str(case.write(tmp_path))
+    if not case.says:
+        [drawn] = draw(predictor, **SQUARE, replicate_weights=source)
+        assert np.array_equal(drawn, reference)
+        return
+    for inputs in ({"replicate_weights": source}, {"extra_lora": [source]}):
+        with pytest.raises(UserInputError) as caught:
+            draw(predictor, **SQUARE, **inputs)
+        said = str(caught.value)
+        assert case.says in said
+        assert is_one_sentence(said)
+
+
+def test_downloads_are_named_after_their_url(predictor: Predictor, reference: np.ndarray, tmp_path: Path):
+    """Also one whose name is that of a folder of the cache."""
+    for name, data in {"dog.zip": PAGE, "content": lora(), "my%20dog.bin": pickled()}.items():
+        (tmp_path / urllib.parse.unquote(name)).write_bytes(data)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http_server(handler) as url:
+        [drawn] = draw(predictor, **SQUARE, replicate_weights=f"{url}/content?token=secret")
+        assert np.array_equal(drawn, reference)
+        for name, says in {
+            "dog.zip": "dog.zip is a web page",
+            "my%20dog.bin": "my dog.bin is a pickle",
+        }.items():
+            with pytest.raises(UserInputError, match=f"^{says}"):
+                draw(predictor, **SQUARE, replicate_weights=f"{url}/{name}")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [base64.encodebytes, lambda data: base64.urlsafe_b64encode(data).rstrip(b"=")],
+)
+def test_weights_in_data_uris_are_decoded(predictor: Predictor, reference: np.ndarray, written):
+    uri = f"data:application/octet-stream;base64,{written(lora()).decode()}"
+    [drawn] = draw(predictor, **SQUARE, replicate_weights=uri)
+    assert np.array_equal(drawn, reference)
+
+
 def test_pictures_after_the_largest_seed_can_be_drawn_again(predictor: Predictor, tmp_path: Path):
     largest = RANGES["seed"][1]
     files = call(
@@ -100,9 +161,8 @@ def test_pictures_after_the_largest_seed_can_be_drawn_again(predictor: Predictor
 
 
 def test_empty_files_are_not_given(predictor: Predictor):
-    small = {"width": 64, "height": 64}
-    [plain] = draw(predictor, **small)
+    [plain] = draw(predictor, **SQUARE)
     [empty] = draw(
-        predictor, **small, image="", mask="", replicate_weights="", extra_lora=[""], extra_lora_scale=[1.0]
+        predictor, **SQUARE, image="", mask="", replicate_weights="", extra_lora=[""], extra_lora_scale=[1.0]
     )
     assert np.array_equal(plain, empty)
