@@ -55,7 +55,8 @@ def read_mask(path: Path, *, name: str | None = None) -> tuple[Image.Image, Size
 
     if not visible.all():
         if tones.max() < HALF or tones.max() - tones.min() <= _ONE_TONE:
-            log.info("%s is painted on a transparent ground: what is visible counts as white.", name)
+            if tones.min() < _WHITE:
+                log.info("%s is painted on a transparent ground: what is visible counts as white.", name)
             return alpha, size
         if mostly_grey(tones):
             raise DatasetError(

@@ -73,7 +73,9 @@ def _remark_on(mask: Image.Image) -> None:
     if values.min() >= HALF:
         log.warning("mask is completely white: the whole picture is repainted.")
     elif mostly_grey(values):
-        log.warning("mask is mostly grey: what is brighter than half is repainted, and the rest is kept.")
+        log.warning(
+            "mask is mostly neither black nor white: what is brighter than half is repainted, the rest is kept."
+        )
 
 
 def describe(request: GenerationRequest, index: int, *, model: str) -> str:
