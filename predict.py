@@ -15,6 +15,7 @@ from cog import BaseRunner, Input, Path
 
 from sdxl import settings
 from sdxl.command_line import run_command_line
+from sdxl.declared_inputs import as_declared
 from sdxl.process import (
     configure_logging,
     keep_compiled_kernels,
@@ -24,8 +25,14 @@ from sdxl.process import (
 )
 from sdxl.serving.canvas import lay_out
 from sdxl.serving.no_effect import without_effect
-from sdxl.serving.picture_files import read_input
-from sdxl.serving.request import DeliveryOptions, DrawingOptions, FineTuneOptions, LayoutOptions
+from sdxl.serving.picture_files import read_inputs
+from sdxl.serving.request import (
+    DeliveryOptions,
+    DrawingOptions,
+    FineTuneOptions,
+    LayoutOptions,
+    made_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +51,7 @@ class Predictor(BaseRunner):
         from sdxl.serving.painter import Painter
         from sdxl.serving.safety import load_judge
 
-        self.painter = Painter(weights=None if weights is None else str(weights))
+        self.painter = Painter(weights=str(weights) if weights else None)
         judge = load_judge(self.painter.placement.helper_device, real_base=not self.painter.is_miniature)
         self.delivery = Delivery(judge, model=pathlib.Path(settings.base_name()).name)
         log.info("Pictures are judged by %s", judge.name)
@@ -59,11 +66,11 @@ class Predictor(BaseRunner):
         negative_prompt: str = Input(default="", description="What to keep out of the picture."),
         image: Optional[Path] = Input(
             default=None,
-            description="A picture to start from, for image to image; with mask, for inpainting. jpg, png, webp, bmp or heic.",
+            description="A picture to start from, for image to image; with mask, for inpainting. jpg, png, webp, bmp or heic. Without mask, transparent areas are repainted.",
         ),
         mask: Optional[Path] = Input(
             default=None,
-            description="The mask for inpainting; needs image. White areas are repainted, black areas are kept.",
+            description="The mask for inpainting; needs image. Areas painted in white, or in one colour on black or on nothing, are repainted. Black and transparent areas are kept.",
         ),
         width: Optional[int] = Input(
             default=None,
@@ -125,7 +132,7 @@ class Predictor(BaseRunner):
         ),
         seed: Optional[int] = Input(
             default=None,
-            description="Seed for repeatable pictures: picture i uses seed + i. Default: a random seed, which is logged.",
+            description="Seed for repeatable pictures, up to 4294967295: picture i uses seed + i. Default: a random seed, which is logged.",
             ge=0,
         ),
         refine: str = Input(
@@ -182,41 +189,15 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Draw pictures; returns their files."""
+        given = as_declared(self.run, locals())
         with workspace_of_run("predict") as workspace:
             # Each record checks its inputs: all that is wrong without a look at the model is refused here.
-            drawing = DrawingOptions(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                num_outputs=num_outputs,
-                scheduler=scheduler,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                prompt_strength=prompt_strength,
-                seed=settings.resolve_seed(seed),
-                refine=refine,  # type: ignore[arg-type]
-                high_noise_frac=high_noise_frac,
-                refine_steps=refine_steps,
-            )
-            fine_tunes = FineTuneOptions(
-                replicate_weights=replicate_weights,
-                lora_scale=lora_scale,
-                extra_lora=extra_lora,
-                extra_lora_scale=extra_lora_scale,
-            )
-            delivery = DeliveryOptions(
-                apply_watermark=apply_watermark,
-                disable_safety_checker=disable_safety_checker,
-                output_format=output_format,
-                output_quality=output_quality,
-                embed_metadata=embed_metadata,
-            )
-            layout = LayoutOptions(
-                image=read_input(image, workspace / "image"),
-                mask=read_input(mask, workspace / "mask"),
-                width=width,
-                height=height,
-                aspect_ratio=aspect_ratio,
-            )
+            given["seed"] = settings.resolve_seed(given["seed"])
+            drawing = made_of(DrawingOptions, given)
+            fine_tunes = made_of(FineTuneOptions, given)
+            delivery = made_of(DeliveryOptions, given)
+            given["image"], given["mask"] = read_inputs(given["image"], given["mask"], workspace / "fetched")
+            layout = made_of(LayoutOptions, given)
             for told in without_effect(drawing, layout, delivery):
                 log.warning("%s", told)
 

@@ -29,6 +29,7 @@ from sdxl.data.dataset_folder import ADVICE, SHEET, TABLE, earlier_framings, wri
 from sdxl.data.framed_pictures import FramedPicture, frame_all
 from sdxl.data.model_stages import find_salience, upscale_small, write_missing_captions
 from sdxl.data.source_folder import Source, open_source
+from sdxl.declared_inputs import as_declared
 from sdxl.files.archives import pack_tar
 from sdxl.files.fetching import fetch
 from sdxl.process import configure_logging, repeat_on_cpu, workspace_of_run
@@ -163,22 +164,21 @@ class Preprocessor(BaseRunner):
         ),
     ) -> Path:
         # Wrong inputs are refused here, before anything imports torch.
+        given = as_declared(self.run, locals())
+        archive, size = given.pop("files"), given.pop("target_size")
         config = PreprocessConfig(
-            target_size=target_size or PreprocessConfig.target_size,
-            bucketing=bucketing,
-            caption_prefix=caption_text,
-            mask_target_prompts=mask_target_prompts,
-            crop_based_on_salience=crop_based_on_salience,
-            use_face_detection_instead=use_face_detection_instead,
-            mask_temperature=temp,
+            target_size=size or PreprocessConfig.target_size,
+            caption_prefix=given.pop("caption_text"),
+            mask_temperature=given.pop("temp"),
+            **given,
         )
-        if not target_size:
+        if not size:
             config = dataclasses.replace(config, target_size=_base_size())
         repeat_on_cpu()
         configure_logging()
         with workspace_of_run("preprocess") as workspace:
-            archive = fetch(str(files), workspace / "fetched")
-            folder = prepare_dataset(archive, workspace / "dataset", config=config, report=workspace)
+            source = fetch(str(archive), workspace / "fetched")
+            folder = prepare_dataset(source, workspace / "dataset", config=config, report=workspace)
             shutil.rmtree(workspace / "fetched", ignore_errors=True)
             members = {path.name: path for path in (*folder.iterdir(), workspace / SHEET, workspace / ADVICE)}
             pack_tar(members, workspace / "data.tar")

@@ -17,6 +17,7 @@ from cog import Input, Path, current_scope
 from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
+from sdxl.declared_inputs import as_declared
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu, workspace_of_run
 from sdxl.training.config import TrainingConfig
 from sdxl.training.inputs import TrainInputs, train_inputs
@@ -224,7 +225,7 @@ def train(
     ),
 ) -> Path:
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
-    inputs = train_inputs(locals())
+    inputs = train_inputs(as_declared(train, locals()))
     repeat_on_cpu()
     configure_logging()
     from sdxl.model import (

@@ -159,7 +159,7 @@ def tier(predictor: Any) -> dict[str, float]:
 
 def with_defaults(predictor: Any) -> Any:
     """Give `predictor` a method `run_with_defaults`, which fills in defaults as Cog's server does."""
-    from sdxl.command_line import declared_inputs
+    from sdxl.declared_inputs import declared_inputs
 
     defaults = {name: declared.default for name, declared in declared_inputs(predictor.run).items()}
     predictor.run_with_defaults = lambda **inputs: predictor.run(**{**defaults, **inputs})

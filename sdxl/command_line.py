@@ -1,129 +1,22 @@
 """Run an entry point without a container: `python train.py -i name=value -i file=@path -o DIR`.
 
 Reads the inputs from the entry point's signature, as declared to Cog, and follows the grammar of Cog's own command line.
-Knows the attributes of a declared input (default, description, ge, le, choices, deprecated); does not import cog.
+Knows how a command line runs and ends; does not import cog.
 """
 
 import argparse
 import difflib
-import inspect
 import os
 import shutil
 import signal
 import sys
-import textwrap
-import types
-import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NoReturn
 
+from sdxl.declared_inputs import REQUIRED, DeclaredInput, declared_inputs
 from sdxl.errors import UserInputError
 from sdxl.files.archives import atomic_path
-from sdxl.files.fetching import is_remote
-
-_REQUIRED = object()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeclaredInput:
-    """One input of an entry point."""
-
-    name: str
-    kind: type
-    """str, int, float, bool or a Path class."""
-    optional: bool
-    """Whether the user may omit it; it is then None."""
-    many: bool = False
-    """Whether it is a list; each `-i` adds one value."""
-    declaration: Any
-    """The object that `cog.Input(...)` returned."""
-
-    @property
-    def default(self) -> Any:
-        """The value if the user gives none; `_REQUIRED` if the user must give one."""
-        default = self.declaration.default
-        if default is None:
-            return None if self.optional else _REQUIRED
-        return default
-
-    def parse(self, text: str) -> Any:
-        """Convert `text` to this input's type and check it.
-
-        Raises:
-            UserInputError: wrong type, out of range, not one of the choices, or no such file.
-        """
-        value = self._convert(text)
-        declared = self.declaration
-        if declared.choices and value not in declared.choices:
-            raise UserInputError(
-                f"{self.name} is {text!r}, but must be one of {', '.join(map(str, declared.choices))}."
-            )
-        if declared.ge is not None and value < declared.ge:
-            raise UserInputError(f"{self.name} is {text}, but must be at least {declared.ge}.")
-        if declared.le is not None and value > declared.le:
-            raise UserInputError(f"{self.name} is {text}, but must be at most {declared.le}.")
-        return value
-
-    def _convert(self, text: str) -> Any:
-        if issubclass(self.kind, PurePath):
-            return text if is_remote(text) else _existing(text.removeprefix("@"), self.name)
-        if text.startswith("@"):
-            return str(_existing(text[1:], self.name))  # such inputs take a path or a URL
-        if self.kind is bool:
-            booleans = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-            if text.lower() not in booleans:
-                raise UserInputError(f"{self.name} is {text!r}, but must be true or false.")
-            return booleans[text.lower()]
-        try:
-            return self.kind(text)
-        except ValueError as error:
-            expected = {int: "an integer", float: "a number"}.get(self.kind, self.kind.__name__)
-            raise UserInputError(f"{self.name} is {text!r}, but must be {expected}.") from error
-
-    def describe(self) -> str:
-        """The help text: name, type, default and range in one line, the wrapped description below it."""
-        declared = self.declaration
-        facts = ["file" if issubclass(self.kind, PurePath) else self.kind.__name__]
-        if self.default is _REQUIRED:
-            facts.append("required")
-        elif self.default is not None:
-            facts.append(f"default {self.default!r}")
-        if declared.ge is not None or declared.le is not None:
-            facts.append(
-                f"from {declared.ge}" + (f" to {declared.le}" if declared.le is not None else "")
-                if declared.ge is not None
-                else f"up to {declared.le}"
-            )
-        if declared.choices:
-            facts.append("one of " + ", ".join(map(str, declared.choices)))
-        if self.many:
-            facts.append("repeat for several values")
-        if declared.deprecated:
-            facts.append("deprecated")
-        wrapped = textwrap.fill(
-            declared.description or "", 100, initial_indent="      ", subsequent_indent="      "
-        )
-        return f"  {self.name} ({'; '.join(facts)})\n{wrapped}"
-
-
-def declared_inputs(entry_point: Callable[..., Any]) -> dict[str, DeclaredInput]:
-    """The inputs of a Cog function or bound method, in the order of its signature."""
-    hints = typing.get_type_hints(entry_point)
-    inputs = {}
-    for name, parameter in inspect.signature(entry_point).parameters.items():
-        kind, optional = hints[name], False
-        if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            optional = type(None) in typing.get_args(kind)
-            kind = next(argument for argument in typing.get_args(kind) if argument is not type(None))
-        many = typing.get_origin(kind) is list
-        if many:
-            [kind] = typing.get_args(kind)
-        inputs[name] = DeclaredInput(
-            name=name, kind=kind, optional=optional, declaration=parameter.default, many=many
-        )
-    return inputs
 
 
 def run_command_line(
@@ -213,16 +106,10 @@ def _parse_all(items: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[s
         values[name] = value
     for name, declared in inputs.items():
         if name not in values:
-            if declared.default is _REQUIRED:
+            if declared.default is REQUIRED:
                 raise UserInputError(f"{name} is missing: add -i {name}=...")
             values[name] = declared.default
     return values
-
-
-def _existing(path: str, name: str) -> Path:
-    if not Path(path).exists():
-        raise UserInputError(f"{name} is {path}, which does not exist: give an existing file.")
-    return Path(path)
 
 
 def _deliver(result: Any, folder: Path) -> list[Path]:

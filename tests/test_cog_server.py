@@ -147,7 +147,8 @@ def test_pictures_of_several_shapes_go_from_the_preprocessor_through_a_training(
         served = preprocessor.get("openapi.json")["components"]["schemas"]["Input"]
         assert served["required"] == ["files"] and "prompt" not in served["properties"]
         assert preprocessor.post({"files": data_uri(b"no zip")}).json()["status"] == "failed"
-        inputs = {"files": data_uri(raw.read_bytes()), "target_size": 128, "bucketing": True}
+        assert "files is missing: give" in preprocessor.post({"files": ""}).json()["error"]
+        inputs = {"files": data_uri(raw.read_bytes()), "target_size": 128.0, "bucketing": True}
         answer = preprocessor.post(inputs).json()
     assert answer["status"] == "succeeded" and "Advice:" in answer["logs"], answer
     tar = base64.b64decode(answer["output"].split(",", 1)[1])
@@ -210,6 +211,18 @@ def test_bad_training_inputs_answer_422(trainer: Server, inputs: dict, field: st
     answer = trainer.post({**QUICK, **inputs})
     assert answer.status_code == 422
     assert field in json.dumps(answer.json()["detail"])
+
+
+def test_json_is_read_as_meant(predictor: Server, trainer: Server):
+    """A whole number may have a point, and an empty text is no file."""
+    expected = predictor.post(SMALL).json()["output"]
+    numbers = {"width": 64.0, "num_inference_steps": 3.0, "seed": 0.0, "num_outputs": 1.0}
+    nothing = {"image": "", "mask": "", "replicate_weights": "", "extra_lora": [""]}
+    answer = predictor.post({**SMALL, **numbers, **nothing}).json()
+    assert answer["status"] == "succeeded", answer
+    assert answer["output"] == expected
+    answer = trainer.post({**QUICK, "resolution": 64.0, "max_train_steps": 4.0, "input_images": ""}).json()
+    assert "input_images is missing: give" in answer["error"]
 
 
 def test_failed_jobs_say_what_to_do(trainer: Server, predictor: Server):

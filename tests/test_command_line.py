@@ -14,7 +14,8 @@ from cog import Path as CogPath
 from PIL import Image
 
 import train
-from sdxl.command_line import declared_inputs, run_command_line
+from sdxl.command_line import run_command_line
+from sdxl.declared_inputs import declared_inputs
 from sdxl.errors import UserInputError
 from tests.conftest import REPOSITORY
 
@@ -85,6 +86,21 @@ def test_values_are_typed_and_files_delivered(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
+    ("inputs", "name", "value"),
+    [
+        (["count=3.0"], "count", 3),
+        (["count=1e0"], "count", 1),
+        (["file="], "file", None),
+        (["file=DATA:,x"], "file", "DATA:,x"),
+    ],
+)
+def test_values_are_read_as_meant(tmp_path: Path, inputs: list[str], name: str, value: object):
+    assert run(tmp_path, "words=", *inputs) == 0
+    assert (seen["words"], seen[name]) == ("", value)
+    assert type(seen[name]) is type(value)
+
+
+@pytest.mark.parametrize(
     ("inputs", "message"),
     [
         ([], "words is missing"),
@@ -93,6 +109,9 @@ def test_values_are_typed_and_files_delivered(tmp_path: Path, capsys: pytest.Cap
         (["words=a", "cuont=3"], "did you mean count?"),
         (["words=a", "zzz=3"], "There is no input zzz"),
         (["words=a", "count=three"], "must be an integer"),
+        (["words=a", "count=1.5"], "count is 1.5, but must be an integer."),
+        (["words=a", "count=nan"], "count is nan, but must be an integer."),
+        (["words=a", "count="], "count is '', but must be an integer."),
         (["words=a", "count=0"], "at least 1"),
         (["words=a", "count=6"], "at most 5"),
         (["words=a", "rate=x"], "must be a number"),

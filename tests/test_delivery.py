@@ -168,7 +168,9 @@ def test_metadata_can_be_left_out(predictor: Predictor):
 
 def test_a_damaged_input_picture_is_refused(predictor: Predictor, tmp_path: Path):
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(UserInputError, match=r"x\.png cannot be read as a picture"):
+    with pytest.raises(
+        UserInputError, match=r"^image cannot be read as a picture, because it is a text file"
+    ):
         call(predictor.run, **SMALL, image=str(tmp_path / "x.png"))
     assert list((tmp_path / "workspace").iterdir()) == []
 

@@ -1,6 +1,7 @@
 """A fine-tune in another tool's format draws the same pictures as in this project's format."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,50 @@ def test_several_loras_add_up_and_keep_their_words_apart(tuned, attention: Matri
     tuned.activate(None)
     whole = draw(tuned, write(tmp_path / "whole", "lora.safetensors", peft_keys(attention)), tmp_path)
     assert np.abs(both.astype(int) - whole).max() <= 2
+
+
+PATTERNS = {
+    "one": {r".*attn\d\.to_(q|k)": 1.5, r"to_.+": 6.0},
+    "several": {
+        r"down_blocks\.1\..*": 0.5,
+        "to_out.0": 9,
+        r"mid_block.*attn2\.to_[kv]": 4.0,
+        r"^up_blocks.*": 0.0,
+    },
+    "names": {"to_q": 1, "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k": 5},
+}
+
+
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+@pytest.mark.parametrize("patterns", PATTERNS)
+def test_patterns_of_alphas_and_ranks_as_diffusers_reads_them(
+    tuned, attention: Matrices, tmp_path: Path, patterns: str, rank_stabilised: bool
+):
+    """On the UNet and a text encoder, with two ranks. The first pattern that matches counts."""
+    two_ranks = {
+        name: (torch.cat([down, down[:2]]), torch.cat([up, up[:, :2]], 1)) if "attn2" in name else (down, up)
+        for name, (down, up) in attention.items()
+    }
+    encoder = random_matrices(tuned.pipeline.text_encoder, lambda name: name.endswith("_proj"), 0.2)
+    config: dict[str, Any] = {"r": RANK, "lora_alpha": 2, "use_rslora": rank_stabilised}
+    unet = config | {"rank_pattern": {r".*attn2\..*": RANK + 2}, "alpha_pattern": PATTERNS[patterns]}
+    unet["target_modules"] = list(two_ranks)
+    text = config | {"alpha_pattern": {r"layers\.0\..*": 7.5}, "target_modules": list(encoder)}
+    packed = {f"unet.{key}": value for key, value in unet.items()}
+    packed |= {f"text_encoder.{key}": value for key, value in text.items()}
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    keys = {key: value.contiguous() for key, value in peft_keys(two_ranks).items()}
+    keys |= peft_keys(encoder, "text_encoder")
+    save_file(keys, folder / "style.safetensors", metadata={"lora_adapter_metadata": json.dumps(packed)})
+
+    ours = draw(tuned, folder, tmp_path)
+    theirs = load_pipeline(TINY_BASE, torch.device("cpu"))
+    theirs.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of patterns that match a part of the layers only
+        theirs.load_lora_weights(str(folder), weight_name="style.safetensors")
+    assert np.abs(ours.astype(int) - picture(theirs, tuned.token_map)).max() <= 2
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,8 @@ def test_the_lora_file_loads_with_diffusers(tars: dict[str, Path], tmp_path: Pat
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"replicate_weights": "/nowhere/trained_model.tar"}, "does not exist"),
         ({"replicate_weights": "data:application/x-tar;base64,####"}, "cannot be decoded"),
-        ({"replicate_weights": "data:application/x-tar;base64,aGVsbG8="}, "neither a zip nor a tar"),
+        ({"replicate_weights": "data:application/x-tar;base64,aGVsbG8="}, "data: URI is a text file: give"),
+        ({"replicate_weights": "data:application/x-tar;base64,AAECAwQ="}, "neither a zip nor a tar"),
         ({"replicate_weights": "http://127.0.0.1:9/trained_model.tar"}, "could not be fetched"),
     ],
 )

@@ -102,6 +102,30 @@ def test_contradictions_are_refused_before_the_base_is_loaded(
     assert list((tmp_path / "workspace").iterdir()) == []
 
 
+def test_every_picture_has_a_seed_that_the_input_takes():
+    largest = RANGES["seed"][1]
+    options = DrawingOptions(prompt="a fish", seed=largest - 1, num_outputs=4)
+    assert [options.seed_of(i) for i in range(4)] == [largest - 1, largest, 0, 1]
+    assert DrawingOptions(prompt="a fish", seed=7).seed_of(3) == 10
+
+
+@pytest.mark.parametrize(
+    ("loras", "scales", "meant"),
+    [
+        (None, None, []),
+        (["a", "b"], None, [("a", 1.0), ("b", 1.0)]),
+        (["a", "b"], [0.5, 0.25], [("a", 0.5), ("b", 0.25)]),
+        ([""], None, []),
+        ([""], [], []),
+        (["", "b"], [0.5, 0.25], [("b", 0.25)]),
+        (["", "b"], [0.25], [("b", 0.25)]),
+        (["", "b"], None, [("b", 1.0)]),
+    ],
+)
+def test_empty_loras_are_none(loras: Any, scales: Any, meant: list):
+    assert FineTuneOptions(extra_lora=loras, extra_lora_scale=scales).extra == meant
+
+
 @pytest.mark.parametrize(
     ("options", "given", "message"),
     [

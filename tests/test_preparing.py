@@ -195,12 +195,36 @@ def test_masks_are_found_by_the_name_of_their_picture(tmp_path: Path, name: str)
     assert sorted(path.name for path in out.glob("*.png")) == ["0.mask.png", "0.src.png"]
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "ground", "paint"), [("RGBA", "#00000000", "black"), ("RGB", "black", "red")]
+)
+def test_masks_in_any_paint_become_grey_masks(
+    tmp_path: Path, mode: str, ground: str, paint: str, prepared: bool
+):
+    """Also in a dataset folder, whose grey masks are copied."""
+    mask = Image.new(mode, (64, 64), ground)
+    mask.paste(paint, (0, 0, 32, 64))
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG")
+    table = (
+        "image_file,caption,original_height,original_width,crop_top,crop_left\n0.src.png,a TOK,64,64,0,0\n"
+    )
+    files = {"0.src.png": png(0, (64, 64)), "0.mask.png": buffer.getvalue()}
+    out = run(tmp_path, write_zip(tmp_path / "x.zip", files | ({"captions.csv": table} if prepared else {})))
+    with Image.open(out / "0.mask.png") as opened:
+        assert opened.mode == "L"
+    grey = picture(out / "0.mask.png")
+    assert grey[:, :32].min() == 255 and grey[:, 32:].max() == 0
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"0.png": png(0), "1.mask.png": png(1)}, r"1\.mask\.png is the mask of no picture"),
         ({"0.png": png(0), "0.mask.png": png(1), "0.png.mask.png": png(1)}, "has several masks"),
         ({"0.png": png(0), "0.mask.png": mask_png((96, 80), (0, 0, 0, 0))}, "is black"),
+        ({"0.png": png(0), "0.mask.png": b"<html>"}, r"0\.mask\.png cannot be .* because it is a web page"),
     ],
 )
 def test_masks_without_a_picture_and_black_masks_are_refused(tmp_path: Path, files: dict, message: str):

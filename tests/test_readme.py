@@ -16,7 +16,8 @@ import dataset_and_utils
 import train
 from predict import Predictor
 from preprocess import Preprocessor
-from sdxl.command_line import declared_inputs, run_command_line
+from sdxl.command_line import run_command_line
+from sdxl.declared_inputs import declared_inputs
 from tests.conftest import REPOSITORY
 from tools import inputs_table, speed_tables
 from tools.page_blocks import with_blocks

@@ -112,13 +112,32 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: object):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"abc", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 5) + b"\xff\xff{}}"]
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"abc", "is a text file: give a .safetensors file"),
+        (b"<html>", "is a web page"),
+        (struct.pack("<Q", 2**60) + b"{}", "is damaged or not a safetensors file"),
+        (struct.pack("<Q", 5) + b"\xff\xff{}}", "is damaged or not a safetensors file"),
+        (struct.pack("<Q", 5) + b"{\xff\xff{}", "is damaged: download it again"),
+        (struct.pack("<Q", 500) + b'{"a": ', "has only 14 of 508 bytes: download or copy it again"),
+    ],
 )
-def test_other_files_are_refused(tmp_path: Path, content: bytes):
+def test_other_files_are_refused(tmp_path: Path, content: bytes, message: str):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match="damaged or not a safetensors"):
+    with pytest.raises(WeightsError, match=message):
         WeightFile(path, path.name).read()
+
+
+def test_cut_off_files_and_foreign_numbers_are_named(file: Path):
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7])
+    with pytest.raises(WeightsError, match=f"has only {len(whole) - 7:,} of {len(whole):,} bytes"):
+        _ = WeightFile(file, file.name).keys
+    save_file({"a": torch.zeros(3, dtype=torch.uint16)}, file)
+    with pytest.raises(WeightsError, match=r"^x\.safetensors holds U16 numbers, which cannot be read here"):
+        _ = WeightFile(file, file.name).keys
 
 
 def test_metadata_is_text(tmp_path: Path):

@@ -32,7 +32,8 @@ from sdxl.data.framing import (
     nearest_bucket,
     place_crop,
 )
-from sdxl.data.picture_reader import MAX_PIXELS, is_plain_png, read_header, read_image, read_mask
+from sdxl.data.mask_reader import read_mask
+from sdxl.data.picture_reader import MAX_PIXELS, is_plain_png, read_header, read_image
 from sdxl.data.pixel_budget import PixelBudget
 from sdxl.data.source_folder import Source
 from sdxl.errors import DatasetError
@@ -195,12 +196,20 @@ def _copy(
         shutil.copyfile(source.file, target)
     else:
         cut(image, unchanged).save(target, compress_level=PNG_LEVEL)
-    if source.mask is not None and is_plain_png(source.mask):
+    if source.mask is not None and mask is not None and _is_grey_png(source.mask, mask):
         shutil.copyfile(source.mask, mask_file(target))
     elif mask is not None:
         _crop_mask(mask, unchanged).save(mask_file(target), compress_level=PNG_LEVEL)
     facts = _measure(image, framing, source)
     return FramedPicture(file=target, source=source.file, crop=unchanged, framing=framing, facts=facts)
+
+
+def _is_grey_png(file: Path, mask: Image.Image) -> bool:
+    """Whether a mask's file holds just the grey values of `mask`, as a mask of a dataset folder does."""
+    if file.suffix != ".png":
+        return False
+    with Image.open(file) as opened:
+        return opened.mode == "L" and opened.tobytes() == mask.tobytes()
 
 
 def _read_own_mask(source: _SourcePicture, size: Size) -> Image.Image:

@@ -1,6 +1,6 @@
-"""Read picture and mask files: upright, in sRGB, without transparency.
+"""Read picture files: upright and in sRGB.
 
-Knows file formats, EXIF orientations and colour profiles; does not know crops or the names of files.
+Knows file formats, EXIF orientations and colour profiles; does not know masks, crops or the names of files.
 """
 
 import io
@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from sdxl.data.framing import Size
 from sdxl.errors import DatasetError
+from sdxl.files.file_kinds import describe_other_kind
 
 register_heif_opener()  # adds the format of phones' pictures to those that Pillow opens
 
@@ -83,7 +84,7 @@ def read_header(path: Path, *, at_least: Size | None = None) -> PictureHeader:
     Raises:
         DatasetError: like `read_image`, as far as the header shows it.
     """
-    with _opened(path) as opened:
+    with _opened(path, path.name) as opened:
         if at_least is not None:
             _draft(opened, at_least)
         return PictureHeader(
@@ -102,7 +103,7 @@ def is_plain_png(path: Path) -> bool:
     """
     with path.open("rb") as file:
         depth_and_colour = file.read(26)[24:]
-    with _opened(path) as opened:
+    with _opened(path, path.name) as opened:
         return (
             opened.format == "PNG"
             and depth_and_colour in _PLAIN_PNG
@@ -114,12 +115,13 @@ def is_plain_png(path: Path) -> bool:
 
 
 def read_image(
-    path: Path, *, at_least: Size | None = None, ground: str = "white"
+    path: Path, *, at_least: Size | None = None, name: str | None = None
 ) -> tuple[Image.Image, Size]:
-    """Decode a picture to RGB in sRGB, turned upright, with transparent areas on the colour `ground`.
+    """Decode a picture to RGB in sRGB, turned upright, with transparent areas white.
 
     at_least: allows decoding a JPEG at 1/2, 1/4 or 1/8 of its size if it still covers this size. The decoder then
         averages pixels, in a fraction of the time and memory.
+    name: its name in messages; by default the file name.
 
     Returns:
         The picture, and the (height, width) of the whole upright file.
@@ -127,14 +129,27 @@ def read_image(
     Raises:
         DatasetError: not a readable picture, more than `MAX_PIXELS`, or sides of more than 1 to `LONGEST_RATIO`.
     """
-    with _opened(path) as opened:
-        return _decode(opened, at_least, ground)
+    layered, size = read_layered(path, at_least=at_least, name=name)
+    return on_white(layered), size
 
 
-def read_mask(path: Path) -> tuple[Image.Image, Size]:
-    """Decode a mask to grey values, with transparent areas black; otherwise like `read_image`."""
-    picture, size = read_image(path, ground="black")
-    return picture.convert("L"), size
+def on_white(layered: Image.Image) -> Image.Image:
+    """An RGB or RGBA picture as RGB, with transparent areas white."""
+    if layered.mode == "RGBA":
+        layered = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
+    return layered.convert("RGB")
+
+
+def read_layered(
+    path: Path, *, at_least: Size | None = None, name: str | None = None
+) -> tuple[Image.Image, Size]:
+    """Like `read_image`, but as RGBA if the file has any kind of transparency.
+
+    Raises:
+        DatasetError: as `read_image`.
+    """
+    with _opened(path, name or path.name) as opened:
+        return _decode(opened, at_least)
 
 
 def is_picture_content(path: Path) -> bool:
@@ -152,20 +167,22 @@ def is_picture_content(path: Path) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, name: str) -> Iterator[Image.Image]:
     """A picture file, opened but not decoded. Errors of the block become a DatasetError too."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as opened:
-                _check_shape(opened, path.name)
+                _check_shape(opened, name)
                 yield opened
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, DatasetError):
             raise
-        raise DatasetError(
-            f"{path.name} cannot be read as a picture: save it again as jpg or png."
-        ) from error
+        other = describe_other_kind(path, wanted="a jpg or png")
+        # A picture that is damaged, or of a kind that Pillow does not read, has the same remedy.
+        if other is None or "picture" in other:
+            raise DatasetError(f"{name} cannot be read as a picture: save it again as jpg or png.") from error
+        raise DatasetError(f"{name} cannot be read as a picture, because it {other}") from error
 
 
 def _check_shape(opened: Image.Image, name: str) -> None:
@@ -203,7 +220,7 @@ def _draft(opened: Image.Image, at_least: Size) -> None:
     opened.draft("RGB", (width, height))
 
 
-def _decode(opened: Image.Image, at_least: Size | None, ground: str) -> tuple[Image.Image, Size]:
+def _decode(opened: Image.Image, at_least: Size | None) -> tuple[Image.Image, Size]:
     size = _upright_size(opened)  # before `draft` changes it
     if at_least is not None:
         _draft(opened, at_least)
@@ -212,12 +229,9 @@ def _decode(opened: Image.Image, at_least: Size | None, ground: str) -> tuple[Im
     if upright.mode.startswith("I"):  # 16 bits a pixel
         upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8))
     upright = _in_srgb(upright)
-    if upright.has_transparency_data:
-        layered = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layered.size, ground), layered)
-    pixels = upright.convert("RGB")
-    pixels.info.clear()  # a profile or transparency that was applied must not be written again
-    return pixels, size
+    layered = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+    layered.info.clear()  # a profile or transparency that was applied must not be written again
+    return layered, size
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:

@@ -4,8 +4,9 @@ Does not know the Hugging Face hub; see `files.hub`.
 """
 
 import base64
-import binascii
+import contextlib
 import logging
+import string
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,10 +24,48 @@ MAX_BYTES = 16 << 30
 TIMEOUT_S = (10, 60)
 """Seconds to wait for the connection, and for each chunk."""
 
+_LONGEST_NAME = 200
+"""Bytes of a downloaded file's name."""
+_BASE64 = (string.ascii_letters + string.digits + "+/").encode()
+_SUFFIXES = {
+    "application/zip": ".zip",
+    "application/x-zip-compressed": ".zip",
+    "application/x-tar": ".tar",
+    "application/gzip": ".tar.gz",
+    "image/png": ".png",
+    "image/jpeg": ".jpg",
+    "image/webp": ".webp",
+    "image/bmp": ".bmp",
+    "image/heic": ".heic",
+    "text/plain": ".txt",
+    "text/html": ".html",
+    "application/json": ".json",
+}
+"""Media type of a `data:` URI → the suffix of its file."""
+
 
 def is_remote(source: str) -> bool:
     """Whether `source` is a URL or `data:` URI rather than a path."""
-    return source.startswith(("http://", "https://", "data:"))
+    return source[:8].lower().startswith(("http://", "https://", "data:"))
+
+
+def is_data_uri(source: str) -> bool:
+    """Whether `source` holds its content itself."""
+    return source[:5].lower() == "data:"
+
+
+def name_of(url: str) -> str:
+    """A file name for the content of `url`: the last part of its path, without what no file name should hold.
+
+    It is "download" if nothing remains. Other claims about the name, such as the server's, are ignored.
+    """
+    with contextlib.suppress(ValueError):  # not a URL: the download raises a clear error
+        path = urllib.parse.unquote(urllib.parse.urlsplit(url).path).replace("\\", "/")
+        name = "".join(character for character in path.rpartition("/")[2] if character.isprintable())
+        # The end counts: it tells the kind. File systems take 255 bytes, and a partial file's name is longer.
+        name = name.encode(errors="ignore")[-_LONGEST_NAME:].decode(errors="ignore").strip().lstrip(".")
+        return name or "download"
+    return "download"
 
 
 def fetch(source: str, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:
@@ -36,7 +75,7 @@ def fetch(source: str, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:
         DownloadError: the URI is malformed, or the URL cannot be fetched or is larger than `max_bytes`.
         UserInputError: the path does not exist.
     """
-    if source.startswith("data:"):
+    if is_data_uri(source):
         return decode_data_uri(source, folder)
     if is_remote(source):
         fetched = download(source, folder, max_bytes=max_bytes)
@@ -67,24 +106,43 @@ def shortened(source: str) -> str:
 
 
 def decode_data_uri(uri: str, folder: Path) -> Path:
-    """Save the content of a base64 `data:` URI as a file in `folder`.
+    """Save the content of a `data:` URI (RFC 2397) as a file in `folder`, named after its media type.
+
+    Base64 may be wrapped, percent-encoded, without padding and in the alphabet for URLs (RFC 4648).
 
     Raises:
         DownloadError: the URI is malformed.
     """
     header, comma, body = uri.partition(",")
+    kind, *parameters = (part.strip().lower() for part in header[len("data:") :].split(";"))
     try:
-        if not comma or not header.endswith(";base64"):
-            raise ValueError("it must be base64")
-        content = base64.b64decode(body, validate=True)
-    except (ValueError, binascii.Error) as error:
+        if not comma:
+            raise ValueError("it has no comma before its content")
+        content = urllib.parse.unquote_to_bytes(body)
+        if "base64" in parameters:
+            content = _decode_base64(content)
+    except ValueError as error:
         raise DownloadError(
             f"The data: URI cannot be decoded ({error}): send data:<type>;base64,<content>."
         ) from error
-    target = folder / "file.bin"
+    target = folder / f"data-uri{_SUFFIXES.get(kind, '.bin')}"
     with atomic_path(target) as partial:
         partial.write_bytes(content)
     return target
+
+
+def _decode_base64(text: bytes) -> bytes:
+    """Decode base64 as people send it.
+
+    Raises:
+        ValueError: it is cut off, or has characters that base64 does not have.
+    """
+    digits = text.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v").rstrip(b"=")
+    if digits.translate(None, _BASE64):
+        raise ValueError("its content is not base64")
+    if len(digits) % 4 == 1:
+        raise ValueError("its base64 is cut off")
+    return base64.b64decode(digits + b"=" * (-len(digits) % 4))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +157,7 @@ class Fetched:
 def download(
     url: str, folder: Path, *, max_bytes: int = MAX_BYTES, validators: Mapping[str, str] | None = None
 ) -> Fetched | None:
-    """Save the content of `url` in `folder`.
+    """Save the content of `url` in `folder`, as `name_of(url)`.
 
     validators: those of an earlier download. With them, return None if the server says that nothing changed or cannot
     be reached; the caller then uses its earlier file.
@@ -114,7 +172,7 @@ def download(
     except ValueError as error:
         raise DownloadError(f"{shortened(url)} is not a URL ({error}): check the address.") from error
 
-    target = folder / "download.bin"
+    target = folder / name_of(url)
     received = 0
     try:
         with requests.get(url, stream=True, timeout=TIMEOUT_S, headers=dict(validators or {})) as response:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sdxl.errors import WeightsError
+from sdxl.files.file_kinds import describe_other_kind, looks_like_safetensors
 
 _DTYPES = {
     "F64": torch.float64,
@@ -37,6 +38,19 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_UNREAD_DTYPES = (
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
+    "F8_E8M0",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+    "U16",
+    "U32",
+    "U64",
+    "C64",
+)
+"""Further types of the format, for quantised or other weights."""
 _MAX_HEADER = 16 << 20
 """Bytes. The header of SDXL's UNet has 0.2 million."""
 _MAX_DIMS, _MAX_NUMBER = 8, 2**40
@@ -44,6 +58,14 @@ _MAX_DIMS, _MAX_NUMBER = 8, 2**40
 _PIECE = 32 << 20
 """Bytes that a thread reads at a time."""
 _THREADS = 8
+
+
+class _CutOffError(ValueError):
+    """The file is shorter than its header says: its size, and what it should be, in bytes."""
+
+
+class _UnknownNumbersError(ValueError):
+    """A tensor has a dtype that is not read here: its name."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,7 @@ class WeightFile:
         """The offset of the data in `path`; name → (dtype, shape, first byte, byte after the last); the metadata.
 
         Raises:
-            WeightsError: not a safetensors file, or damaged.
+            WeightsError: not a safetensors file, damaged, or with a type of numbers that torch does not have.
         """
         try:
             # The format: 8 bytes with the header's length, the header in JSON, the data.
@@ -72,7 +94,9 @@ class WeightFile:
                 available = os.fstat(file.fileno()).st_size - self.start
                 size = available if self.size is None else min(self.size, available)
                 (length,) = struct.unpack("<Q", file.read(8))
-                if length > min(_MAX_HEADER, size - 8):
+                if size - 8 < length <= _MAX_HEADER:
+                    raise _CutOffError(size, 8 + length)
+                if length > _MAX_HEADER:
                     raise ValueError("the header is too long")
                 header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", {})
@@ -84,6 +108,8 @@ class WeightFile:
                 if start != end:
                     raise ValueError("the tensors overlap or leave gaps")
                 end = stop
+            if end > size - 8 - length:
+                raise _CutOffError(size, 8 + length + end)
             if end != size - 8 - length:
                 raise ValueError("the tensors do not fill the file")
         except (
@@ -95,12 +121,25 @@ class WeightFile:
             struct.error,
             RecursionError,
         ) as error:
-            raise WeightsError(
-                f"{self.name} is damaged or not a safetensors file: download it again."
-            ) from error
+            raise WeightsError(f"{self.name} {self._what_is_wrong(error)}") from error
         metadata = metadata if isinstance(metadata, dict) else {}
         metadata = {name: text for name, text in metadata.items() if isinstance(text, str)}
         return self.start + 8 + length, entries, metadata
+
+    def _what_is_wrong(self, error: Exception) -> str:
+        """The rest of a sentence about a file whose header gave `error`."""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            file.seek(self.start)
+            if not looks_like_safetensors(file.read(9)):
+                # A file inside a tar is named only if it is large, as no other kind is.
+                other = None if self.start else describe_other_kind(self.path, wanted="a .safetensors file")
+                return other or "is damaged or not a safetensors file: download it again, or give another."
+        if isinstance(error, _UnknownNumbersError):
+            return f"holds {error} numbers, which cannot be read here: give it in fp16, bf16 or fp32."
+        if isinstance(error, _CutOffError):
+            has, needs = error.args
+            return f"is damaged, since it has only {has:,} of {needs:,} bytes: download or copy it again."
+        return "is damaged: download it again."
 
     @property
     def keys(self) -> set[str]:
@@ -167,6 +206,8 @@ class WeightFile:
 
 def _parse_entry(entry: Any) -> tuple[torch.dtype, list[int], int, int]:
     """Check one tensor's entry in the header, and return its dtype, shape, first byte and the byte after its last."""
+    if entry["dtype"] in _UNREAD_DTYPES:
+        raise _UnknownNumbersError(entry["dtype"])
     dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
         raise ValueError("a shape is not a list of at most 8 sizes")

@@ -20,6 +20,7 @@ from torch import Tensor
 from dataset_and_utils import TokenMap, read_embeddings, write_embeddings
 from sdxl.errors import WeightsError
 from sdxl.files.archives import Limits, in_place, pack_tar, unpack
+from sdxl.files.file_kinds import describe_other_kind, looks_like_safetensors
 from sdxl.files.weight_files import WeightFile
 from sdxl.model.lora_formats import is_lora
 
@@ -32,6 +33,9 @@ LIMITS = Limits(files=1000, total_bytes=32 << 30)
 """Limits on the unpacked archive of a fine-tune."""
 _LARGE, _MAX_IN_PLACE = 16 << 20, 16
 """Files in a tar above this size in bytes stay packed, unless there are more than this many."""
+_WANTED = "a .safetensors file or the trained_model.tar of a training"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Suffixes under which other tools save weights as pickles."""
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -112,7 +116,7 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
     still_packed: dict[Path, WeightFile] = {}
     if source.is_dir():
         folder = source
-    elif is_safetensors(source):
+    elif is_safetensors(source, name=name):
         return _classify(name, [WeightFile(source, source.name)], TokenMap({}))
     else:
         still_packed = {
@@ -135,6 +139,9 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
             tokens = folder / root / TOKENS
             token_map = TokenMap.read(tokens) if tokens.is_file() else TokenMap({})
             return _classify(name, [files[key] for key in sorted(files)], token_map)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _PICKLES and (other := describe_other_kind(path, wanted=_WANTED)):
+            raise WeightsError(f"{name} holds no .safetensors file, and {path.name} {other}")
     raise WeightsError(
         f"{name} holds neither {UNET} nor {LORA} nor {EMBEDDINGS}: give the trained_model.tar of a training."
     )
@@ -214,17 +221,30 @@ def read_rows(fine_tune: FineTuneFiles) -> tuple[tuple[Tensor, ...], bool, Token
     return tuple(torch.cat([pair[i] for pair in pairs]) for i in range(2)), True, token_map
 
 
-def is_safetensors(path: Path) -> bool:
-    """Whether the file's content is safetensors, under any name."""
-    try:
-        _ = WeightFile(path, path.name).keys
-    except WeightsError:
-        return False
-    return True
+def is_safetensors(path: Path, *, name: str | None = None) -> bool:
+    """Whether the file's content is safetensors, under any name; else it may be an archive.
+
+    name: its name in messages; by default the file name.
+
+    Raises:
+        WeightsError: it is damaged safetensors, or known to be of another kind.
+    """
+    name = name or path.name
+    with path.open("rb") as file:
+        begins_so = looks_like_safetensors(file.read(9))
+    if begins_so:
+        _ = WeightFile(path, name).keys  # checks the header
+    elif other := describe_other_kind(path, wanted=_WANTED):
+        raise WeightsError(f"{name} {other}")
+    return begins_so
 
 
 def is_read_in_place(source: Path) -> bool:
-    """Whether `read` takes the large files directly from `source`, without unpacking them."""
+    """Whether `read` takes the large files directly from `source`, without unpacking them.
+
+    Raises:
+        WeightsError: it is damaged safetensors, or known to be no fine-tune.
+    """
     return is_safetensors(source) or in_place(source, limits=LIMITS) is not None
 
 

@@ -11,7 +11,6 @@ Supported formats:
 Knows the names of layers; does not know files or pipelines.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdxl.errors import WeightsError
+from sdxl.model.lora_metadata import read_alphas
 
 _ROLE = re.compile(
     r"(?:\.lora_(?P<peft>[AB])(?:\.default)?\.weight"
@@ -168,49 +168,35 @@ def read_lora(
         roles_of.setdefault(layer, {})[role or "alpha"] = tensor
 
     # Check each layer. kohya stores alpha as a tensor, diffusers in the metadata; without either, alpha is the rank.
-    alphas = _read_alphas(metadata)
-    layers = {}
     for layer, roles in roles_of.items():
-        if not {"down", "up"} <= roles.keys():
-            raise WeightsError(f"{file} holds only half of the LoRA of {layer}: download it again.")
-        down, up, alpha_tensor = roles["down"], roles["up"], roles.get("alpha")
-        if (
-            min(down.ndim, up.ndim) < 2
-            or not (len(down) and len(up))
-            or (alpha_tensor is not None and alpha_tensor.numel() != 1)
-        ):
-            raise WeightsError(f"{file} holds no valid LoRA matrices for {layer}: download it again.")
-        rank = len(down)
-        alpha = float(alpha_tensor) if alpha_tensor is not None else alphas.of(layer, rank)
-        layers[layer] = LoraLayer(down=down, up=up, scale=alpha / rank, magnitude=roles.get("magnitude"))
-    return layers
+        _check_matrices(roles, layer, file)
+    ranks = {layer: len(roles["down"]) for layer, roles in roles_of.items()}
+    told = {layer: float(roles["alpha"]) for layer, roles in roles_of.items() if "alpha" in roles}
+    alphas = (
+        read_alphas(metadata, {layer: rank for layer, rank in ranks.items() if layer not in told}, file)
+        | told
+    )
+    return {
+        layer: LoraLayer(
+            down=roles["down"],
+            up=roles["up"],
+            scale=alphas[layer] / ranks[layer],
+            magnitude=roles.get("magnitude"),
+        )
+        for layer, roles in roles_of.items()
+    }
 
 
-@dataclass(frozen=True)
-class _Alphas:
-    """The alphas in the metadata of diffusers' files: peft's configuration, its keys prefixed with the component."""
-
-    configs: Mapping[str, Any]
-
-    def of(self, layer: str, rank: int) -> float:
-        """The alpha of `layer`, by default `rank`; with rank-stabilised LoRA, scaled by √rank (arXiv:2312.03732)."""
-        part, _, name = layer.partition(".")
-        alpha = self.configs.get(f"{part}.lora_alpha", rank)
-        patterns = self.configs.get(f"{part}.alpha_pattern") or {}
-        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-            if name == pattern or name.endswith(f".{pattern}"):
-                alpha = value
-        if not isinstance(alpha, int | float):
-            return float(rank)
-        return float(alpha) * (rank**0.5 if self.configs.get(f"{part}.use_rslora") else 1.0)
-
-
-def _read_alphas(metadata: Mapping[str, str]) -> _Alphas:
-    try:
-        configs = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        configs = {}
-    return _Alphas(configs if isinstance(configs, dict) else {})
+def _check_matrices(roles: Mapping[str, Tensor], layer: str, file: str) -> None:
+    if not {"down", "up"} <= roles.keys():
+        raise WeightsError(f"{file} holds only half of the LoRA of {layer}: download it again.")
+    down, up, alpha = roles["down"], roles["up"], roles.get("alpha")
+    if (
+        min(down.ndim, up.ndim) < 2
+        or not (len(down) and len(up))
+        or (alpha is not None and alpha.numel() != 1)
+    ):
+        raise WeightsError(f"{file} holds no valid LoRA matrices for {layer}: download it again.")
 
 
 def sgm_names(layers: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:

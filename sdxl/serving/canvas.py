@@ -5,11 +5,13 @@ Knows pixels; does not know models. Sizes are (height, width) in pixels.
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from sdxl.data.framing import crop_box, place_crop
+from sdxl.data.mask_reader import HALF
 from sdxl.errors import UserInputError
 from sdxl.serving.request import ASPECT_RATIOS, MULTIPLE, SIDES, LayoutOptions
 
@@ -33,7 +35,7 @@ def lay_out(options: LayoutOptions, *, native: int) -> Canvas:
     was made for. Picture and mask are scaled to cover the size; what sticks out is cut off evenly.
 
     Raises:
-        UserInputError: the picture has a size that cannot be drawn, or the mask is black.
+        UserInputError: the picture has a size that cannot be drawn, or nothing of the mask is white.
     """
     image, mask = options.image, options.mask
     if options.aspect_ratio != "custom":
@@ -94,15 +96,27 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def mask_like(mask: Image.Image, original: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The mask of `original`, fitted to `size` (height, width): 0 where pixels are kept, 255 where they are repainted.
 
+    Pixels from half the brightness on are repainted.
+
     Raises:
-        UserInputError: the mask is completely black.
+        UserInputError: the mask is nowhere bright, or not where it is drawn.
     """
     grey = mask.convert("L")
+    _, brightest = cast(tuple[int, int], grey.getextrema())
+    if brightest == 0:
+        raise UserInputError("mask is completely black: paint the area to repaint in white.")
+    if brightest < HALF:
+        raise UserInputError(
+            f"mask is too dark, with a brightest value of {brightest} of 255: paint the area to repaint in white."
+        )
     if grey.size != original.size:
         grey = grey.resize(original.size, Image.Resampling.BILINEAR)
-    hard = cover(grey, size).point([0] * 128 + [255] * 128)
+    hard = cover(grey, size).point([0] * HALF + [255] * (256 - HALF))
     if hard.getbbox() is None:
-        raise UserInputError("mask is completely black: paint the area to repaint in white.")
+        raise UserInputError(
+            f"mask has no white area left at {size[1]}×{size[0]}: paint a larger one, or give a width and height that cut "
+            "off less of image."
+        )
     return hard
 
 

@@ -17,7 +17,6 @@ import shutil
 import tempfile
 import threading
 import time
-import urllib.parse
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,15 @@ from typing import Generic, Protocol, TypeVar
 from sdxl.errors import UserInputError
 from sdxl.files import hub
 from sdxl.files.archives import unpack
-from sdxl.files.fetching import decode_data_uri, download, existing, is_remote, shortened
+from sdxl.files.fetching import (
+    decode_data_uri,
+    download,
+    existing,
+    is_data_uri,
+    is_remote,
+    name_of,
+    shortened,
+)
 from sdxl.model import fine_tune_files
 from sdxl.settings import CacheLimits
 
@@ -110,19 +117,21 @@ class FineTuneCache(Generic[T]):
 
     def _from_remote(self, source: str) -> T:
         """The fine-tune at a URL or `data:` URI."""
-        if source.startswith("data:"):
+        if is_data_uri(source):
             key = _key("data", hashlib.sha256(source.encode()).hexdigest())
             name = "The data: URI"
             return self._remember(
                 key, lambda: self._from_disk(key, name, lambda to: decode_data_uri(source, to))
             )
-        key, name = _key("url", source), _name_of(source)
+        key, name = _key("url", source), name_of(source)
         with self._locked(key):
             # Send the validators of the cached file (ETag, Last-Modified): the server answers whether it has changed.
             manifest = self._manifest(key)
             with self._partial() as partial:
                 fetched = download(
-                    source, partial, validators=manifest.get("validators", {}) if manifest else None
+                    source,
+                    partial / "fetched",
+                    validators=manifest.get("validators", {}) if manifest else None,
                 )
                 if fetched is not None:
                     self._build(key, name, partial, fetched.path, fetched.validators)
@@ -149,7 +158,7 @@ class FineTuneCache(Generic[T]):
         """Unpack and check `archive`, publish it as the entry `key`, and evict others if the disk limit is exceeded."""
         content = partial / "content"
         content.mkdir()
-        if fine_tune_files.is_safetensors(archive):
+        if fine_tune_files.is_safetensors(archive, name=name):
             shutil.copyfile(archive, content / _file_name(name))
         else:
             unpack(archive, content, limits=fine_tune_files.LIMITS, skip=fine_tune_files.is_checkpoint)
@@ -270,14 +279,6 @@ def _state(file: Path) -> str:
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def _name_of(url: str) -> str:
-    """The name of the file at `url` for messages: the last part of its path."""
-    with contextlib.suppress(ValueError):  # not a URL: the download raises a clear error
-        if name := Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name:
-            return name
-    return "The file"
 
 
 def _file_name(name: str) -> str:

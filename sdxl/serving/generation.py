@@ -79,7 +79,7 @@ def draw(
 
     try:
         for first in range(0, request.num_outputs, at_once):
-            seeds = [request.seed + i for i in range(first, min(first + at_once, request.num_outputs))]
+            seeds = [request.seed_of(i) for i in range(first, min(first + at_once, request.num_outputs))]
             yield from _draw_batch(pipeline, refiner, request, texts, seeds, runner)
     finally:
         pipeline.maybe_free_model_hooks()

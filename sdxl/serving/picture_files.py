@@ -3,18 +3,24 @@
 Knows file formats; does not know models.
 """
 
+import contextlib
+import logging
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
-from sdxl.data.picture_reader import read_image
+from sdxl.data.mask_reader import HALF, mostly_grey, read_mask, read_with_hole
 from sdxl.files.archives import atomic_path
 from sdxl.files.fetching import fetch
 from sdxl.serving.plan import REFINER_STRENGTH
 from sdxl.serving.request import FORMATS, GenerationRequest
 from sdxl.serving.samplers import SCHEDULERS
+
+log = logging.getLogger(__name__)
 
 MAX_PICTURE_BYTES = 100 << 20
 """Largest file of an input picture."""
@@ -26,21 +32,50 @@ _LONGEST_COMMENT = 60_000
 """Bytes; the whole EXIF of a jpg holds at most 65 thousand."""
 
 
-def read_input(source: object | None, folder: Path) -> Image.Image | None:
-    """The RGB picture of an input, or None for None. `source` is a path, an http(s) URL or a `data:` URI.
+def read_inputs(
+    image: object | None, mask: object | None, folder: Path
+) -> tuple[Image.Image | None, Image.Image | None]:
+    """The pictures of the inputs image and mask: RGB, and grey with 255 where it is repainted. None stays None.
 
-    folder: made for the download, and removed afterwards.
+    Each is a path, an http(s) URL or a `data:` URI. Without a mask, transparent areas of the image are its mask.
+
+    folder: made for downloads, and removed afterwards.
 
     Raises:
-        DownloadError: it cannot be fetched, or is larger than `MAX_PICTURE_BYTES`.
-        UserInputError: there is no such file, or it is no picture.
+        DownloadError: one cannot be fetched, or is larger than `MAX_PICTURE_BYTES`.
+        UserInputError: there is no such file, it is no picture, or it is unclear what the mask masks.
     """
-    if source is None:
-        return None
+    picture = painted = None
+    if image is not None:
+        with _fetched(image, folder) as file:
+            picture, painted = read_with_hole(file, name="image")
+    if mask is not None:
+        with _fetched(mask, folder) as file:
+            painted, _ = read_mask(file, name="mask")
+    elif painted is not None:
+        log.info("image has transparent areas and no mask is given: they are repainted.")
+    if painted is not None:
+        _remark_on(painted)
+    return picture, painted
+
+
+@contextlib.contextmanager
+def _fetched(source: object, folder: Path) -> Iterator[Path]:
+    """The file of an input. What is downloaded is removed afterwards."""
     folder.mkdir()
-    picture, _ = read_image(fetch(str(source), folder, max_bytes=MAX_PICTURE_BYTES))
+    yield fetch(str(source), folder, max_bytes=MAX_PICTURE_BYTES)
     shutil.rmtree(folder)
-    return picture
+
+
+def _remark_on(mask: Image.Image) -> None:
+    """Log what is probably not meant."""
+    values = np.asarray(mask)
+    if values.min() >= HALF:
+        log.warning("mask is completely white: the whole picture is repainted.")
+    elif mostly_grey(values):
+        log.warning(
+            "mask is mostly neither black nor white: what is brighter than half is repainted, the rest is kept."
+        )
 
 
 def describe(request: GenerationRequest, index: int, *, model: str) -> str:
@@ -55,7 +90,7 @@ def describe(request: GenerationRequest, index: int, *, model: str) -> str:
         "Steps": request.num_inference_steps,
         "Sampler": SCHEDULERS[request.scheduler].label,
         "CFG scale": f"{request.guidance_scale:g}",
-        "Seed": request.seed + index,
+        "Seed": request.seed_of(index),
         "Size": f"{request.width}x{request.height}",
         "Model": f'"{model}"' if any(mark in model for mark in ",:") else model,
     }

@@ -4,9 +4,9 @@ The only home of defaults, ranges and choices; predict.py repeats them literally
 Each record checks itself when it is made. Knows no models and imports no torch, so that wrong inputs are refused at once.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from PIL import Image
 
@@ -15,6 +15,8 @@ from sdxl.serving.samplers import SCHEDULERS
 
 if TYPE_CHECKING:
     from sdxl.serving.canvas import Canvas
+
+Record = TypeVar("Record", "DrawingOptions", "LayoutOptions", "FineTuneOptions", "DeliveryOptions")
 
 MULTIPLE = 8
 """Pixels per latent pixel: SDXL draws sides that are multiples of it."""
@@ -81,7 +83,7 @@ class DrawingOptions:
     prompt_strength: float = 0.8
     """With an input picture: the share of the steps to run on it; 1 ignores the picture."""
     seed: int
-    """Picture i is drawn from the seed `seed + i`, whatever the number of pictures."""
+    """Picture i is drawn from the seed `seed_of(i)`, whatever the number of pictures."""
     refine: Refine = "no_refiner"
     """expert_ensemble_refiner: the refiner takes over for the last of the noise. base_image_refiner: it redraws the
     finished picture a little."""
@@ -92,6 +94,10 @@ class DrawingOptions:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    def seed_of(self, index: int) -> int:
+        """The seed of picture `index`: `seed` + `index`, where 0 follows the largest seed, so that it is a seed too."""
+        return (self.seed + index) % (RANGES["seed"][1] + 1)
 
     def on(self, canvas: "Canvas") -> "GenerationRequest":
         """The complete request: these options on a `canvas`."""
@@ -167,13 +173,13 @@ class FineTuneOptions:
     """Path, URL, `data:` URI or hub repository; None for the fine-tune given at setup, if any."""
     lora_scale: float = 1.0
     extra_lora: Sequence[str] | None = None
-    """LoRAs to add, named like `replicate_weights`."""
+    """LoRAs to add, named like `replicate_weights`; empty texts stand for none."""
     extra_lora_scale: Sequence[float] | None = None
-    """One scale per LoRA; None for 1 each."""
+    """One scale per LoRA, with or without those of empty texts; None for 1 each."""
 
     def __post_init__(self) -> None:
         scales, loras = self.extra_lora_scale, self.extra_lora or ()
-        if scales is not None and len(scales) != len(loras):
+        if scales is not None and len(scales) not in (len(loras), len([lora for lora in loras if lora])):
             raise UserInputError(
                 f"extra_lora_scale has {len(scales)} numbers for {len(loras)} LoRAs in extra_lora: give one number each."
             )
@@ -182,9 +188,11 @@ class FineTuneOptions:
     @property
     def extra(self) -> list[tuple[str, float]]:
         """Each extra LoRA with its scale."""
-        loras = self.extra_lora or ()
-        scales = [1.0] * len(loras) if self.extra_lora_scale is None else self.extra_lora_scale
-        return list(zip(loras, scales, strict=True))
+        loras, scales = self.extra_lora or (), self.extra_lora_scale
+        if scales is None or len(scales) != len(loras):
+            loras = [lora for lora in loras if lora]
+            scales = [1.0] * len(loras) if scales is None else scales
+        return [(lora, scale) for lora, scale in zip(loras, scales, strict=True) if lora]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +213,15 @@ class DeliveryOptions:
 
     def __post_init__(self) -> None:
         _check(self)
+
+
+def made_of(record: type[Record], given: Mapping[str, Any]) -> Record:
+    """A record whose fields are among `given`.
+
+    Raises:
+        UserInputError: an input is wrong.
+    """
+    return record(**{entry.name: given[entry.name] for entry in fields(record)})
 
 
 def _check(options: Any) -> None:

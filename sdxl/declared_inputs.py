@@ -1,0 +1,170 @@
+"""The inputs that an entry point declares to Cog, and their values in the declared types.
+
+Knows the attributes of a declared input (default, description, ge, le, choices, deprecated); does not import cog, and
+does not know what the inputs mean.
+"""
+
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from sdxl.errors import UserInputError
+from sdxl.files.fetching import is_remote
+
+REQUIRED = object()
+"""The default of an input that must be given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeclaredInput:
+    """One input of an entry point."""
+
+    name: str
+    kind: type
+    """str, int, float, bool or a Path class."""
+    optional: bool
+    """Whether the user may omit it; it is then None."""
+    many: bool = False
+    """Whether it is a list; each `-i` adds one value."""
+    declaration: Any
+    """The object that `cog.Input(...)` returned. Cog's server puts its default into the signature instead."""
+
+    @property
+    def default(self) -> Any:
+        """The value if the user gives none; `REQUIRED` if the user must give one."""
+        default = getattr(self.declaration, "default", self.declaration)
+        if default is None:
+            return None if self.optional else REQUIRED
+        return default
+
+    def typed(self, value: Any) -> Any:
+        """Convert a JSON value to this input's type. Cog hands them over as they came: an integer may be 7.0.
+
+        An empty text for a file, or for what may be omitted, is None.
+
+        Raises:
+            UserInputError: not an integer where one is declared, or empty where a file is required.
+        """
+        if isinstance(value, list | tuple):
+            return [self._whole(item) for item in value]
+        return None if self._is_left_out(value) else self._whole(value)
+
+    def parse(self, text: str) -> Any:
+        """Convert `text` to this input's type and check it; an empty text is treated as in `typed`.
+
+        Raises:
+            UserInputError: wrong type, out of range, not one of the choices, or no such file.
+        """
+        if not self.many and self._is_left_out(text):
+            return None
+        value = self._convert(text)
+        declared = self.declaration
+        if declared.choices and value not in declared.choices:
+            raise UserInputError(
+                f"{self.name} is {text!r}, but must be one of {', '.join(map(str, declared.choices))}."
+            )
+        if declared.ge is not None and value < declared.ge:
+            raise UserInputError(f"{self.name} is {text}, but must be at least {declared.ge}.")
+        if declared.le is not None and value > declared.le:
+            raise UserInputError(f"{self.name} is {text}, but must be at most {declared.le}.")
+        return value
+
+    def _is_left_out(self, value: object) -> bool:
+        """Whether `value` is an empty text that stands for None."""
+        if not isinstance(value, str) or value.strip():
+            return False
+        if self.default is REQUIRED and issubclass(self.kind, PurePath):
+            raise UserInputError(f"{self.name} is missing: give a file, a data: URI or an http(s) URL.")
+        return self.default is None
+
+    def _whole(self, value: Any) -> Any:
+        """`value` as an int if this input is one."""
+        if self.kind is not int or not isinstance(value, float):
+            return value
+        if not value.is_integer():
+            raise UserInputError(f"{self.name} is {value:g}, but must be an integer.")
+        return int(value)
+
+    def _convert(self, text: str) -> Any:
+        if issubclass(self.kind, PurePath):
+            return text if is_remote(text) else _existing(text.removeprefix("@"), self.name)
+        if text.startswith("@"):
+            return str(_existing(text[1:], self.name))  # such inputs take a path or a URL
+        if self.kind is bool:
+            booleans = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+            if text.lower() not in booleans:
+                raise UserInputError(f"{self.name} is {text!r}, but must be true or false.")
+            return booleans[text.lower()]
+        try:
+            if self.kind is int and not text.strip("+-").isdecimal():
+                return self._whole(float(text))
+            return self.kind(text)
+        except ValueError as error:
+            if isinstance(error, UserInputError):
+                raise
+            expected = {int: "an integer", float: "a number"}.get(self.kind, self.kind.__name__)
+            raise UserInputError(f"{self.name} is {text!r}, but must be {expected}.") from error
+
+    def describe(self) -> str:
+        """The help text: name, type, default and range in one line, the wrapped description below it."""
+        declared = self.declaration
+        facts = ["file" if issubclass(self.kind, PurePath) else self.kind.__name__]
+        if self.default is REQUIRED:
+            facts.append("required")
+        elif self.default is not None:
+            facts.append(f"default {self.default!r}")
+        if declared.ge is not None or declared.le is not None:
+            facts.append(
+                f"from {declared.ge}" + (f" to {declared.le}" if declared.le is not None else "")
+                if declared.ge is not None
+                else f"up to {declared.le}"
+            )
+        if declared.choices:
+            facts.append("one of " + ", ".join(map(str, declared.choices)))
+        if self.many:
+            facts.append("repeat for several values")
+        if declared.deprecated:
+            facts.append("deprecated")
+        wrapped = textwrap.fill(
+            declared.description or "", 100, initial_indent="      ", subsequent_indent="      "
+        )
+        return f"  {self.name} ({'; '.join(facts)})\n{wrapped}"
+
+
+def declared_inputs(entry_point: Callable[..., Any]) -> dict[str, DeclaredInput]:
+    """The inputs of a Cog function or bound method, in the order of its signature."""
+    hints = typing.get_type_hints(entry_point)
+    inputs = {}
+    for name, parameter in inspect.signature(entry_point).parameters.items():
+        kind, optional = hints[name], False
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            optional = type(None) in typing.get_args(kind)
+            kind = next(argument for argument in typing.get_args(kind) if argument is not type(None))
+        many = typing.get_origin(kind) is list
+        if many:
+            [kind] = typing.get_args(kind)
+        inputs[name] = DeclaredInput(
+            name=name, kind=kind, optional=optional, declaration=parameter.default, many=many
+        )
+    return inputs
+
+
+def as_declared(entry_point: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs among `given`, such as all local variables, each converted to its declared type.
+
+    Raises:
+        UserInputError: a value cannot be converted, or a required file is empty.
+    """
+    inputs = declared_inputs(entry_point)
+    return {name: declared.typed(given[name]) for name, declared in inputs.items() if name in given}
+
+
+def _existing(path: str, name: str) -> Path:
+    if not Path(path).exists():
+        raise UserInputError(f"{name} is {path}, which does not exist: give an existing file.")
+    return Path(path)

@@ -1,0 +1,170 @@
+"""The alpha of each layer in the metadata of diffusers' LoRA files.
+
+The metadata is the configuration of peft's adapter for each part, its keys prefixed with the part, such as
+`unet.lora_alpha`. Knows how peft reads it; does not know matrices.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sdxl.errors import WeightsError
+
+_KEY = "lora_adapter_metadata"
+_DEFAULT_ALPHA = 8
+"""peft's, where a configuration names no alpha."""
+_LONGEST_PATTERN, _MOST_PATTERNS = 500, 10_000
+_CAN_BE_SLOW = re.compile(r"[*+?{|(]")
+"""Without any of these, an expression has one length and takes no time to match."""
+_TIMEOUT_S = 10
+_MATCHER = r"""
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+found = [[i for i, name in enumerate(names) if re.match(pattern, name)] for pattern in patterns]
+json.dump(found, sys.stdout)
+"""
+
+
+def read_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int], file: str) -> dict[str, float]:
+    """The alpha of each layer, by default its rank.
+
+    With rank-stabilised LoRA it is multiplied by √rank (arXiv:2312.03732), as the change is later divided by the rank.
+
+    ranks: layer, such as "unet.mid_block.attentions.0.proj_in" → rank of its matrices.
+    file: its name in errors.
+
+    Raises:
+        WeightsError: the metadata is malformed, contradicts the matrices, or names layers that the file does not have.
+    """
+    try:
+        configs = json.loads(metadata.get(_KEY) or "{}")
+    except (ValueError, RecursionError):
+        configs = None
+    if not isinstance(configs, dict):
+        raise WeightsError(f"{file} has metadata that cannot be read ({_KEY}): save the LoRA again.")
+    alphas = {}
+    for part in {layer.partition(".")[0] for layer in ranks}:
+        prefix = f"{part}."
+        config = {key.removeprefix(prefix): value for key, value in configs.items() if key.startswith(prefix)}
+        names = [layer for layer in ranks if layer.startswith(prefix)]
+        if not config:
+            alphas |= {layer: float(ranks[layer]) for layer in names}
+            continue
+        given = _by_pattern(config, "alpha_pattern", names, file, must_match=True)
+        wanted = _by_pattern(config, "rank_pattern", names, file, must_match=False)
+        for layer in names:
+            rank = ranks[layer]
+            _check_rank(wanted.get(layer, config.get("r", rank)), rank, layer, file)
+            alpha = _number(given.get(layer, config.get("lora_alpha", _DEFAULT_ALPHA)), layer, file)
+            alphas[layer] = alpha * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+    return alphas
+
+
+def _by_pattern(
+    config: Mapping[str, Any], setting: str, layers: Sequence[str], file: str, *, must_match: bool
+) -> dict[str, Any]:
+    """Layer → the value of the first pattern that matches it, for layers with one."""
+    patterns = config.get(setting) or {}
+    if not isinstance(patterns, dict) or len(patterns) > _MOST_PATTERNS:
+        raise WeightsError(f"{file} has metadata that cannot be read ({setting}): save the LoRA again.")
+    values: dict[str, Any] = {}
+    for pattern, found in zip(patterns, _matches(list(patterns), layers, file, setting), strict=True):
+        if must_match and not found:
+            raise WeightsError(
+                f"{file} sets {_short(pattern)} in {setting}, but no layer in it has that name: save the LoRA again with the "
+                "names of its layers."
+            )
+        for layer in found:
+            values.setdefault(layer, patterns[pattern])
+    return values
+
+
+def _matches(patterns: Sequence[str], layers: Iterable[str], file: str, setting: str) -> list[list[str]]:
+    """The layers that each pattern matches, as peft matches it: a regular expression for the end of a module's name."""
+    names = {name: layer for layer in layers for name in _module_names(layer)}
+    expressions = [rf"(.*\.)?({pattern})$" for pattern in patterns]
+    for pattern, expression in zip(patterns, expressions, strict=True):
+        try:
+            if len(pattern) > _LONGEST_PATTERN:
+                raise ValueError
+            re.compile(expression)
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
+            raise WeightsError(
+                f"{file} has {_short(pattern)} in {setting}, which is no regular expression of at most "
+                f"{_LONGEST_PATTERN} characters: save the LoRA again with the names of its layers."
+            ) from error
+
+    slow = [
+        expression
+        for pattern, expression in zip(patterns, expressions, strict=True)
+        if _CAN_BE_SLOW.search(pattern)
+    ]
+    found_slowly = dict(zip(slow, _match_elsewhere(slow, list(names), file, setting), strict=True))
+    result = []
+    for expression in expressions:
+        found = found_slowly.get(expression)
+        if found is None:
+            match = re.compile(expression).match
+            found = [name for name in names if match(name)]
+        result.append([names[name] for name in found])
+    return result
+
+
+def _match_elsewhere(
+    expressions: Sequence[str], names: Sequence[str], file: str, setting: str
+) -> list[list[str]]:
+    """The names that each expression matches. Found in a process that can be stopped: an expression from a stranger may
+    take years."""
+    if not expressions:
+        return []
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _MATCHER],
+            input=json.dumps([expressions, names]),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=True,
+        )
+    except subprocess.SubprocessError as error:
+        raise WeightsError(
+            f"{file} has regular expressions in {setting} that take too long: save the LoRA again with the names of its "
+            "layers."
+        ) from error
+    matches: list[list[int]] = json.loads(done.stdout)
+    return [[names[index] for index in found] for found in matches]
+
+
+def _module_names(layer: str) -> list[str]:
+    """The names of a layer's module in its part. Versions of transformers differ in the level `text_model`."""
+    part, _, name = layer.partition(".")
+    if part == "unet":
+        return [name]
+    name = name.removeprefix("text_model.")
+    return [name, f"text_model.{name}"]
+
+
+def _check_rank(said: Any, rank: int, layer: str, file: str) -> None:
+    if said != rank:
+        raise WeightsError(
+            f"{file} gives {layer} the rank {_short(said)} in its metadata, but its matrices have rank {rank}: save the LoRA "
+            "again."
+        )
+
+
+def _number(alpha: Any, layer: str, file: str) -> float:
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise WeightsError(
+            f"{file} gives {layer} the alpha {_short(alpha)}, which is no number: save the LoRA again."
+        )
+    return float(alpha)
+
+
+def _short(value: Any) -> str:
+    """A value of the metadata as messages show it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]}…"
