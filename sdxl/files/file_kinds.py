@@ -39,8 +39,9 @@ def describe_other_kind(path: Path, *, wanted: str = "a .zip or .tar.gz archive"
         return None
     if not head:
         return "is empty: download or copy it again."
-    # A tar begins with the name of its first file, which may look like anything.
-    if head[257:262] == b"ustar":
+    if (
+        head[257:262] == b"ustar"
+    ):  # a tar begins with the name of its first file, which may look like anything
         return None
     if head.startswith(b"PK"):
         return _describe_zip(path, head)
