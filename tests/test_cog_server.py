@@ -226,7 +226,7 @@ def test_json_is_read_as_meant(predictor: Server, trainer: Server):
 
 
 def test_failed_jobs_say_what_to_do(trainer: Server, predictor: Server):
-    failed = trainer.post({"input_images": data_uri(b"no archive"), **QUICK}).json()
+    failed = trainer.post({"input_images": data_uri(b"\0no archive"), **QUICK}).json()
     assert failed["status"] == "failed"
     assert "neither a zip nor a tar archive: pack the files" in failed["error"]
     failed = trainer.post(QUICK).json()

@@ -121,7 +121,7 @@ def test_plain_prepared_pictures_keep_their_bytes_and_are_read_by_all(
     if profile is not None:
         options = {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile(profile)).tobytes()}
     content = file_of(halves(mode), **options)
-    mask = file_of(halves(mode), **options)
+    mask = file_of(halves("L"), **options)
     folder = prepare(tmp_path, {"0.src.png": content, "0.mask.png": mask, "captions.csv": TABLE})
     assert (folder / "0.src.png").read_bytes() == content
     assert (folder / "0.mask.png").read_bytes() == mask
@@ -129,7 +129,7 @@ def test_plain_prepared_pictures_keep_their_bytes_and_are_read_by_all(
     (view,) = views_of(prepared, np.random.default_rng(0), crops=0, flip=False)
     assert view.mask is not None
     assert np.array_equal(np.asarray(view.picture), np.asarray(halves(mode).convert("RGB")))
-    assert np.array_equal(np.asarray(view.mask), np.asarray(halves(mode).convert("L")))
+    assert np.array_equal(np.asarray(view.mask), np.asarray(halves("L")))
     assert dataset_sheet(folder, {"0.src.png": "TOK"}).mode == "RGB"
 
 

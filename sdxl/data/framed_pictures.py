@@ -206,7 +206,7 @@ def _copy(
 
 def _is_grey_png(file: Path, mask: Image.Image) -> bool:
     """Whether a mask's file holds just the grey values of `mask`, as a mask of a dataset folder does."""
-    if file.suffix != ".png":
+    if not is_plain_png(file):
         return False
     with Image.open(file) as opened:
         return opened.mode == "L" and opened.tobytes() == mask.tobytes()
