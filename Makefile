@@ -45,15 +45,15 @@ quality: env
 	$(BIN)/python -m benchmarks.quality --subjects $(K) $(if $(filter 10,$(K)),--base-prompts 500 --methods $(ALL_METHODS),--base-prompts 50 --output runs/quality-of-$(K))
 
 serve: env
-	PORT=5000 COG_PREDICT_TYPE_STUB=predict.py:Predictor exec python -m cog.server.http
+	PORT=5000 COG_PREDICT_TYPE_STUB=predict.py:Predictor exec python -m cog.server.http --host 127.0.0.1
 
 serve-train: env
-	PORT=5001 COG_TRAIN_TYPE_STUB=train.py:train exec python -m cog.server.http --x-mode train
+	PORT=5001 COG_TRAIN_TYPE_STUB=train.py:train exec python -m cog.server.http --host 127.0.0.1 --x-mode train
 
 # Cog's server reads the schema from the folder that it starts in, so each model needs its own folder.
 serve-preprocess: env
 	$(BIN)/python -m tools.cog_schema --config cog.preprocess.yaml --folder runs/preprocessor
-	cd runs/preprocessor && PORT=5002 PYTHONPATH=$(CURDIR) COG_PREDICT_TYPE_STUB=$(CURDIR)/preprocess.py:Preprocessor exec python -m cog.server.http
+	cd runs/preprocessor && PORT=5002 PYTHONPATH=$(CURDIR) COG_PREDICT_TYPE_STUB=$(CURDIR)/preprocess.py:Preprocessor exec python -m cog.server.http --host 127.0.0.1
 
 clean:
 	rm -rf .venv demo_out .pytest_cache .ruff_cache

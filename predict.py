@@ -12,10 +12,12 @@ import sys
 from typing import Optional
 
 from cog import BaseRunner, Input, Path
+from coglet import server
 
 from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared
+from sdxl.files.sources import allowed_fine_tune
 from sdxl.process import (
     configure_logging,
     keep_compiled_kernels,
@@ -189,11 +191,16 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Draw pictures; returns their files."""
+        settings.set_behind_server(server.active)
         given = as_declared(self.run, locals())
         with workspace_of_run("predict") as workspace:
             # Each record checks its inputs: all that is wrong without a look at the model is refused here.
             given["seed"] = settings.resolve_seed(given["seed"])
             drawing = made_of(DrawingOptions, given)
+            given["replicate_weights"] = allowed_fine_tune(given["replicate_weights"], "replicate_weights")
+            given["extra_lora"] = [
+                allowed_fine_tune(lora, "extra_lora") for lora in given["extra_lora"] or ()
+            ]
             fine_tunes = made_of(FineTuneOptions, given)
             delivery = made_of(DeliveryOptions, given)
             given["image"], given["mask"] = read_inputs(given["image"], given["mask"], workspace / "fetched")

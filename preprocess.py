@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 from cog import BaseRunner, Input, Path
+from coglet import server
 
 from sdxl import settings
 from sdxl.command_line import run_command_line
@@ -164,6 +165,7 @@ class Preprocessor(BaseRunner):
         ),
     ) -> Path:
         # Wrong inputs are refused here, before anything imports torch.
+        settings.set_behind_server(server.active)
         given = as_declared(self.run, locals())
         archive, size = given.pop("files"), given.pop("target_size")
         config = PreprocessConfig(

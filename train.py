@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Optional
 
 from cog import Input, Path, current_scope
+from coglet import server
 
 from dataset_and_utils import TokenMap
 from sdxl import settings
@@ -225,6 +226,7 @@ def train(
     ),
 ) -> Path:
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
+    settings.set_behind_server(server.active)
     inputs = train_inputs(as_declared(train, locals()))
     repeat_on_cpu()
     configure_logging()

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from sdxl import settings
 from sdxl.errors import UserInputError
-from sdxl.files.fetching import is_remote
+from sdxl.files.fetching import is_remote, shortened
 
 REQUIRED = object()
 """The default of an input that must be given."""
@@ -48,10 +49,16 @@ class DeclaredInput:
         An empty text for a file, or for what may be omitted, is None.
 
         Raises:
-            UserInputError: not an integer where one is declared, or empty where a file is required.
+            UserInputError: not an integer where one is declared, empty where a file is required, or a path from strangers.
         """
         if isinstance(value, list | tuple):
             return [self._whole(item) for item in value]
+        is_path = issubclass(self.kind, PurePath) and isinstance(value, str) and bool(value.strip())
+        if settings.behind_server() and is_path:
+            # Cog has already turned URLs and data: URIs into files. What is still a text is a path of the server.
+            raise UserInputError(
+                f"{self.name} is {shortened(value)}, but this server takes no paths: give an http(s) URL or a data: URI."
+            )
         return None if self._is_left_out(value) else self._whole(value)
 
     def parse(self, text: str) -> Any:

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,6 +29,9 @@ VARIABLES = {
     "SDXL_CACHE": "Folder for caches that outlive a run. Default: ~/.cache/sdxl-subject-tuning.",
     "SDXL_CACHE_DISK_GB": "Disk space for cached fine-tunes, in gigabytes. Default: 50.",
     "SDXL_CACHE_MEMORY_GB": "Memory for cached fine-tunes, in gigabytes. Default: a quarter of the machine's memory.",
+    "SDXL_FINE_TUNES": "Folder with fine-tunes that requests to a server may name by their paths in it. Default: none.",
+    "SDXL_PRIVATE_URLS": "1 lets requests to a server name URLs in private networks and on this machine. Default: 0.",
+    "SDXL_DOWNLOAD_MINUTES": "Time limit for one download. Default: 60.",
     "SDXL_WORKSPACE": "Folder in which each run creates its own folder. Default: the system's temporary folder.",
 }
 """Variable → description. No other file reads the environment for a setting of this project."""
@@ -100,6 +104,52 @@ def _gigabytes(name: str, default: float) -> int:
     except ValueError:
         raise UserInputError(f"{name} is {text!r}, but must be a number of gigabytes, such as 50.") from None
     return int(value * 1e9)
+
+
+_SERVER = threading.Event()
+"""Set if inputs come from strangers."""
+
+
+def set_behind_server(active: bool) -> None:
+    """Say whether inputs come from strangers through a server, rather than from the command line or a Python program."""
+    if active:
+        _SERVER.set()
+    else:
+        _SERVER.clear()
+
+
+def behind_server() -> bool:
+    """Whether inputs come from strangers through a server."""
+    return _SERVER.is_set()
+
+
+def public_urls_only() -> bool:
+    """Whether downloads must come from the public internet: behind a server, unless `SDXL_PRIVATE_URLS` is 1."""
+    return behind_server() and variable("SDXL_PRIVATE_URLS") not in ("1", "true")
+
+
+def fine_tunes_folder() -> Path | None:
+    """The folder whose fine-tunes strangers may name (`SDXL_FINE_TUNES`)."""
+    name = variable("SDXL_FINE_TUNES")
+    return Path(name).expanduser() if name else None
+
+
+def download_seconds() -> float:
+    """The time limit for one download (`SDXL_DOWNLOAD_MINUTES`).
+
+    Raises:
+        UserInputError: not a number above 0.
+    """
+    text = variable("SDXL_DOWNLOAD_MINUTES") or "60"
+    try:
+        minutes = float(text)
+        if not 0 < minutes < 1e6:
+            raise ValueError
+    except ValueError:
+        raise UserInputError(
+            f"SDXL_DOWNLOAD_MINUTES is {text!r}, but must be a number of minutes, such as 60."
+        ) from None
+    return minutes * 60
 
 
 def cache_folder() -> Path:

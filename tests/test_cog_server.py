@@ -172,9 +172,32 @@ def test_weights_given_at_start_serve_requests_that_name_none(
     training = trainer.post({"input_images": data_uri(captioned_zip.read_bytes()), **QUICK}).json()
     tar = tmp_path / "trained_model.tar"
     tar.write_bytes(base64.b64decode(training["output"].split(",", 1)[1]))
-    expected = predictor.post({**SMALL, "replicate_weights": str(tar)}).json()["output"]
+    expected = predictor.post({**SMALL, "replicate_weights": training["output"]}).json()["output"]
     with serve(tmp_path / "workspace", "predict.py:Predictor", weights=str(tar)) as tuned:
         assert tuned.post(SMALL).json()["output"] == expected
+
+
+def test_strangers_reach_neither_the_servers_files_nor_its_network(
+    trainer: Server, predictor: Server, captioned_zip: Path
+):
+    picture = str(REPOSITORY / "docs" / "demo.jpg")
+    local = f"{predictor.url}/health-check"
+    for server, inputs in (
+        (predictor, {**SMALL, "image": picture}),
+        (predictor, {**SMALL, "image": f"file://{picture}"}),
+        (predictor, {**SMALL, "image": picture, "mask": picture}),
+        (predictor, {**SMALL, "replicate_weights": str(captioned_zip)}),
+        (predictor, {**SMALL, "extra_lora": [str(captioned_zip)]}),
+        (trainer, {**QUICK, "input_images": str(captioned_zip)}),
+        (trainer, {**QUICK, "input_data_tar_or_zip": str(captioned_zip)}),
+    ):
+        answer = server.post(inputs).json()
+        assert answer["status"] == "failed", answer
+        assert "this server takes no paths" in answer["error"]
+    answer = predictor.post({**SMALL, "replicate_weights": local}).json()
+    assert answer["status"] == "failed"
+    assert "not an address on the public internet" in answer["error"]
+    assert predictor.post(SMALL).json()["status"] == "succeeded"
 
 
 def test_the_committed_schema_is_served(trainer: Server, predictor: Server):

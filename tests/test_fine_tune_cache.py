@@ -324,7 +324,7 @@ def test_a_url_out_of_reach_is_served_from_the_cache(tmp_path: Path, served):
         def unreachable(*given, **named):
             raise requests.ConnectionError(f"no route to {port}")
 
-        patch.setattr(requests, "get", unreachable)
+        patch.setattr(requests.Session, "get", unreachable)
         assert cache.get(f"{url}/a.tar").value == 1.0
         told = json.loads(manifest.read_text())
         manifest.write_text(json.dumps(told | {"validators": {}}))  # of a server that offers none

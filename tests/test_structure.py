@@ -13,7 +13,7 @@ ROOMS = {
     "errors": {"dataset_and_utils"},
     "settings": {"errors"},
     "process": {"errors", "settings"},
-    "declared_inputs": {"errors", "files"},
+    "declared_inputs": {"errors", "settings", "files"},
     "command_line": {"declared_inputs", "errors", "files"},
     "files": {"errors", "settings"},
     "speed": {"errors", "settings"},

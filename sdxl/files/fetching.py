@@ -7,16 +7,19 @@ import base64
 import contextlib
 import logging
 import string
+import threading
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
-from urllib3.exceptions import LocationParseError
 
+from sdxl import settings
 from sdxl.errors import DownloadError, UserInputError
+from sdxl.files.addresses import session
 from sdxl.files.archives import atomic_path
+from sdxl.files.waiting import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +166,8 @@ def download(
     be reached; the caller then uses its earlier file.
 
     Raises:
-        DownloadError: the URL cannot be fetched, or its content is larger than `max_bytes`.
+        DownloadError: the URL cannot be fetched or is not allowed, its content is larger than `max_bytes`, or it takes
+            too long.
     """
     # Messages omit the query and the login, which may be secrets.
     try:
@@ -173,26 +177,18 @@ def download(
         raise DownloadError(f"{shortened(url)} is not a URL ({error}): check the address.") from error
 
     target = folder / name_of(url)
-    received = 0
+    earlier = dict(validators or {})
     try:
-        with requests.get(url, stream=True, timeout=TIMEOUT_S, headers=dict(validators or {})) as response:
-            response.raise_for_status()
-            if validators is not None and response.status_code == requests.codes.not_modified:
-                return None
-            with atomic_path(target) as partial, partial.open("wb") as sink:
-                for chunk in response.iter_content(1 << 20):
-                    received += len(chunk)
-                    if received > max_bytes:
-                        raise DownloadError(
-                            f"{shown} is larger than {max_bytes / 2**30:.1f} GiB: give a smaller file."
-                        )
-                    sink.write(chunk)
-            pairs = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
-            validators = {
-                request: response.headers[answer]
-                for request, answer in pairs.items()
-                if answer in response.headers
-            }
+        with session(public_only=settings.public_urls_only()) as opened:
+            fetched = wait_for(
+                lambda abandoned: _receive(opened, url, target, max_bytes, earlier, abandoned),
+                seconds=settings.download_seconds(),
+                what=f"The download of {shown}",
+            )
+    except _TooLargeError:
+        raise DownloadError(
+            f"{shown} is larger than {max_bytes / 2**30:.1f} GiB: give a smaller file."
+        ) from None
     except requests.RequestException as error:
         if validators is not None and isinstance(error, requests.ConnectionError | requests.Timeout):
             log.warning("%s cannot be reached; using the earlier download", shown)
@@ -201,7 +197,49 @@ def download(
         raise DownloadError(
             f"{shown} could not be fetched ({reason}): check the address and that it is public."
         ) from error
-    except LocationParseError as error:  # an error of urllib3 that requests does not wrap
-        raise DownloadError(f"{shown} is not a URL ({error}): check the address.") from error
-    log.info("Fetched %s (%.1f MB)", shown, received / 1e6)
-    return Fetched(path=target, validators=validators)
+    except UserInputError:
+        raise
+    except ValueError as error:  # errors of urllib3 and of the standard library that requests does not wrap
+        raise DownloadError(
+            f"{shown} is not a URL, or leads to something that is none: check the address."
+        ) from error
+    if fetched is not None:
+        log.info("Fetched %s (%.1f MB)", shown, fetched.path.stat().st_size / 1e6)
+    return fetched
+
+
+class _TooLargeError(Exception):
+    """More bytes came than are allowed."""
+
+
+def _receive(
+    opened: requests.Session,
+    url: str,
+    target: Path,
+    max_bytes: int,
+    validators: dict[str, str],
+    abandoned: threading.Event,
+) -> Fetched | None:
+    """Request `url` and write the answer's body to `target`. None if it has not changed since `validators`."""
+    received = 0
+    with opened.get(url, stream=True, timeout=TIMEOUT_S, headers=validators) as response:
+        response.raise_for_status()
+        if validators and response.status_code == requests.codes.not_modified:
+            return None
+        with atomic_path(target) as partial, partial.open("wb") as sink:
+            for chunk in response.iter_content(1 << 20):
+                received += len(chunk)
+                if received > max_bytes:
+                    raise _TooLargeError
+                if abandoned.is_set():
+                    raise requests.RequestException
+                sink.write(chunk)
+        pairs = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
+        return Fetched(
+            path=target,
+            validators={
+                request: response.headers[answer]
+                for request, answer in pairs.items()
+                if answer in response.headers
+            },
+        )

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 
 from sdxl import settings
 from sdxl.errors import DownloadError
+from sdxl.files.waiting import wait_for
 from sdxl.settings import SDXL
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,12 @@ def fine_tune_folder(name: str) -> Path:
             snapshot_download(name, **filters, local_files_only=True)  # type: ignore[call-overload]
         except LocalEntryNotFoundError:  # the first download: check its size
             _check_download_size(name, filters)
-        return Path(snapshot_download(name, **filters))  # type: ignore[arg-type]
+        folder = wait_for(
+            lambda abandoned: snapshot_download(name, **filters),  # type: ignore[arg-type]
+            seconds=settings.download_seconds(),
+            what=f"The download of {name}",
+        )
+        return Path(folder)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DownloadError(
             f"{name} is neither an existing path nor a repository on the hub: check the spelling."

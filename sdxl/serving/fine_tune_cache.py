@@ -34,6 +34,7 @@ from sdxl.files.fetching import (
     name_of,
     shortened,
 )
+from sdxl.files.sources import HUB_NAME
 from sdxl.model import fine_tune_files
 from sdxl.settings import CacheLimits
 
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 _MANIFEST = ".entry.json"
 _PARTIAL = ".partial-"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
 _EMBEDDING = re.compile(r"\w[\w .-]{0,100}\.safetensors")
 _SWEEP_AGE_S = 60
 
@@ -83,7 +84,7 @@ class FineTuneCache(Generic[T]):
             return self._from_remote(source)
         path, name = existing(source), None
         if path is None:
-            if not _HUB_NAME.fullmatch(source):
+            if not HUB_NAME.fullmatch(source):
                 raise UserInputError(
                     f"{shortened(source)} does not exist: give an existing file, a data: URI, an http(s) URL or the "
                     "name of a hub repository."
