@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sdxl.errors import UserInputError
-from sdxl.files.fetching import is_remote
+from sdxl.files.fetching import existing, is_remote, shortened
 
 REQUIRED = object()
 """The default of an input that must be given."""
@@ -165,6 +165,7 @@ def as_declared(entry_point: Callable[..., Any], given: Mapping[str, Any]) -> di
 
 
 def _existing(path: str, name: str) -> Path:
-    if not Path(path).exists():
-        raise UserInputError(f"{name} is {path}, which does not exist: give an existing file.")
-    return Path(path)
+    found = existing(path)
+    if found is None:
+        raise UserInputError(f"{name} is {shortened(path)}, which does not exist: give an existing file.")
+    return found
