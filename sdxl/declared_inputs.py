@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from sdxl.errors import UserInputError
-from sdxl.files.fetching import existing, is_remote, shortened
+from sdxl.errors import UserInputError, shortened
+from sdxl.files.fetching import existing, is_remote
 
 REQUIRED = object()
 """The default of an input that must be given."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import requests
 from urllib3.exceptions import LocationParseError
 
-from sdxl.errors import DownloadError, UserInputError
+from sdxl.errors import DownloadError, UserInputError, shortened
 from sdxl.files.archives import atomic_path
 
 log = logging.getLogger(__name__)
@@ -98,11 +98,6 @@ def existing(source: str) -> Path | None:
         ValueError,
     ):  # too long for a file name, or with characters that no file name may contain
         return None
-
-
-def shortened(source: str) -> str:
-    """A source as messages show it. Text that a user pastes by mistake may be megabytes long."""
-    return source if len(source) <= 300 else f"{source[:60]}…"
 
 
 def decode_data_uri(uri: str, folder: Path) -> Path:
