@@ -5,6 +5,7 @@ does not know what the inputs mean.
 """
 
 import inspect
+import re
 import textwrap
 import types
 import typing
@@ -48,11 +49,11 @@ class DeclaredInput:
         An empty text for a file, or for what may be omitted, is None.
 
         Raises:
-            UserInputError: not an integer where one is declared, or empty where a file is required.
+            UserInputError: not an integer where one is declared, not Unicode, or empty where a file is required.
         """
         if isinstance(value, list | tuple):
-            return [self._whole(item) for item in value]
-        return None if self._is_left_out(value) else self._whole(value)
+            return [self._typed_item(item) for item in value]
+        return None if self._is_left_out(value) else self._typed_item(value)
 
     def parse(self, text: str) -> Any:
         """Convert `text` to this input's type and check it; an empty text is treated as in `typed`.
@@ -74,8 +75,14 @@ class DeclaredInput:
             raise UserInputError(f"{self.name} is {text}, but must be at most {declared.le}.")
         return value
 
+    def _typed_item(self, value: Any) -> Any:
+        # Bytes of a command line that are not UTF-8 become half characters, which no tokenizer and no file takes.
+        if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+            raise UserInputError(f"{self.name} is {shortened(value)!r}, but must be UTF-8.")
+        return self._whole(value)
+
     def _is_left_out(self, value: object) -> bool:
-        """Whether `value` is an empty text that stands for None."""
+        """Whether `value` is an empty text that stands for None. An empty text for a required file is an error."""
         if not isinstance(value, str) or value.strip():
             return False
         if self.default is REQUIRED and issubclass(self.kind, PurePath):
