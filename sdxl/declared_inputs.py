@@ -108,14 +108,12 @@ class DeclaredInput:
                 raise UserInputError(f"{self.name} is {text!r}, but must be true or false.")
             return booleans[text.lower()]
         try:
-            if self.kind is int and not text.strip("+-").isdecimal():
-                return self._whole(float(text))
-            return self.kind(text)
+            is_written_as_float = self.kind is int and not text.strip("+-").isdecimal()
+            value = float(text) if is_written_as_float else self.kind(text)
         except ValueError as error:
-            if isinstance(error, UserInputError):
-                raise
             expected = {int: "an integer", float: "a number"}.get(self.kind, self.kind.__name__)
             raise UserInputError(f"{self.name} is {text!r}, but must be {expected}.") from error
+        return self._whole(value)
 
     def describe(self) -> str:
         """The help text: name, type, default and range in one line, the wrapped description below it."""
@@ -125,12 +123,10 @@ class DeclaredInput:
             facts.append("required")
         elif self.default is not None:
             facts.append(f"default {self.default!r}")
-        if declared.ge is not None or declared.le is not None:
-            facts.append(
-                f"from {declared.ge}" + (f" to {declared.le}" if declared.le is not None else "")
-                if declared.ge is not None
-                else f"up to {declared.le}"
-            )
+        if declared.ge is not None:
+            facts.append(f"from {declared.ge}" + (f" to {declared.le}" if declared.le is not None else ""))
+        elif declared.le is not None:
+            facts.append(f"up to {declared.le}")
         if declared.choices:
             facts.append("one of " + ", ".join(map(str, declared.choices)))
         if self.many:
