@@ -23,6 +23,7 @@ from sdxl.process import (
     keep_compiled_kernels,
     repeat_on_cpu,
     share_heaps,
+    start_logging,
     workspace_of_run,
 )
 from sdxl.serving.canvas import lay_out
@@ -193,6 +194,7 @@ class Predictor(BaseRunner):
         """Draw pictures; returns their files."""
         settings.set_behind_server(server.active)
         given = as_declared(self.run, locals())
+        start_logging()
         with workspace_of_run("predict") as workspace:
             # Each record checks its inputs: all that is wrong without a look at the model is refused here.
             given["seed"] = settings.resolve_seed(given["seed"])

@@ -21,6 +21,7 @@ from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu, workspace_of_run
 from sdxl.training.config import TrainingConfig
+from sdxl.training.contradictions import without_effect, without_effect_here
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.torchrun import run_in_each
 
@@ -252,6 +253,9 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
     from sdxl.training.examples import cache_examples
     from sdxl.training.recipe import fine_tune
 
+    for told in without_effect(inputs.options):
+        log.warning("%s", told)
+
     # Pictures → dataset folder.
     base = hub.local_folder(settings.base_name())
     resolution = native_resolution(base) if inputs.resolution is None else inputs.resolution
@@ -318,7 +322,6 @@ def _prior(config: TrainingConfig, components: "Components") -> "ExampleDataset"
 def _announce(config: TrainingConfig, *, masks: bool) -> None:
     """Log what is trained, and which settings have no effect. masks: whether any picture has a mask."""
     from sdxl.model.components import default_device
-    from sdxl.training.contradictions import without_effect_here
 
     for told in without_effect_here(config, masks=masks, cuda=default_device().type == "cuda"):
         log.warning("%s", told)

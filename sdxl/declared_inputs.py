@@ -5,6 +5,7 @@ does not know what the inputs mean.
 """
 
 import inspect
+import re
 import textwrap
 import types
 import typing
@@ -14,8 +15,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sdxl import settings
-from sdxl.errors import UserInputError
-from sdxl.files.fetching import is_remote, shortened
+from sdxl.errors import UserInputError, shortened
+from sdxl.files.fetching import existing, is_remote
 
 REQUIRED = object()
 """The default of an input that must be given."""
@@ -49,17 +50,18 @@ class DeclaredInput:
         An empty text for a file, or for what may be omitted, is None.
 
         Raises:
-            UserInputError: not an integer where one is declared, empty where a file is required, or a path from strangers.
+            UserInputError: not an integer where one is declared, not Unicode, empty where a file is required, or a path
+                from strangers.
         """
         if isinstance(value, list | tuple):
-            return [self._whole(item) for item in value]
+            return [self._typed_item(item) for item in value]
         is_path = issubclass(self.kind, PurePath) and isinstance(value, str) and bool(value.strip())
         if settings.behind_server() and is_path:
             # Cog has already turned URLs and data: URIs into files. What is still a text is a path of the server.
             raise UserInputError(
                 f"{self.name} is {shortened(value)}, but this server takes no paths: give an http(s) URL or a data: URI."
             )
-        return None if self._is_left_out(value) else self._whole(value)
+        return None if self._is_left_out(value) else self._typed_item(value)
 
     def parse(self, text: str) -> Any:
         """Convert `text` to this input's type and check it; an empty text is treated as in `typed`.
@@ -81,8 +83,14 @@ class DeclaredInput:
             raise UserInputError(f"{self.name} is {text}, but must be at most {declared.le}.")
         return value
 
+    def _typed_item(self, value: Any) -> Any:
+        # Bytes of a command line that are not UTF-8 become half characters, which no tokenizer and no file takes.
+        if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+            raise UserInputError(f"{self.name} is {shortened(value)!r}, but must be UTF-8.")
+        return self._whole(value)
+
     def _is_left_out(self, value: object) -> bool:
-        """Whether `value` is an empty text that stands for None."""
+        """Whether `value` is an empty text that stands for None. An empty text for a required file is an error."""
         if not isinstance(value, str) or value.strip():
             return False
         if self.default is REQUIRED and issubclass(self.kind, PurePath):
@@ -108,14 +116,12 @@ class DeclaredInput:
                 raise UserInputError(f"{self.name} is {text!r}, but must be true or false.")
             return booleans[text.lower()]
         try:
-            if self.kind is int and not text.strip("+-").isdecimal():
-                return self._whole(float(text))
-            return self.kind(text)
+            is_written_as_float = self.kind is int and not text.strip("+-").isdecimal()
+            value = float(text) if is_written_as_float else self.kind(text)
         except ValueError as error:
-            if isinstance(error, UserInputError):
-                raise
             expected = {int: "an integer", float: "a number"}.get(self.kind, self.kind.__name__)
             raise UserInputError(f"{self.name} is {text!r}, but must be {expected}.") from error
+        return self._whole(value)
 
     def describe(self) -> str:
         """The help text: name, type, default and range in one line, the wrapped description below it."""
@@ -125,12 +131,10 @@ class DeclaredInput:
             facts.append("required")
         elif self.default is not None:
             facts.append(f"default {self.default!r}")
-        if declared.ge is not None or declared.le is not None:
-            facts.append(
-                f"from {declared.ge}" + (f" to {declared.le}" if declared.le is not None else "")
-                if declared.ge is not None
-                else f"up to {declared.le}"
-            )
+        if declared.ge is not None:
+            facts.append(f"from {declared.ge}" + (f" to {declared.le}" if declared.le is not None else ""))
+        elif declared.le is not None:
+            facts.append(f"up to {declared.le}")
         if declared.choices:
             facts.append("one of " + ", ".join(map(str, declared.choices)))
         if self.many:
@@ -172,6 +176,7 @@ def as_declared(entry_point: Callable[..., Any], given: Mapping[str, Any]) -> di
 
 
 def _existing(path: str, name: str) -> Path:
-    if not Path(path).exists():
-        raise UserInputError(f"{name} is {path}, which does not exist: give an existing file.")
-    return Path(path)
+    found = existing(path)
+    if found is None:
+        raise UserInputError(f"{name} is {shortened(path)}, which does not exist: give an existing file.")
+    return found

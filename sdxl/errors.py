@@ -17,7 +17,13 @@ __all__ = [
     "UserInputError",
     "WeightsError",
     "WithheldError",
+    "shortened",
 ]
+
+
+def shortened(text: str) -> str:
+    """What a user wrote, as messages quote it: text that was pasted by mistake may be megabytes long."""
+    return text if len(text) <= 300 else f"{text[:60]}…"
 
 
 class ArchiveError(UserInputError):

@@ -30,11 +30,16 @@ _M_ARENA_MAX = -8
 """The option's number in glibc's malloc.h."""
 
 
-def configure_logging() -> None:
-    """Log to stderr as plain text, and silence the libraries' own messages. Safe to call more than once."""
+def start_logging() -> None:
+    """Log to stderr as plain text. Imports nothing, so call it before inputs are read. Safe to call more than once."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def configure_logging() -> None:
+    """Call `start_logging`, and silence diffusers and transformers, whose import takes seconds."""
+    start_logging()
 
     # Import these only after the levels are set: diffusers logs about torchao during its import.
     import diffusers.utils.logging as diffusers_logging

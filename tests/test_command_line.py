@@ -118,6 +118,8 @@ def test_values_are_read_as_meant(tmp_path: Path, inputs: list[str], name: str, 
         (["words=a", "loud=perhaps"], "true or false"),
         (["words=a", "kind=c"], "one of a, b"),
         (["words=a", "file=@/nowhere"], "does not exist"),
+        (["words=a", f"file=@{'x' * 5000}"], "x…, which does not exist"),
+        (["words=@" + "x" * 5000], "x…, which does not exist"),
     ],
 )
 def test_a_wrong_input_gives_one_line(

@@ -1,6 +1,7 @@
 """Values as JSON brings them, in the types that the entry points declare."""
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,16 @@ def test_integers_in_lists_are_converted_too():
     assert many.typed([1.0, 2, 3.0]) == [1, 2, 3]
     with pytest.raises(UserInputError, match=r"^sizes is 2\.5, but must be an integer\.$"):
         many.typed([1, 2.5])
+
+
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_bytes_that_are_not_utf8_are_refused(entry_point: Callable[..., Any]):
+    latin = os.fsdecode(b"caf\xe9")  # as it arrives from a command line
+    for name, declared in declared_inputs(entry_point).items():
+        if declared.kind is str:
+            with pytest.raises(UserInputError, match=rf"^{name} is 'caf\\udce9', but must be UTF-8\.$"):
+                as_declared(entry_point, {name: [latin] if declared.many else latin})
+            assert as_declared(entry_point, {name: "café 🐟"}) == {name: "café 🐟"}
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)

@@ -61,6 +61,7 @@ def test_masks_are_used_as_meant_or_refused(case: Case, tmp_path: Path, caplog: 
             assert not (tmp_path / "fetched").exists()
     for part in case.says:
         assert part in said
+    assert case.mask is not None or "mask is " not in said.replace("no mask is given", "")
 
 
 @pytest.fixture(scope="module")

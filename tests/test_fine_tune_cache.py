@@ -310,6 +310,13 @@ def test_what_is_no_source_is_refused_in_a_sentence(tmp_path: Path, source: str,
         fetch(source, tmp_path)
 
 
+def test_a_file_that_cannot_be_read_is_refused_in_a_sentence(tmp_path: Path):
+    with pytest.raises(
+        UserInputError, match=r"^gone\.tar cannot be read \(No such file or directory\): check"
+    ):
+        fine_tune_files.read(tmp_path / "gone.tar", tmp_path)
+
+
 def test_a_url_out_of_reach_is_served_from_the_cache(tmp_path: Path, served):
     folder, url, _ = served
     make_tar(folder / "a.tar", 1.0)

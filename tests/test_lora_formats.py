@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dataset_and_utils import write_embeddings
 from sdxl.errors import WeightsError
 from sdxl.model import fine_tune_files
-from sdxl.model.lora_formats import sgm_names
+from sdxl.model.lora_formats import read_lora, sgm_names
 from sdxl.serving.generation import generate
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.request import GenerationRequest
@@ -282,6 +282,14 @@ def test_patterns_of_alphas_and_ranks_as_diffusers_reads_them(
         warnings.simplefilter("ignore")  # of patterns that match a part of the layers only
         theirs.load_lora_weights(str(folder), weight_name="style.safetensors")
     assert np.abs(ours.astype(int) - picture(theirs, tuned.token_map)).max() <= 2
+
+
+def test_a_pattern_may_name_a_layer_that_has_its_own_alpha(tuned, attention: Matrices):
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    keys = peft_keys({layer: attention[layer]}) | {f"unet.{layer}.alpha": torch.tensor(6.0)}
+    packed = json.dumps({"unet.alpha_pattern": {layer: 2.0}})
+    read = read_lora(keys, {"lora_adapter_metadata": packed}, tuned._names, "style.safetensors")
+    assert read[f"unet.{layer}"].scale == 6.0 / RANK
 
 
 @pytest.mark.parametrize(

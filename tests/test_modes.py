@@ -271,6 +271,16 @@ def test_sizes_that_cannot_be(given: dict[str, Any], message: str):
         lay_out(LayoutOptions(**{**given, **pictures}), native=256)
 
 
+def test_a_hole_that_is_cut_off_is_named_too():
+    hole = Image.new("L", (64, 256), 0)
+    hole.paste(255, (0, 0, 64, 16))
+    given = LayoutOptions(image=Image.new("RGB", (64, 256)), mask=hole, width=64, height=64)
+    with pytest.raises(
+        UserInputError, match=r"^Nothing to repaint .* of mask or the transparent area of image larger"
+    ):
+        lay_out(given, native=64)
+
+
 def test_a_mask_of_another_size_follows_its_picture():
     mask = Image.new("L", (50, 50), 0)
     mask.paste(255, (25, 0, 50, 50))

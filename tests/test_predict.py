@@ -101,10 +101,17 @@ def test_lora_scale_zero_is_nearly_the_embeddings_alone(predictor: Predictor, ta
 
 
 def test_inputs_without_effect_are_told(
-    predictor: Predictor, tars: dict[str, Path], caplog: pytest.LogCaptureFixture
+    predictor: Predictor, tars: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     useless = "lora_scale has no effect without a LoRA as replicate_weights."
-    for weights, told in ((None, 1), (str(tars["full"]), 1), (str(tars["lora"]), 0)):
+    words = tmp_path / "words.safetensors"
+    save_file({"clip_l": torch.zeros(1, 96), "clip_g": torch.zeros(1, 128)}, words)
+    for weights, told in (
+        (None, 1),
+        (str(tars["full"]), 1),
+        (str(words), 1),
+        (str(tars["lora"]), 0),
+    ):
         caplog.clear()
         draw(predictor, replicate_weights=weights, lora_scale=0.5, refine_steps=3)
         assert caplog.messages.count(useless) == told, weights

@@ -102,6 +102,18 @@ def test_contradictions_are_refused_before_the_base_is_loaded(
     assert list((tmp_path / "workspace").iterdir()) == []
 
 
+def test_what_is_told_of_pictures_is_seen_although_no_base_is_loaded(tmp_path: Path):
+    picture = Image.new("RGBA", (64, 64), "red")
+    picture.paste((0, 0, 0, 0), (8, 8, 32, 32))
+    picture.save(tmp_path / "hole.png")
+    given = [f"-iimage={tmp_path}/hole.png", "-iwidth=100"]
+    done = subprocess.run(
+        [sys.executable, "predict.py", *given], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    told, error = done.stderr.splitlines()
+    assert told.startswith("image has transparent areas") and error.startswith("Error: Only one of width")
+
+
 def test_every_picture_has_a_seed_that_the_input_takes():
     largest = RANGES["seed"][1]
     options = DrawingOptions(prompt="a fish", seed=largest - 1, num_outputs=4)
@@ -117,6 +129,7 @@ def test_every_picture_has_a_seed_that_the_input_takes():
         (["a", "b"], [0.5, 0.25], [("a", 0.5), ("b", 0.25)]),
         ([""], None, []),
         ([""], [], []),
+        ([" ", "b"], [0.25], [("b", 0.25)]),
         (["", "b"], [0.5, 0.25], [("b", 0.25)]),
         (["", "b"], [0.25], [("b", 0.25)]),
         (["", "b"], None, [("b", 1.0)]),

@@ -16,7 +16,7 @@ from pathlib import Path
 import requests
 
 from sdxl import settings
-from sdxl.errors import DownloadError, UserInputError
+from sdxl.errors import DownloadError, UserInputError, shortened
 from sdxl.files.addresses import session
 from sdxl.files.archives import atomic_path
 from sdxl.files.waiting import wait_for
@@ -101,11 +101,6 @@ def existing(source: str) -> Path | None:
         ValueError,
     ):  # too long for a file name, or with characters that no file name may contain
         return None
-
-
-def shortened(source: str) -> str:
-    """A source as messages show it. Text that a user pastes by mistake may be megabytes long."""
-    return source if len(source) <= 300 else f"{source[:60]}…"
 
 
 def decode_data_uri(uri: str, folder: Path) -> Path:

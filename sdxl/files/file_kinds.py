@@ -64,7 +64,8 @@ def _describe_zip(path: Path, head: bytes) -> str | None:
 
 
 def _describe_binary(head: bytes, wanted: str) -> str | None:
-    if _PICKLE.match(head):
+    # The length of a safetensors header may begin like a pickle.
+    if _PICKLE.match(head) and not looks_like_safetensors(head):
         return _PICKLE_REMEDY
     for start, kind in _ARCHIVES.items():
         if head.startswith(start):

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from sdxl import settings
-from sdxl.errors import UserInputError
-from sdxl.files.fetching import existing, is_remote, shortened
+from sdxl.errors import UserInputError, shortened
+from sdxl.files.fetching import existing, is_remote
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """The name of a repository on the Hugging Face hub."""

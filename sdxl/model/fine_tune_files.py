@@ -227,11 +227,16 @@ def is_safetensors(path: Path, *, name: str | None = None) -> bool:
     name: its name in messages; by default the file name.
 
     Raises:
-        WeightsError: it is damaged safetensors, or known to be of another kind.
+        WeightsError: it cannot be read, is damaged safetensors, or is known to be of another kind.
     """
     name = name or path.name
-    with path.open("rb") as file:
-        begins_so = looks_like_safetensors(file.read(9))
+    try:
+        with path.open("rb") as file:
+            begins_so = looks_like_safetensors(file.read(9))
+    except OSError as error:
+        raise WeightsError(
+            f"{name} cannot be read ({error.strerror}): check the file and its permissions."
+        ) from error
     if begins_so:
         _ = WeightFile(path, name).keys  # checks the header
     elif other := describe_other_kind(path, wanted=_WANTED):
@@ -243,7 +248,7 @@ def is_read_in_place(source: Path) -> bool:
     """Whether `read` takes the large files directly from `source`, without unpacking them.
 
     Raises:
-        WeightsError: it is damaged safetensors, or known to be no fine-tune.
+        WeightsError: like `is_safetensors`.
     """
     return is_safetensors(source) or in_place(source, limits=LIMITS) is not None
 

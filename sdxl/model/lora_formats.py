@@ -171,11 +171,8 @@ def read_lora(
     for layer, roles in roles_of.items():
         _check_matrices(roles, layer, file)
     ranks = {layer: len(roles["down"]) for layer, roles in roles_of.items()}
-    told = {layer: float(roles["alpha"]) for layer, roles in roles_of.items() if "alpha" in roles}
-    alphas = (
-        read_alphas(metadata, {layer: rank for layer, rank in ranks.items() if layer not in told}, file)
-        | told
-    )
+    alphas = read_alphas(metadata, ranks, file)
+    alphas |= {layer: float(roles["alpha"]) for layer, roles in roles_of.items() if "alpha" in roles}
     return {
         layer: LoraLayer(
             down=roles["down"],

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sdxl.errors import WeightsError
+from sdxl.errors import WeightsError, shortened
 
 _KEY = "lora_adapter_metadata"
 _DEFAULT_ALPHA = 8
@@ -72,46 +72,42 @@ def _by_pattern(
     if not isinstance(patterns, dict) or len(patterns) > _MOST_PATTERNS:
         raise WeightsError(f"{file} has metadata that cannot be read ({setting}): save the LoRA again.")
     values: dict[str, Any] = {}
-    for pattern, found in zip(patterns, _matches(list(patterns), layers, file, setting), strict=True):
+    for pattern, found in _matches(patterns, layers, file, setting).items():
         if must_match and not found:
             raise WeightsError(
-                f"{file} sets {_short(pattern)} in {setting}, but no layer in it has that name: save the LoRA again with the "
-                "names of its layers."
+                f"{file} sets {_quoted(pattern)} in {setting}, but no layer in it has that name: save the LoRA again with "
+                "the names of its layers."
             )
         for layer in found:
             values.setdefault(layer, patterns[pattern])
     return values
 
 
-def _matches(patterns: Sequence[str], layers: Iterable[str], file: str, setting: str) -> list[list[str]]:
-    """The layers that each pattern matches, as peft matches it: a regular expression for the end of a module's name."""
+def _matches(patterns: Iterable[str], layers: Iterable[str], file: str, setting: str) -> dict[str, list[str]]:
+    """Pattern → the layers that it matches, as peft matches it: a regular expression for the end of a module's name."""
     names = {name: layer for layer in layers for name in _module_names(layer)}
-    expressions = [rf"(.*\.)?({pattern})$" for pattern in patterns]
-    for pattern, expression in zip(patterns, expressions, strict=True):
-        try:
-            if len(pattern) > _LONGEST_PATTERN:
-                raise ValueError
-            re.compile(expression)
-        except (re.error, ValueError, OverflowError, RecursionError) as error:
-            raise WeightsError(
-                f"{file} has {_short(pattern)} in {setting}, which is no regular expression of at most "
-                f"{_LONGEST_PATTERN} characters: save the LoRA again with the names of its layers."
-            ) from error
+    expressions = {pattern: _compiled(pattern, file, setting) for pattern in patterns}
+    slow = [pattern for pattern in expressions if _CAN_BE_SLOW.search(pattern)]
+    found_slowly = _match_elsewhere(
+        [expressions[pattern].pattern for pattern in slow], list(names), file, setting
+    )
+    found = dict(zip(slow, found_slowly, strict=True))
+    for pattern, expression in expressions.items():
+        if pattern not in found:
+            found[pattern] = [name for name in names if expression.match(name)]
+    return {pattern: [names[name] for name in found[pattern]] for pattern in expressions}
 
-    slow = [
-        expression
-        for pattern, expression in zip(patterns, expressions, strict=True)
-        if _CAN_BE_SLOW.search(pattern)
-    ]
-    found_slowly = dict(zip(slow, _match_elsewhere(slow, list(names), file, setting), strict=True))
-    result = []
-    for expression in expressions:
-        found = found_slowly.get(expression)
-        if found is None:
-            match = re.compile(expression).match
-            found = [name for name in names if match(name)]
-        result.append([names[name] for name in found])
-    return result
+
+def _compiled(pattern: str, file: str, setting: str) -> re.Pattern[str]:
+    try:
+        if len(pattern) > _LONGEST_PATTERN:
+            raise ValueError
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        raise WeightsError(
+            f"{file} has {_quoted(pattern)} in {setting}, which is no regular expression of at most "
+            f"{_LONGEST_PATTERN} characters: save the LoRA again with the names of its layers."
+        ) from error
 
 
 def _match_elsewhere(
@@ -151,7 +147,7 @@ def _module_names(layer: str) -> list[str]:
 def _check_rank(said: Any, rank: int, layer: str, file: str) -> None:
     if said != rank:
         raise WeightsError(
-            f"{file} gives {layer} the rank {_short(said)} in its metadata, but its matrices have rank {rank}: save the LoRA "
+            f"{file} gives {layer} the rank {_quoted(said)} in its metadata, but its matrices have rank {rank}: save the LoRA "
             "again."
         )
 
@@ -159,12 +155,11 @@ def _check_rank(said: Any, rank: int, layer: str, file: str) -> None:
 def _number(alpha: Any, layer: str, file: str) -> float:
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise WeightsError(
-            f"{file} gives {layer} the alpha {_short(alpha)}, which is no number: save the LoRA again."
+            f"{file} gives {layer} the alpha {_quoted(alpha)}, which is no number: save the LoRA again."
         )
     return float(alpha)
 
 
-def _short(value: Any) -> str:
+def _quoted(value: Any) -> str:
     """A value of the metadata as messages show it."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:60]}…"
+    return shortened(repr(value))

@@ -114,8 +114,8 @@ def mask_like(mask: Image.Image, original: Image.Image, size: tuple[int, int]) -
     hard = cover(grey, size).point([0] * HALF + [255] * (256 - HALF))
     if hard.getbbox() is None:
         raise UserInputError(
-            f"mask has no white area left at {size[1]}×{size[0]}: paint a larger one, or give a width and height that cut "
-            "off less of image."
+            f"Nothing to repaint is left at {size[1]}×{size[0]}: make the white area of mask or the transparent area of "
+            "image larger, or give a width and height that cut off less of image."
         )
     return hard
 

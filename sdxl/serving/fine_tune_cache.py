@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from sdxl.errors import UserInputError
+from sdxl.errors import UserInputError, shortened
 from sdxl.files import hub
 from sdxl.files.archives import unpack
 from sdxl.files.fetching import (
@@ -32,7 +32,6 @@ from sdxl.files.fetching import (
     is_data_uri,
     is_remote,
     name_of,
-    shortened,
 )
 from sdxl.files.sources import HUB_NAME
 from sdxl.model import fine_tune_files

@@ -5,7 +5,6 @@ default, so only values that differ from their defaults are looked at.
 """
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 from sdxl.serving.request import DeliveryOptions, DrawingOptions, LayoutOptions
@@ -34,4 +33,4 @@ def without_effect(
 
 def _changed(options: Any, name: str) -> bool:
     """Whether the value of `name` differs from its default."""
-    return getattr(options, name) != next(one.default for one in fields(options) if one.name == name)
+    return getattr(options, name) != getattr(type(options), name)

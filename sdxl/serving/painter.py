@@ -119,7 +119,7 @@ class Painter:
             for lora, scale in options.extra
         )
         require_loras(extra)
-        if options.lora_scale != FineTuneOptions.lora_scale and (main is None or main.unet):
+        if options.lora_scale != FineTuneOptions.lora_scale and not (main and main.lora):
             log.warning("lora_scale has no effect without a LoRA as replicate_weights.")
         if main is None:
             return extra

@@ -52,10 +52,9 @@ def read_inputs(
     if mask is not None:
         with _fetched(mask, folder) as file:
             painted, _ = read_mask(file, name="mask")
+        _remark_on(painted)
     elif painted is not None:
         log.info("image has transparent areas and no mask is given: they are repainted.")
-    if painted is not None:
-        _remark_on(painted)
     return picture, painted
 
 

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from dataset_and_utils import TokenMap
+from sdxl.errors import shortened
 from sdxl.model.prompt_length import fit
 from sdxl.serving.request import GenerationRequest
 
@@ -34,6 +35,5 @@ def _tell_what_is_dropped(which: str, text: str, token_map: TokenMap, pipeline: 
     if not found.dropped:
         return
     lost = f" Name {' and '.join(found.lost)} earlier, or it has no effect." if found.lost else ""
-    log.warning(
-        'The %s is longer than %d tokens: "%s" is dropped.%s', which, found.limit, found.dropped, lost
-    )
+    dropped = shortened(found.dropped)
+    log.warning('The %s is longer than %d tokens: "%s" is dropped.%s', which, found.limit, dropped, lost)

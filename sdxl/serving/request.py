@@ -179,7 +179,7 @@ class FineTuneOptions:
 
     def __post_init__(self) -> None:
         scales, loras = self.extra_lora_scale, self.extra_lora or ()
-        if scales is not None and len(scales) not in (len(loras), len([lora for lora in loras if lora])):
+        if scales is not None and len(scales) not in (len(loras), len(_filled(loras))):
             raise UserInputError(
                 f"extra_lora_scale has {len(scales)} numbers for {len(loras)} LoRAs in extra_lora: give one number each."
             )
@@ -190,9 +190,9 @@ class FineTuneOptions:
         """Each extra LoRA with its scale."""
         loras, scales = self.extra_lora or (), self.extra_lora_scale
         if scales is None or len(scales) != len(loras):
-            loras = [lora for lora in loras if lora]
+            loras = _filled(loras)
             scales = [1.0] * len(loras) if scales is None else scales
-        return [(lora, scale) for lora, scale in zip(loras, scales, strict=True) if lora]
+        return [(lora, scale) for lora, scale in zip(loras, scales, strict=True) if lora.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +222,10 @@ def made_of(record: type[Record], given: Mapping[str, Any]) -> Record:
         UserInputError: an input is wrong.
     """
     return record(**{entry.name: given[entry.name] for entry in fields(record)})
+
+
+def _filled(texts: Sequence[str]) -> list[str]:
+    return [text for text in texts if text.strip()]
 
 
 def _check(options: Any) -> None:

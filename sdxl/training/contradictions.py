@@ -7,7 +7,6 @@ A contradiction that trains something else than was asked for is refused. A sett
 """
 
 from collections.abc import Iterator
-from dataclasses import fields
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import UserInputError
@@ -89,5 +88,4 @@ def without_effect_here(config: TrainingConfig, *, masks: bool, cuda: bool) -> I
 
 def _changed(options: TrainingOptions, *names: str) -> list[str]:
     """Those of `names` whose values differ from their defaults."""
-    defaults = {entry.name: entry.default for entry in fields(TrainingOptions)}
-    return [name for name in names if getattr(options, name) != defaults[name]]
+    return [name for name in names if getattr(options, name) != getattr(TrainingOptions, name)]

@@ -3,35 +3,29 @@
 Knows the inputs of a training and the base's tokenizers; does not know how pictures are prepared.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dataset_and_utils import add_tokens
 from sdxl.model.components import load_tokenizers
 from sdxl.training.caption_fit import require_tokens_fit
-from sdxl.training.contradictions import without_effect
 from sdxl.training.data_parallel import world_size
 from sdxl.training.inputs import TrainInputs
 from sdxl.training.token_rows import tell_of_split_words
 
-log = logging.getLogger(__name__)
 
+def early_check(inputs: TrainInputs, base: Path, resolution: int) -> Callable[[Mapping[str, str]], None]:
+    """Make a check that takes each picture's name and its caption, or how its caption will begin.
 
-def early_check(inputs: TrainInputs, base: Path, resolution: int) -> Callable[[Mapping[str, str]], object]:
-    """A check of each picture's name and its caption, or how its caption will begin.
-
-    The check refuses captions whose token is cut off, and settings that do not fit the number of pictures.
-
-    Before it returns the check, it logs which settings have no effect.
+    The check refuses captions whose token is cut off, and settings that do not fit the number of pictures. Words of
+    token_init that the base knows only in pieces are logged at once.
 
     base: the base's folder.
+    resolution: side of the training pictures in pixels.
 
     Raises:
         WeightsError: the base has no tokenizers.
     """
-    for told in without_effect(inputs.options):
-        log.warning("%s", told)
     tokenizers = load_tokenizers(base)
     tell_of_split_words(inputs.token_map.parse_init(inputs.options.token_init), tokenizers[0])
     for tokenizer in tokenizers:
