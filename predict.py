@@ -24,7 +24,6 @@ from sdxl.process import (
     repeat_on_cpu,
     share_heaps,
     start_logging,
-    workspace_of_run,
 )
 from sdxl.serving.canvas import lay_out
 from sdxl.serving.no_effect import without_effect
@@ -36,6 +35,7 @@ from sdxl.serving.request import (
     LayoutOptions,
     made_of,
 )
+from sdxl.workspace import workspace_of_run
 
 log = logging.getLogger(__name__)
 

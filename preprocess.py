@@ -33,7 +33,8 @@ from sdxl.data.source_folder import Source, open_source
 from sdxl.declared_inputs import as_declared
 from sdxl.files.archives import pack_tar
 from sdxl.files.fetching import fetch
-from sdxl.process import configure_logging, repeat_on_cpu, workspace_of_run
+from sdxl.process import configure_logging, repeat_on_cpu
+from sdxl.workspace import workspace_of_run
 
 log = logging.getLogger(__name__)
 

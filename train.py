@@ -19,11 +19,12 @@ from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared
-from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu, workspace_of_run
+from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
 from sdxl.training.config import TrainingConfig
 from sdxl.training.contradictions import without_effect, without_effect_here
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.torchrun import run_in_each
+from sdxl.workspace import CHECKPOINTS, OUTPUT, workspace_of_run
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from sdxl.training.recipe import StepReport
 
 log = logging.getLogger(__name__)
-
-_OUTPUT = "training_out"
-"""Folder of the fine-tune in the workspace."""
 
 
 def train(
@@ -231,11 +229,7 @@ def train(
     inputs = train_inputs(as_declared(train, locals()))
     repeat_on_cpu()
     configure_logging()
-    from sdxl.model import (
-        fine_tune_files,  # here, after logging is configured: torch and diffusers log on import
-    )
-
-    with workspace_of_run("train", keep=f"{_OUTPUT}/{fine_tune_files.CHECKPOINTS}") as workspace:
+    with workspace_of_run("train") as workspace:
         return Path(run(inputs, workspace))
 
 
@@ -288,10 +282,10 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
         flip=config.horizontal_flip,
     )
     prior = _prior(config, components) if config.prior_prompts else None
-    output = workspace / _OUTPUT
+    output = workspace / OUTPUT
 
     def save_checkpoint(step: int, model: fine_tune_files.TrainedFineTune) -> None:
-        folder = output / fine_tune_files.CHECKPOINTS / f"step-{step:06d}"
+        folder = output / CHECKPOINTS / f"step-{step:06d}"
         fine_tune_files.write_atomically(model, folder, record)
 
     trained = fine_tune(

@@ -1,4 +1,4 @@
-"""Set up the process of an entry point: logging, reproducible CPU results, compiler caches, heaps, and its workspace.
+"""Set up the process of an entry point: logging, reproducible CPU results, compiler caches and heaps.
 
 Knows the process and the libraries in it; does not know models, files or inputs.
 """
@@ -8,11 +8,8 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
-from sdxl.errors import UserInputError
-from sdxl.settings import cache_folder, discard_workspace, new_workspace
+from sdxl.settings import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -48,24 +45,6 @@ def configure_logging() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-
-
-@contextlib.contextmanager
-def workspace_of_run(name: str, *, keep: str | None = None) -> Iterator[Path]:
-    """Create a workspace folder for one run of an entry point, and remove it if the run fails or is cancelled.
-
-    Logs the traceback of any error that is not a `UserInputError`, because Cog shows only the message.
-
-    keep: path inside the workspace that survives a failed run, such as its checkpoints.
-    """
-    workspace = new_workspace(name)
-    try:
-        yield workspace
-    except BaseException as error:
-        if isinstance(error, Exception) and not isinstance(error, UserInputError):
-            log.exception("The run %s failed.", name)
-        discard_workspace(workspace, keep=None if keep is None else workspace / keep)
-        raise
 
 
 def repeat_on_cpu() -> None:

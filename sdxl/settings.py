@@ -6,7 +6,6 @@ Knows every `SDXL_*` variable, its default and its range; does not know the inpu
 import logging
 import os
 import random
-import shutil
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ VARIABLES = {
     "SDXL_FINE_TUNES": "Folder with fine-tunes that requests to a server may name by their paths in it. Default: none.",
     "SDXL_PRIVATE_URLS": "1 lets requests to a server name URLs in private networks and on this machine. Default: 0.",
     "SDXL_DOWNLOAD_MINUTES": "Time limit for one download. Default: 60.",
+    "SDXL_KEEP_MINUTES": "How long a server keeps the files of a result after the run. Default: 10.",
     "SDXL_WORKSPACE": "Folder in which each run creates its own folder. Default: the system's temporary folder.",
 }
 """Variable → description. No other file reads the environment for a setting of this project."""
@@ -140,16 +140,20 @@ def download_seconds() -> float:
     Raises:
         UserInputError: not a number above 0.
     """
-    text = variable("SDXL_DOWNLOAD_MINUTES") or "60"
+    return _minutes("SDXL_DOWNLOAD_MINUTES", 60) * 60
+
+
+def _minutes(name: str, default: float) -> float:
+    text = variable(name)
     try:
-        minutes = float(text)
+        minutes = float(text) if text else default
         if not 0 < minutes < 1e6:
             raise ValueError
     except ValueError:
         raise UserInputError(
-            f"SDXL_DOWNLOAD_MINUTES is {text!r}, but must be a number of minutes, such as 60."
+            f"{name} is {text!r}, but must be a number of minutes, such as {default}."
         ) from None
-    return minutes * 60
+    return minutes
 
 
 def cache_folder() -> Path:
@@ -157,21 +161,18 @@ def cache_folder() -> Path:
     return Path(variable("SDXL_CACHE") or "~/.cache/sdxl-subject-tuning").expanduser()
 
 
-def new_workspace(name: str) -> Path:
-    """Create a folder for one run, in the folder that `SDXL_WORKSPACE` names."""
-    parent = Path(variable("SDXL_WORKSPACE") or tempfile.gettempdir())
-    parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
+def workspace_parent() -> Path:
+    """The folder in which each run creates its own (`SDXL_WORKSPACE`)."""
+    return Path(variable("SDXL_WORKSPACE") or tempfile.gettempdir())
 
 
-def discard_workspace(workspace: Path, *, keep: Path | None = None) -> None:
-    """Remove the folder of a failed run, except for the checkpoints in its subfolder `keep`."""
-    if keep is None or not keep.is_dir():
-        shutil.rmtree(workspace, ignore_errors=True)
-        return
-    for subfolder in ("fetched", "dataset"):
-        shutil.rmtree(workspace / subfolder, ignore_errors=True)
-    log.info("The checkpoints saved so far are in %s", keep)
+def keep_seconds() -> float:
+    """How long a server keeps the files of a result after the run (`SDXL_KEEP_MINUTES`).
+
+    Raises:
+        UserInputError: not a number above 0.
+    """
+    return _minutes("SDXL_KEEP_MINUTES", 10) * 60
 
 
 def resolve_seed(seed: int | None) -> int:

@@ -23,11 +23,10 @@ from sdxl.files.archives import Limits, in_place, pack_tar, unpack
 from sdxl.files.file_kinds import describe_other_kind, looks_like_safetensors
 from sdxl.files.weight_files import WeightFile
 from sdxl.model.lora_formats import is_lora
+from sdxl.workspace import CHECKPOINTS
 
 UNET, LORA = "unet.safetensors", "lora.safetensors"
 EMBEDDINGS, TOKENS, RECORD = "embeddings.pti", "special_params.json", "training.json"
-CHECKPOINTS = "checkpoints"
-"""Folder in a fine-tune's archive with the fine-tunes of earlier training steps."""
 
 LIMITS = Limits(files=1000, total_bytes=32 << 30)
 """Limits on the unpacked archive of a fine-tune."""

@@ -1,0 +1,89 @@
+"""The folder of one run: created, locked while the run lasts, and swept when nobody needs it any longer.
+
+Knows what may be left in such a folder; does not know what a run does.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sdxl import settings
+from sdxl.errors import UserInputError
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "sdxl-"
+_INTERMEDIATE = ("fetched", "dataset", "unpacked-*", "*.partial", ".*.partial")
+"""What a finished run has removed."""
+OUTPUT, CHECKPOINTS = "training_out", "checkpoints"
+"""The folder in which a training collects its result, and the folder of earlier steps in it. The latter is kept, because it
+can replace a lost result."""
+
+
+@contextlib.contextmanager
+def workspace_of_run(name: str) -> Iterator[Path]:
+    """Create a folder for one run of an entry point, and remove it if the run fails or is cancelled.
+
+    Checkpoints survive a failure. What earlier runs left is swept first; see `sweep`. Logs the traceback of any error that
+    is not a `UserInputError`, because Cog shows only the message.
+    """
+    parent = settings.workspace_parent()
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep(parent)
+    workspace = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=parent))
+    handle = os.open(workspace, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # the system releases it if the process dies
+        yield workspace
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, UserInputError):
+            log.exception("The run %s failed.", name)
+        if (kept := _discard(workspace)) is not None:
+            log.info("The checkpoints saved so far are in %s", kept)
+        raise
+    finally:
+        os.close(handle)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what earlier runs left in `parent`. Folders of running processes are locked, and stay as they are.
+
+    - Behind a server, results have been delivered: whole folders are removed `SDXL_KEEP_MINUTES` after their last change.
+    - Elsewhere, the caller may still need the results: only what killed runs left half done is removed.
+
+    Checkpoints stay in both cases.
+    """
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
+                continue
+            handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                age = time.time() - folder.stat().st_mtime
+                delivered = settings.behind_server() and age > settings.keep_seconds()
+                half_done = any(any(folder.glob(pattern)) for pattern in _INTERMEDIATE)
+                if delivered or half_done:
+                    _discard(folder)
+            finally:
+                os.close(handle)
+
+
+def _discard(folder: Path) -> Path | None:
+    """Remove a run's folder except for its checkpoints; return their folder, or None if there are none."""
+    kept = folder / OUTPUT / CHECKPOINTS
+    if not kept.is_dir() or not any(kept.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    for path in [*folder.iterdir(), *kept.parent.iterdir()]:
+        if path in (kept, kept.parent):
+            continue
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return kept
