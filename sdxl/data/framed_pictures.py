@@ -32,8 +32,8 @@ from sdxl.data.framing import (
     nearest_bucket,
     place_crop,
 )
-from sdxl.data.mask_reader import read_mask
-from sdxl.data.picture_reader import MAX_PIXELS, is_plain_png, read_header, read_image
+from sdxl.data.mask_reader import mostly_grey, read_mask
+from sdxl.data.picture_reader import MAX_PIXELS, is_plain_png, on_white, read_header, read_layered
 from sdxl.data.pixel_budget import PixelBudget
 from sdxl.data.source_folder import Source
 from sdxl.errors import DatasetError
@@ -46,8 +46,8 @@ OPEN_PIXELS = MAX_PIXELS
 """Pixels of pictures and masks that are decoded at once, whatever the number of threads: some gigabytes at worst."""
 SMALLEST_SIDE = 8
 """Pixels. A smaller picture shows nothing: it is less than one pixel of SDXL's latents."""
-_BLACK = 2
-"""A mask without any value above this, of 255, is black."""
+_BLACK, _WHITE = 2, 224
+"""A mask without any value above the first, of 255, is black. One with a value from the second on has a white area."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,8 @@ def _pixels_to_decode(source: _SourcePicture, config: PreprocessConfig) -> int:
 def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> FramedPicture:
     """Resize and crop one picture and its mask, and write both."""
     side = config.target_size
-    image, size = read_image(source.file, at_least=_needed(config))
+    layered, size = read_layered(source.file, at_least=_needed(config))
+    image = on_white(layered)
     if min(size) < SMALLEST_SIDE:
         raise DatasetError(
             f"{source.name} is {size[1]}×{size[0]} pixels, which shows nothing: leave it out, or use a larger original."
@@ -182,7 +183,7 @@ def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> Fr
     framed.save(target, compress_level=PNG_LEVEL)
 
     framing = earlier.followed_by(crop) if earlier is not None else crop
-    facts = _measure(framed, framing, source)
+    facts = _measure(framed, framing, source, transparent=_transparent(layered))
     return FramedPicture(file=target, source=source.file, crop=crop, framing=framing, facts=facts)
 
 
@@ -217,15 +218,28 @@ def _read_own_mask(source: _SourcePicture, size: Size) -> Image.Image:
     assert source.mask is not None
     mask, mask_size = read_mask(source.mask)
     if mask_size != size:
+        remedy = "turn the mask like its picture" if mask_size == size[::-1] else "give both the same size"
         raise DatasetError(
             f"{source.mask.name} is {mask_size[1]}×{mask_size[0]}, but {source.file.name} is {size[1]}×{size[0]}: "
-            "give both the same size."
+            f"{remedy}."
         )
     if (brightest := _brightest(mask)) <= _BLACK:
         raise DatasetError(
             f"{source.mask.name} is black (its brightest value is {brightest} of 255): "
             f"paint white what matters in {source.name}."
         )
+    if source.earlier is None:  # masks of a dataset folder may be soft, and cropped
+        if brightest < _WHITE:
+            log.warning(
+                "%s has a brightest value of %d of 255: paint white what counts fully.",
+                source.mask.name,
+                brightest,
+            )
+        elif mostly_grey(np.asarray(mask)):
+            log.warning(
+                "%s is mostly neither black nor white: paint white what matters and all else black.",
+                source.mask.name,
+            )
     return mask
 
 
@@ -248,7 +262,14 @@ def _brightest(mask: Image.Image) -> int:
     return mask.getextrema()[1]  # type: ignore[return-value]
 
 
-def _measure(framed: Image.Image, framing: Framing, source: _SourcePicture) -> Facts:
+def _transparent(layered: Image.Image) -> float:
+    """The share of a picture that is more transparent than not, 0 to 1."""
+    return float((np.asarray(layered.getchannel("A")) < 128).mean()) if layered.mode == "RGBA" else 0.0
+
+
+def _measure(
+    framed: Image.Image, framing: Framing, source: _SourcePicture, *, transparent: float = 0.0
+) -> Facts:
     """The facts that advice is based on."""
     height, width = framing.original_size
     grey = framed.convert("L")
@@ -264,5 +285,7 @@ def _measure(framed: Image.Image, framing: Framing, source: _SourcePicture) -> F
         sharpness=sharpness(values),
         fingerprint=fingerprint(framed),
         thumbnail=thumbnail(framed),
+        transparent=transparent,
+        two_tones=source.mask is None and bool(((values < 0.04) | (values > 0.96)).mean() > 0.97),
         face_heights=() if source.salience is None else source.salience.face_heights,
     )
