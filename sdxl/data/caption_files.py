@@ -222,7 +222,7 @@ def _given(
     """The captions in the order of the pictures."""
     source = {image: f"The caption of {files.relative(image)}" for image in files.images}
     for image, text in texts.items():
-        check_caption_text(text, f"{source[image]}, ")
+        check_caption_text(text, source[image])
     return GivenCaptions(
         texts={image: texts[image] for image in files.images},
         source=source,

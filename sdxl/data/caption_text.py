@@ -37,15 +37,16 @@ def _is_seen(character: str) -> bool:
 def check_caption_text(text: str, what: str = "") -> None:
     """Refuse captions and caption prefixes that contain placeholder tokens.
 
-    what: where the text comes from, such as "The caption of 1.jpg, ".
+    what: where the text comes from, such as "The caption of 1.jpg".
 
     Raises:
         UserInputError: `text` contains a placeholder token such as <s0>.
     """
     placeholder = re.search(r"<s[0-9]+>", text)
     if placeholder is not None:
+        quoted = f', "{text}",' if what else f'"{text}"'
         raise UserInputError(
-            f'{what}"{text}" holds {placeholder[0]}, a placeholder token that only training may insert: '
+            f"{what}{quoted} holds {placeholder[0]}, a placeholder token that only training may insert: "
             "write a word such as TOK instead."
         )
 
