@@ -30,10 +30,13 @@ def find_masks(pictures: Sequence[Path], root: Path) -> dict[Path, Path]:
     in_folder = {path for path in pictures if _in_folder_of_masks(path.relative_to(root))} - certain
     names = PictureNames([path for path in pictures if path not in certain | in_folder], root)
 
-    owners = {mask: _owners(mask, _CERTAIN, names) for mask in certain}
     same_name = {mask: names.beside(mask) or names.named(mask.stem, root) for mask in in_folder}
-    if any(same_name.values()):  # else the folder holds pictures of masks
-        owners |= {mask: _in_same_folder(mask, found) for mask, found in same_name.items()}
+    if not any(same_name.values()):  # the folder holds pictures of masks
+        in_folder, same_name = set(), {}
+        names = PictureNames([path for path in pictures if path not in certain], root)
+
+    owners = {mask: _owners(mask, _CERTAIN, names) for mask in certain}
+    owners |= {mask: _in_same_folder(mask, found) for mask, found in same_name.items()}
     owners |= dict(_possible(set(pictures) - certain - in_folder, names))
 
     masks: dict[Path, Path] = {}

@@ -80,13 +80,13 @@ class PictureHeader:
         return f"{name} is animated ({self.frames} frames): only its first frame is used."
 
 
-def read_header(path: Path, *, at_least: Size | None = None) -> PictureHeader:
-    """What a picture file says of itself. at_least: see `read_image`.
+def read_header(path: Path, *, at_least: Size | None = None, name: str | None = None) -> PictureHeader:
+    """What a picture file says of itself. at_least, name: see `read_image`.
 
     Raises:
         DatasetError: like `read_image`, as far as the header shows it.
     """
-    with _opened(path, path.name) as opened:
+    with _opened(path, name or path.name) as opened:
         if at_least is not None:
             _draft(opened, at_least)
         return PictureHeader(

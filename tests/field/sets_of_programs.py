@@ -154,6 +154,7 @@ MASKS = [
         {"a/1.jpg": picture(0), "b/1.jpg": picture(1), "masks/1.png": _mask()},
         {}, "masks/1.png",
     ),
+    _set("set_in_a_folder_of_that_name", {"mask/1.jpg": picture(0), "mask/1.mask.png": _mask()}, {0: PREFIX}, "1 of 1"),
     _set("two_masks", {"1.jpg": picture(0), "1.mask.png": _mask(), "1.mask.jpg": _mask()}, {}, "several masks"),
 ]  # fmt: skip
 
