@@ -99,25 +99,35 @@ def _tables(files: Source, names: PictureNames) -> list[Path]:
     candidates = [path for path in files.others if path.suffix.lower() in _TABLES and not names.beside(path)]
     meant = [path for path in candidates if any(part in path.name.lower() for part in _TABLE_NAMES)]
     # Tools write metadata.json with something else than captions.
-    meant = [path for path in meant if path.suffix.lower() != ".json" or _names_pictures(path, names)]
-    tables = meant or [path for path in candidates if _is_table(path, names)]
+    meant = [path for path in meant if path.suffix.lower() != ".json" or _named_in_json(path, names)]
+    tables = meant or [path for path in candidates if _is_table(path, files, names)]
     if len({path.parent for path in tables}) < len(tables):
         listed = ", ".join(sorted(files.relative(path) for path in tables))
         raise DatasetError(f"There are several captions files ({listed}): keep one.")
     return tables
 
 
-def _is_table(path: Path, names: PictureNames) -> bool:
-    """Whether a file of any name looks like a table of captions."""
+def _is_table(path: Path, files: Source, names: PictureNames) -> bool:
+    """Whether a file of any name is a table of captions: it has the right columns, or is json that names all pictures."""
     if path.suffix.lower() != ".json":
         return has_caption_columns(path)
+    return _named_in_any_json(path, names) >= set(files.images)
+
+
+def _named_in_any_json(path: Path, names: PictureNames) -> set[Path]:
+    """Like `_named_in_json`; empty if the file is not JSON."""
     with contextlib.suppress(ContractError):
-        return _names_pictures(path, names)
-    return False
+        return _named_in_json(path, names)
+    return set()
 
 
-def _names_pictures(path: Path, names: PictureNames) -> bool:
-    return any(names.named(file, path.parent) for file in files_in_json(path))
+def _named_in_json(path: Path, names: PictureNames) -> set[Path]:
+    """The pictures for which a json file has captions, if it is a table of captions.
+
+    Raises:
+        ContractError: not JSON.
+    """
+    return {image for file in files_in_json(path) for image in names.named(file, path.parent)}
 
 
 def _from_tables(files: Source, names: PictureNames, tables: Sequence[Path]) -> GivenCaptions:
@@ -247,7 +257,8 @@ def _looks_like_captions(path: Path, names: PictureNames) -> bool:
     if stem.split(".")[0] in _NO_CAPTIONS:
         return False
     if suffix == ".json":  # settings of tools are json files too
-        return bool(names.beside(path)) or any(part in path.name.lower() for part in _TABLE_NAMES)
+        meant = any(part in path.name.lower() for part in _TABLE_NAMES)
+        return meant or bool(names.beside(path) or _named_in_any_json(path, names))
     return True
 
 

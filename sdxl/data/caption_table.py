@@ -245,7 +245,7 @@ def _cells(value: Any) -> dict[str, str]:
     return {
         key.strip().lower(): str(cell).strip()
         for key, cell in value.items()
-        if isinstance(cell, str | int | float)
+        if isinstance(cell, str | int | float) and not isinstance(cell, bool)
     }
 
 

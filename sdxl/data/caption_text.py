@@ -21,7 +21,7 @@ def count_token(text: str, token: str) -> int:
 
 
 def one_line(text: str) -> str:
-    """`text` with single spaces, and without characters that nobody sees: control characters and marks of no width.
+    """`text` with single spaces, and without characters that nobody sees: controls, marks of no width, halves of pairs.
 
     The two joiners stay, because emoji and some scripts need them.
     """
@@ -31,7 +31,7 @@ def one_line(text: str) -> str:
 
 def _is_seen(character: str) -> bool:
     joins = character in "\u200c\u200d" or character >= "\U000e0000"  # the latter are in emoji of flags
-    return character.isspace() or joins or unicodedata.category(character) not in ("Cc", "Cf")
+    return character.isspace() or joins or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
 
 
 def check_caption_text(text: str, what: str = "") -> None:

@@ -61,6 +61,10 @@ JSON = [
     _one("no_text", {"metadata.jsonl": '{"file_name":"1.jpg","text":null}'}, None, "line 1"),
     _one("same_key_twice", {"captions.json": '{"1.jpg":"TOK one","1.jpg":"TOK uno"}'}, None, "1.jpg twice"),
     _one("json_of_another_name", {"labels.json": '{"1.jpg":"TOK one"}'}, "TOK one"),
+    _one("half_a_pair", {"metadata.jsonl": '{"file_name":"1.jpg","text":"TOK \\ud83d one"}'}, "TOK one"),
+    _set("numbered_settings", {**TWO, "1.txt": "TOK one", "2.txt": "TOK two", "p.json": '{"1":{"text":"x"}}'}, ONE_TWO),
+    _set("part_of_the_captions", {**TWO, "labels.json": '{"1.jpg":"TOK one"}'}, {}, "labels.json", NOT_READ),
+    _set("true_is_no_caption", {**TWO, "labels.json": '{"1.jpg":true,"2.jpg":true}'}, BOTH, "ignored labels.json"),
     _one("settings", {"config.json": '{"caption":"TOK"}', "1.txt": "TOK one"}, "TOK one", "ignored config.json"),
     _one(
         "coco",
