@@ -3,7 +3,11 @@
 In the style of `tests.field.sets`: one oddity in each archive, and its right outcome.
 """
 
+import io
 import json
+import tarfile
+import zipfile
+from pathlib import Path
 
 from tests.field.sets import CSV, GOOD, ONE_TWO, PREFIX, TWO, Case, _csv, _mask, _set, picture
 
@@ -162,5 +166,37 @@ MASKS = [
     _set("two_masks", {"1.jpg": picture(0), "1.mask.png": _mask(), "1.mask.jpg": _mask()}, {}, "several masks"),
 ]  # fmt: skip
 
-CASES = [*TABLES, *JSON, *TEXTS, *NAMES, *LITTER, *MASKS]
+
+def _with_links(folder: Path) -> Path:
+    """A tar with a symbolic and a hard link, as of a folder of a hub's cache."""
+    path = folder / "links.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, kind in (
+            ("1.jpg", tarfile.REGTYPE),
+            ("2.jpg", tarfile.SYMTYPE),
+            ("3.jpg", tarfile.LNKTYPE),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "1.jpg"
+            entry.size = len(picture(0)) if kind == tarfile.REGTYPE else 0
+            archive.addfile(entry, io.BytesIO(picture(0)))
+    return path
+
+
+def _linked_zip(folder: Path) -> Path:
+    path = folder / "links.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("1.jpg", picture(0))
+        entry = zipfile.ZipInfo("2.jpg")
+        entry.external_attr = 0o120777 << 16
+        archive.writestr(entry, "1.jpg")
+    return path
+
+
+LINKS = [
+    Case(name="links_in_tar", write=_with_links, captions={0: PREFIX}, says=("links.tar holds links (2)",)),
+    Case(name="links_in_zip", write=_linked_zip, captions={0: PREFIX}, says=("links.zip holds links (1)",)),
+]
+
+CASES = [*LINKS, *TABLES, *JSON, *TEXTS, *NAMES, *LITTER, *MASKS]
 """Archives as programs and systems leave them: used as meant, or refused in one sentence."""
