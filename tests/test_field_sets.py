@@ -11,7 +11,8 @@ from dataset_and_utils import TokenMap, UserInputError
 from preprocess import prepare_dataset
 from sdxl.data.config import PreprocessConfig
 from sdxl.data.dataset_folder import read_dataset_folder
-from tests.field.sets import CASES, COLOURS, Case
+from tests.field import sets, sets_of_programs
+from tests.field.sets import COLOURS, Case
 
 CONFIG = PreprocessConfig(target_size=64, token_map=TokenMap.parse("TOK:2"))
 
@@ -23,7 +24,7 @@ def nearest_colour(path: Path) -> int:
     return int(np.abs(np.array(COLOURS) - mean).sum(1).argmin())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*sets.CASES, *sets_of_programs.CASES], ids=lambda case: case.name)
 def test_a_set_is_used_as_meant_or_refused(case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     archive = case.write(tmp_path)
     caplog.set_level(logging.INFO)

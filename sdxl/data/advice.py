@@ -51,6 +51,10 @@ class Facts:
     """`fingerprint` of the prepared picture."""
     thumbnail: np.ndarray
     """`thumbnail` of the prepared picture."""
+    transparent: float = 0.0
+    """Share of the picture that is transparent, 0 to 1."""
+    two_tones: bool = False
+    """Whether the picture has no mask and is black and white itself, like a mask."""
     face_heights: Sequence[float] = ()
     """Heights of the detected faces, as shares of the picture's height."""
 
@@ -147,6 +151,12 @@ def _on_one(fact: Facts, caption: str, tokens: Sequence[str]) -> list[str]:
         )
     elif fact.sharpness < _BLURRED:
         findings.append("is blurred: leave it out, or training learns the blur.")
+    if fact.transparent > 0.01:
+        findings.append(f"is transparent on {fact.transparent:.0%} of its area: training learns white there.")
+    if fact.two_tones:
+        findings.append(
+            "is black and white like a mask: if it is one, name it after its picture, as a.mask.png."
+        )
     if fact.brightness < _DARK:
         findings.append("is very dark: brighten it or leave it out.")
     if fact.cut_off > 0.4:

@@ -4,21 +4,25 @@ Knows the layouts of captions in an archive; does not know models that write cap
 function to `find_captions`.
 """
 
+import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dataset_and_utils import ContractError
 from sdxl.data.caption_table import (
     CaptionRow,
     caption_in_json,
+    files_in_json,
     has_caption_columns,
     read_caption_table,
     read_text,
 )
+from sdxl.data.caption_text import check_caption_text, one_line
 from sdxl.data.picture_names import PictureNames
-from sdxl.data.source_folder import CAPTION_SUFFIXES, Source
+from sdxl.data.source_folder import CAPTION_SUFFIXES, DOCUMENT_SUFFIXES, Source
 from sdxl.errors import DatasetError
 
 log = logging.getLogger(__name__)
@@ -45,24 +49,26 @@ class GivenCaptions:
 def find_captions(files: Source, *, global_caption: str | None) -> GivenCaptions | None:
     """The captions of all pictures, or None if there are none.
 
-    The first of these that exists is used: a table with "caption" or "metadata" in its name, or any csv, tsv or jsonl
-    with the right columns; a text file for each picture (.txt or .caption, or else .json); `global_caption`.
+    The first of these that exists is used: a table with "caption" or "metadata" in its name, or any csv, tsv, jsonl or
+    json with the right columns; a text file for each picture (.txt or .caption, or else .json); `global_caption`.
 
     Raises:
         ContractError: a table is malformed, or a file is not UTF-8 text.
         DatasetError: a picture without caption, a row without picture, several tables or several captions of one picture,
             an empty text file, or files that look like captions but cannot be assigned to pictures.
+        UserInputError: a caption with a placeholder token such as <s0>.
     """
     names = PictureNames(files.images, files.root)
     tables = _tables(files, names)
     read = set(tables)
     if tables:
-        captions, origin = _from_tables(files, names, tables), " and ".join(path.name for path in tables)
+        captions, origin = _from_tables(files, names, tables), " and ".join(map(files.relative, tables))
     else:
         texts = _texts_of(files, names, _TEXTS) or _json_of(files, names)
         captions, origin = _from_texts(files, texts), "the files named after the pictures"
         read |= {path for paths in texts.values() for path in paths}
-    unread = [path for path in files.others if path not in read and _looks_like_captions(path, names)]
+    ignored = [path for path in files.others if path not in read and _is_text(path)]
+    unread = [path for path in ignored if _looks_like_captions(path, names)]
 
     if captions is not None:
         if global_caption and set(captions.texts.values()) != {global_caption}:
@@ -71,13 +77,14 @@ def find_captions(files: Source, *, global_caption: str | None) -> GivenCaptions
         captions, origin = _same_for_all(files, global_caption), "global_caption"
     elif unread:
         raise DatasetError(
-            f"{_some(files.relative(path) for path in unread)} may hold captions, but no picture has that name: name "
-            "text files after their pictures (1.txt for 1.jpg), or list image_file and caption in a captions.csv."
+            f"{_some(files.relative(path) for path in unread)} may hold captions, but not in a way that is read: name "
+            "text files after their pictures (1.txt for 1.jpg), list image_file and caption in a captions.csv, or delete "
+            f"{'it' if len(unread) == 1 else 'them'}."
         )
     if captions is not None:
         log.info("Captions come from %s", origin)
-        if unread:
-            log.warning("Ignored %s", _some(files.relative(path) for path in unread))
+    if ignored:
+        log.warning("Ignored %s", _some(files.relative(path) for path in ignored))
     return captions
 
 
@@ -91,12 +98,36 @@ def _tables(files: Source, names: PictureNames) -> list[Path]:
     """
     candidates = [path for path in files.others if path.suffix.lower() in _TABLES and not names.beside(path)]
     meant = [path for path in candidates if any(part in path.name.lower() for part in _TABLE_NAMES)]
-    others = [path for path in candidates if path.suffix.lower() != ".json"]
-    tables = meant or [path for path in others if has_caption_columns(path)]
+    # Tools write metadata.json with something else than captions.
+    meant = [path for path in meant if path.suffix.lower() != ".json" or _named_in_json(path, names)]
+    tables = meant or [path for path in candidates if _is_table(path, files, names)]
     if len({path.parent for path in tables}) < len(tables):
         listed = ", ".join(sorted(files.relative(path) for path in tables))
         raise DatasetError(f"There are several captions files ({listed}): keep one.")
     return tables
+
+
+def _is_table(path: Path, files: Source, names: PictureNames) -> bool:
+    """Whether a file of any name is a table of captions: it has the right columns, or is json that names all pictures."""
+    if path.suffix.lower() != ".json":
+        return has_caption_columns(path)
+    return _named_in_any_json(path, names) >= set(files.images)
+
+
+def _named_in_any_json(path: Path, names: PictureNames) -> set[Path]:
+    """Like `_named_in_json`; empty if the file is not JSON."""
+    with contextlib.suppress(ContractError):
+        return _named_in_json(path, names)
+    return set()
+
+
+def _named_in_json(path: Path, names: PictureNames) -> set[Path]:
+    """The pictures for which a json file has captions, if it is a table of captions.
+
+    Raises:
+        ContractError: not JSON.
+    """
+    return {image for file in files_in_json(path) for image in names.named(file, path.parent)}
 
 
 def _from_tables(files: Source, names: PictureNames, tables: Sequence[Path]) -> GivenCaptions:
@@ -108,7 +139,7 @@ def _from_tables(files: Source, names: PictureNames, tables: Sequence[Path]) -> 
             image = _picture_of_row(row.file, files, names, table)
             if image in texts:
                 raise DatasetError(f"{table.name} has two rows for {files.relative(image)}: keep one.")
-            texts[image], rows[image] = row.caption, row
+            texts[image], rows[image] = one_line(row.caption), row
     missing = [files.relative(image) for image in files.images if image not in texts]
     if missing:
         listed = " and ".join(table.name for table in tables)
@@ -162,8 +193,14 @@ def _from_texts(files: Source, texts: Mapping[Path, Sequence[Path]]) -> GivenCap
         return None
     suffix = next(iter(texts.values()))[0].suffix.lower()
     captions: dict[Path, str] = {}
+    several: dict[str, None] = {}
     for image in files.images:
-        found = {_one_line(path, files): path for path in texts.get(image, ())}
+        found: dict[str, Path] = {}
+        for path in texts.get(image, ()):
+            text = _text_of(path, files)
+            found[one_line(text)] = path
+            if len([line for line in text.splitlines() if line.strip()]) > 1:
+                several[files.relative(path)] = None
         if not found:
             name = Path(files.relative(image))
             raise DatasetError(
@@ -173,16 +210,17 @@ def _from_texts(files: Source, texts: Mapping[Path, Sequence[Path]]) -> GivenCap
             listed = " and ".join(files.relative(path) for path in found.values())
             raise DatasetError(f"{files.relative(image)} has several captions, in {listed}: keep one.")
         captions[image] = next(iter(found))
+    if several:
+        log.warning("The lines of %s are joined to one caption.", _some(several))
     return _given(files, captions)
 
 
-def _one_line(path: Path, files: Source) -> str:
-    """The caption in a text or json file, on one line."""
+def _text_of(path: Path, files: Source) -> str:
+    """The caption in a text or json file, as written."""
     text = caption_in_json(path) if path.suffix.lower() == ".json" else read_text(path)
-    caption = " ".join((text or "").split())
-    if not caption:
+    if not text or not one_line(text):
         raise DatasetError(f"{files.relative(path)} is empty: write the caption of its picture into it.")
-    return caption
+    return text
 
 
 # All layouts ------------------------------------------------------------------------------------------------
@@ -192,9 +230,12 @@ def _given(
     files: Source, texts: Mapping[Path, str], rows: Mapping[Path, CaptionRow] | None = None
 ) -> GivenCaptions:
     """The captions in the order of the pictures."""
+    source = {image: f"The caption of {files.relative(image)}" for image in files.images}
+    for image, text in texts.items():
+        check_caption_text(text, source[image])
     return GivenCaptions(
         texts={image: texts[image] for image in files.images},
-        source={image: f"The caption of {files.relative(image)}" for image in files.images},
+        source=source,
         rows=rows or {},
     )
 
@@ -205,13 +246,19 @@ def _same_for_all(files: Source, caption: str) -> GivenCaptions:
     )
 
 
+def _is_text(path: Path) -> bool:
+    """Whether a file has content, and a suffix of files with text."""
+    return path.suffix.lower() in CAPTION_SUFFIXES | DOCUMENT_SUFFIXES and path.stat().st_size > 0
+
+
 def _looks_like_captions(path: Path, names: PictureNames) -> bool:
-    """Whether a file that was not read may hold captions."""
+    """Whether a text that was not read may hold captions."""
     suffix, stem = path.suffix.lower(), path.stem.lower()
-    if suffix not in CAPTION_SUFFIXES or stem in _NO_CAPTIONS or not path.stat().st_size:
+    if stem.split(".")[0] in _NO_CAPTIONS:
         return False
     if suffix == ".json":  # settings of tools are json files too
-        return bool(names.beside(path)) or any(part in path.name.lower() for part in _TABLE_NAMES)
+        meant = any(part in path.name.lower() for part in _TABLE_NAMES)
+        return meant or bool(names.beside(path) or _named_in_any_json(path, names))
     return True
 
 

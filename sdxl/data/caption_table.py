@@ -3,6 +3,7 @@
 Knows the formats and the names of their columns; does not know which pictures exist.
 """
 
+import contextlib
 import csv
 import io
 import itertools
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_and_utils import ContractError
+from sdxl.data.caption_text import one_line
 
 FILE_COLUMNS = ("image_file", "image_path", "file_name", "filename")
 """Names of the column with the picture's file; the first one present is used."""
@@ -62,7 +64,7 @@ def read_caption_table(path: Path) -> list[CaptionRow]:
     found: dict[str, CaptionRow] = {}
     for place, cells in rows:
         file, caption = (_first(cells, names) for names in (FILE_COLUMNS, CAPTION_COLUMNS))
-        if not file or not caption:
+        if not file or not one_line(caption):
             raise ContractError(f"{place} of {path.name} has no image file or no caption: fill in both.")
         if file in found:
             raise ContractError(f"{place} of {path.name} names {file} again: keep one row for each picture.")
@@ -74,7 +76,7 @@ def read_text(path: Path) -> str:
     """The content of a text file in UTF-8, or in UTF-16 with its byte order mark.
 
     Raises:
-        ContractError: in another encoding, or larger than `MAX_BYTES`.
+        ContractError: in another encoding, rich text, or larger than `MAX_BYTES`.
     """
     try:
         with path.open("rb") as file:
@@ -87,11 +89,13 @@ def read_text(path: Path) -> str:
         )
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        text = content.decode(encoding)
+        text = content.decode(encoding).lstrip("\ufeff")  # some programs write the mark twice
     except UnicodeDecodeError as error:
         raise ContractError(f"{path.name} is not UTF-8 text: save it as UTF-8.") from error
     if "\0" in text:
         raise ContractError(f"{path.name} is not UTF-8 text: save it as UTF-8.")
+    if text.startswith("{\\rtf"):
+        raise ContractError(f"{path.name} is rich text with formatting: save it as plain text.")
     return text
 
 
@@ -105,6 +109,16 @@ def caption_in_json(path: Path) -> str | None:
     if isinstance(content, dict):
         content = _first(_cells(content), CAPTION_COLUMNS)
     return content.strip() or None if isinstance(content, str) else None
+
+
+def files_in_json(path: Path) -> list[str]:
+    """The files for which a table in json has captions; empty if it is no such table.
+
+    Raises:
+        ContractError: not JSON.
+    """
+    rows = [cells for _, cells in _from_json(read_text(path), path.name)]
+    return [_first(cells, FILE_COLUMNS) for cells in rows if _complete(cells)]
 
 
 def has_caption_columns(path: Path) -> bool:
@@ -140,18 +154,23 @@ def _from_csv(text: str, name: str) -> Iterator[tuple[str, dict[str, str]]]:
     for line, cells in records:
         if len(cells) > len(columns):
             raise ContractError(
-                f"Line {line} of {name} has {len(cells)} cells for {len(columns)} columns: put the caption in quotes."
+                f'Line {line} of {name} has {len(cells)} cells for {len(columns)} columns: put the caption in straight quotes (").'
             )
         yield f"Line {line}", dict(itertools.zip_longest(columns, cells, fillvalue=""))
 
 
 def _header(text: str, name: str) -> tuple[list[str], str]:
     """The columns in lower case, and the delimiter. The first delimiter whose columns are complete wins, else the comma."""
-    found = []
-    for delimiter in _DELIMITERS:
+
+    def columns(delimiter: str) -> list[str]:
         _, cells = next(_records(text, name, delimiter), (1, []))
-        found.append(([cell.lower() for cell in cells], delimiter))
-    return next((entry for entry in found if _complete(entry[0])), found[0])
+        return [one_line(cell).lower() for cell in cells]
+
+    for delimiter in _DELIMITERS:
+        with contextlib.suppress(ContractError):  # a header in quotes is no csv with any other delimiter
+            if _complete(found := columns(delimiter)):
+                return found, delimiter
+    return columns(_DELIMITERS[0]), _DELIMITERS[0]
 
 
 def _records(text: str, name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -184,7 +203,7 @@ def _records(text: str, name: str, delimiter: str) -> Iterator[tuple[int, list[s
 
 
 def _from_json_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, str]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"Line {number}", _cells(_parse(line, name, f"Line {number} of "))
 
@@ -203,8 +222,18 @@ def _from_json(text: str, name: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _parse(text: str, name: str, place: str) -> Any:
+    def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in entries:
+                raise ContractError(f"{place}{name} names {key} twice: keep one.")
+            entries[key] = value
+        return entries
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_repetition)
+    except ContractError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ContractError(f"{place}{name} cannot be read as JSON: correct it or write it again.") from error
 
@@ -216,7 +245,7 @@ def _cells(value: Any) -> dict[str, str]:
     return {
         key.strip().lower(): str(cell).strip()
         for key, cell in value.items()
-        if isinstance(cell, str | int | float)
+        if isinstance(cell, str | int | float) and not isinstance(cell, bool)
     }
 
 

@@ -20,16 +20,33 @@ def count_token(text: str, token: str) -> int:
     return len(re.findall(rf"(?<!\w){re.escape(token)}(?!\w)", text))
 
 
-def check_caption_text(text: str) -> None:
+def one_line(text: str) -> str:
+    """`text` with single spaces, and without characters that nobody sees: controls, marks of no width, halves of pairs.
+
+    The two joiners stay, because emoji and some scripts need them.
+    """
+    text = text.replace("\u200b", " ")  # the space of no width
+    return " ".join("".join(character for character in text if _is_seen(character)).split())
+
+
+def _is_seen(character: str) -> bool:
+    joins = character in "\u200c\u200d" or character >= "\U000e0000"  # the latter are in emoji of flags
+    return character.isspace() or joins or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
+
+
+def check_caption_text(text: str, what: str = "") -> None:
     """Refuse captions and caption prefixes that contain placeholder tokens.
+
+    what: where the text comes from, such as "The caption of 1.jpg".
 
     Raises:
         UserInputError: `text` contains a placeholder token such as <s0>.
     """
     placeholder = re.search(r"<s[0-9]+>", text)
     if placeholder is not None:
+        quoted = f', "{text}",' if what else f'"{text}"'
         raise UserInputError(
-            f'"{text}" holds {placeholder[0]}, a placeholder token that only training may insert: '
+            f"{what}{quoted} holds {placeholder[0]}, a placeholder token that only training may insert: "
             "write a word such as TOK instead."
         )
 

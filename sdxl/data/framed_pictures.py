@@ -32,8 +32,8 @@ from sdxl.data.framing import (
     nearest_bucket,
     place_crop,
 )
-from sdxl.data.mask_reader import read_mask
-from sdxl.data.picture_reader import MAX_PIXELS, is_plain_png, read_header, read_image
+from sdxl.data.mask_reader import mostly_grey, read_mask
+from sdxl.data.picture_reader import MAX_PIXELS, is_plain_png, on_white, read_header, read_layered
 from sdxl.data.pixel_budget import PixelBudget
 from sdxl.data.source_folder import Source
 from sdxl.errors import DatasetError
@@ -46,8 +46,8 @@ OPEN_PIXELS = MAX_PIXELS
 """Pixels of pictures and masks that are decoded at once, whatever the number of threads: some gigabytes at worst."""
 SMALLEST_SIDE = 8
 """Pixels. A smaller picture shows nothing: it is less than one pixel of SDXL's latents."""
-_BLACK = 2
-"""A mask without any value above this, of 255, is black."""
+_BLACK, _WHITE = 2, 224
+"""A mask without any value above the first, of 255, is black. One with a value from the second on has a white area."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,8 @@ class _SourcePicture:
     """Its path in the archive, for messages."""
     mask: Path | None
     """The mask file that came with it."""
+    mask_name: str
+    """The mask's path in the archive, for messages; empty if there is none."""
     earlier: FramingNumbers | None
     """The framing columns of captions.csv, if the picture came from a dataset folder."""
     searched: bool
@@ -102,10 +104,12 @@ def frame_all(
 
     def frame(numbered: tuple[int, Path]) -> FramedPicture:
         index, image = numbered
+        mask = files.masks.get(image)
         picture = _SourcePicture(
             file=image,
-            name=str(image.relative_to(files.root)),
-            mask=files.masks.get(image),
+            name=files.relative(image),
+            mask=mask,
+            mask_name="" if mask is None else files.relative(mask),
             earlier=earlier.get(image),
             searched=image in salience,
             salience=salience.get(image),
@@ -132,9 +136,9 @@ def _needed(config: PreprocessConfig) -> Size:
 
 def _pixels_to_decode(source: _SourcePicture, config: PreprocessConfig) -> int:
     """How many pixels `_frame` decodes. The log says so if a file holds more than is used of it."""
-    headers = {source.name: read_header(source.file, at_least=_needed(config))}
+    headers = {source.name: read_header(source.file, at_least=_needed(config), name=source.name)}
     if source.mask is not None:
-        headers[source.mask.name] = read_header(source.mask)
+        headers[source.mask_name] = read_header(source.mask, name=source.mask_name)
     for name, header in headers.items():
         if told := header.told(name):
             log.warning("%s", told)
@@ -144,7 +148,8 @@ def _pixels_to_decode(source: _SourcePicture, config: PreprocessConfig) -> int:
 def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> FramedPicture:
     """Resize and crop one picture and its mask, and write both."""
     side = config.target_size
-    image, size = read_image(source.file, at_least=_needed(config))
+    layered, size = read_layered(source.file, at_least=_needed(config), name=source.name)
+    image = on_white(layered)
     if min(size) < SMALLEST_SIDE:
         raise DatasetError(
             f"{source.name} is {size[1]}×{size[0]} pixels, which shows nothing: leave it out, or use a larger original."
@@ -182,7 +187,7 @@ def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> Fr
     framed.save(target, compress_level=PNG_LEVEL)
 
     framing = earlier.followed_by(crop) if earlier is not None else crop
-    facts = _measure(framed, framing, source)
+    facts = _measure(framed, framing, source, transparent=_transparent(layered))
     return FramedPicture(file=target, source=source.file, crop=crop, framing=framing, facts=facts)
 
 
@@ -215,17 +220,30 @@ def _is_grey_png(file: Path, mask: Image.Image) -> bool:
 def _read_own_mask(source: _SourcePicture, size: Size) -> Image.Image:
     """The mask, in grey, that came with a picture of `size`."""
     assert source.mask is not None
-    mask, mask_size = read_mask(source.mask)
+    mask, mask_size = read_mask(source.mask, name=source.mask_name)
     if mask_size != size:
+        remedy = "turn the mask like its picture" if mask_size == size[::-1] else "give both the same size"
         raise DatasetError(
-            f"{source.mask.name} is {mask_size[1]}×{mask_size[0]}, but {source.file.name} is {size[1]}×{size[0]}: "
-            "give both the same size."
+            f"{source.mask_name} is {mask_size[1]}×{mask_size[0]}, but {source.name} is {size[1]}×{size[0]}: "
+            f"{remedy}."
         )
     if (brightest := _brightest(mask)) <= _BLACK:
         raise DatasetError(
-            f"{source.mask.name} is black (its brightest value is {brightest} of 255): "
+            f"{source.mask_name} is black (its brightest value is {brightest} of 255): "
             f"paint white what matters in {source.name}."
         )
+    if source.earlier is None:  # masks of a dataset folder may be soft, and cropped
+        if brightest < _WHITE:
+            log.warning(
+                "%s has a brightest value of %d of 255: paint white what counts fully.",
+                source.mask_name,
+                brightest,
+            )
+        elif mostly_grey(np.asarray(mask)):
+            log.warning(
+                "%s is mostly neither black nor white: paint white what matters and all else black.",
+                source.mask_name,
+            )
     return mask
 
 
@@ -248,7 +266,20 @@ def _brightest(mask: Image.Image) -> int:
     return mask.getextrema()[1]  # type: ignore[return-value]
 
 
-def _measure(framed: Image.Image, framing: Framing, source: _SourcePicture) -> Facts:
+def _transparent(layered: Image.Image) -> float:
+    """The share of a picture that is more transparent than not, 0 to 1."""
+    return float((np.asarray(layered.getchannel("A")) < 128).mean()) if layered.mode == "RGBA" else 0.0
+
+
+def _has_two_tones(grey: np.ndarray) -> bool:
+    """Whether a picture of 0 to 1 is black and white with hardly anything between, like a mask."""
+    black, white = float((grey < 0.04).mean()), float((grey > 0.96).mean())
+    return min(black, white) > 0.01 and black + white > 0.97
+
+
+def _measure(
+    framed: Image.Image, framing: Framing, source: _SourcePicture, *, transparent: float = 0.0
+) -> Facts:
     """The facts that advice is based on."""
     height, width = framing.original_size
     grey = framed.convert("L")
@@ -264,5 +295,7 @@ def _measure(framed: Image.Image, framing: Framing, source: _SourcePicture) -> F
         sharpness=sharpness(values),
         fingerprint=fingerprint(framed),
         thumbnail=thumbnail(framed),
+        transparent=transparent,
+        two_tones=source.mask is None and _has_two_tones(values),
         face_heights=() if source.salience is None else source.salience.face_heights,
     )

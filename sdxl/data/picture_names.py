@@ -3,10 +3,12 @@
 Knows names as people and systems write them; does not know what is in the files.
 """
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 Index = Mapping[str, list[Path]]
 
@@ -20,8 +22,20 @@ def _loose(text: str) -> str:
     return _nfc(_nfc(text).casefold())
 
 
-_FORMS: tuple[Callable[[str], str], ...] = (str, _nfc, _loose)
-"""Names are compared exactly, then with composed accents, then without case."""
+_QUOTES = str.maketrans("‘’‚“”„", "'''\"\"\"")
+
+
+def _as_seen(text: str) -> str:
+    """What a reader takes for the same: without invisible characters, and with plain spaces, quotes and letters."""
+    text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
+    visible = (
+        letter for letter in text if letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cf")
+    )
+    return _loose(" ".join("".join(visible).split()))
+
+
+_FORMS: tuple[Callable[[str], str], ...] = (str, _nfc, _loose, _as_seen)
+"""Names are compared exactly, then with composed accents, then without case, then as they look."""
 
 
 class PictureNames:
@@ -38,8 +52,14 @@ class PictureNames:
     def named(self, name: str, folder: Path) -> list[Path]:
         """The pictures that `name`, written in a file in `folder`, means; several if it is ambiguous.
 
-        Tries the path from the root, the path from `folder`, the file name, and the file name without its suffix.
+        Tries the path from the root, the path from `folder`, the file name, and the file name without its suffix. Of an
+        address in the web, its path counts.
         """
+        if "://" in name:
+            name = re.split("[?#]", name)[0]
+        return self._named(name, folder) or self._named(unquote(name), folder)
+
+    def _named(self, name: str, folder: Path) -> list[Path]:
         wanted = PurePosixPath(name.replace("\\", "/"))
         here = PurePosixPath(folder.relative_to(self._root))
         return (

@@ -52,6 +52,8 @@ _ORIENTATION = 0x0112
 """EXIF tag of a picture's orientation; values 5 to 8 exchange height and width."""
 _PLAIN_PNG = (b"\x08\x00", b"\x08\x02")
 """Bit depth and colour type in the header of a png: 8 bits of grey, or 8 bits each of red, green and blue."""
+_UNCERTAIN = {"TGA", "TIFF"}
+"""TGA has no signature, so that any file may look like it. Raw files of cameras look like TIFF, and hold a tiny preview."""
 _PAGED = {"HEIF", "TIFF"}
 """Pillow's names of formats that hold several pictures rather than frames of one."""
 
@@ -78,13 +80,13 @@ class PictureHeader:
         return f"{name} is animated ({self.frames} frames): only its first frame is used."
 
 
-def read_header(path: Path, *, at_least: Size | None = None) -> PictureHeader:
-    """What a picture file says of itself. at_least: see `read_image`.
+def read_header(path: Path, *, at_least: Size | None = None, name: str | None = None) -> PictureHeader:
+    """What a picture file says of itself. at_least, name: see `read_image`.
 
     Raises:
         DatasetError: like `read_image`, as far as the header shows it.
     """
-    with _opened(path, path.name) as opened:
+    with _opened(path, name or path.name) as opened:
         if at_least is not None:
             _draft(opened, at_least)
         return PictureHeader(
@@ -149,7 +151,7 @@ def read_layered(
         DatasetError: as `read_image`.
     """
     with _opened(path, name or path.name) as opened:
-        return _decode(opened, at_least)
+        return _decode(opened, at_least, name or path.name)
 
 
 def is_picture_content(path: Path) -> bool:
@@ -157,8 +159,7 @@ def is_picture_content(path: Path) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            # TGA has no signature, so that any file may look like it.
-            with Image.open(path, formats=[kind for kind in FORMATS if kind != "TGA"]):
+            with Image.open(path, formats=[kind for kind in FORMATS if kind not in _UNCERTAIN]):
                 return True
     except Image.DecompressionBombError:
         return True  # reading it says what is wrong
@@ -220,14 +221,19 @@ def _draft(opened: Image.Image, at_least: Size) -> None:
     opened.draft("RGB", (width, height))
 
 
-def _decode(opened: Image.Image, at_least: Size | None) -> tuple[Image.Image, Size]:
+def _decode(opened: Image.Image, at_least: Size | None, name: str) -> tuple[Image.Image, Size]:
     size = _upright_size(opened)  # before `draft` changes it
     if at_least is not None:
         _draft(opened, at_least)
 
     upright = ImageOps.exif_transpose(opened)
-    if upright.mode.startswith("I"):  # 16 bits a pixel
-        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8))
+    if upright.mode.startswith(("I", "F")):  # 16 bits a pixel, or more
+        values = np.asarray(upright)
+        if upright.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise DatasetError(f"{name} has more than 16 bits a pixel: save it with 8 or 16.")
+        profile = upright.info.get("icc_profile")
+        upright = Image.fromarray((values // 257).astype(np.uint8))
+        upright.info["icc_profile"] = profile
     upright = _in_srgb(upright)
     layered = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     layered.info.clear()  # a profile or transparency that was applied must not be written again
@@ -239,13 +245,18 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     if profile and image.mode == "P":
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+    if profile and image.mode == "LA":
+        grey, alpha = image.split()
+        grey.info["icc_profile"] = profile
+        coloured = _in_srgb(grey)
+        return image if coloured is grey else Image.merge("RGBA", (*coloured.split(), alpha))
+    if not profile or image.mode not in ("L", "RGB", "RGBA", "CMYK"):
         return image
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(own):
             return image
-        mode = "RGB" if image.mode == "CMYK" else image.mode
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
         converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode=mode)
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image  # ignore a broken colour profile

@@ -19,7 +19,16 @@ log = logging.getLogger(__name__)
 CAPTION_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".caption"}
 """Suffixes of files that may hold captions."""
 _ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"}
-_LITTER = {"Thumbs.db", "desktop.ini", SHEET, ADVICE}
+DOCUMENT_SUFFIXES = {
+    *(".xlsx", ".xls", ".ods", ".numbers", ".gsheet", ".parquet"),
+    *(".docx", ".doc", ".odt", ".pages", ".gdoc", ".rtf"),
+    *(".text", ".cap", ".captions", ".tags"),
+}
+"""Suffixes of files that may hold captions, but are not read."""
+_LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", SHEET, ADVICE}
+"""Names of files in lower case."""
+_LITTER_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"}
+"""Folders of macOS, of Synology's thumbnails, and of deleted files; in lower case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,9 @@ def open_source(source: Path, folder: Path) -> Source:
     if not images:
         raise DatasetError(_no_pictures(source, others))
 
-    ignored = [path.name for path in others if path.suffix.lower() not in CAPTION_SUFFIXES]
+    ignored = [
+        path.name for path in others if path.suffix.lower() not in CAPTION_SUFFIXES | DOCUMENT_SUFFIXES
+    ]
     if ignored:
         names = ", ".join(sorted(ignored)[:10]) + (", …" if len(ignored) > 10 else "")
         log.warning("Ignored files that are neither pictures nor captions (%d): %s", len(ignored), names)
@@ -90,11 +101,11 @@ def _is_picture(path: Path) -> bool:
 
 def _is_litter(path: Path) -> bool:
     """Whether an operating system or an earlier run of the preprocessor put this file there."""
-    hidden = any(part == "__MACOSX" or part.startswith(".") for part in path.parts)
-    return hidden or path.name in _LITTER
+    hidden = any(part.lower() in _LITTER_FOLDERS or part.startswith(".") for part in path.parts)
+    return hidden or path.name.lower() in _LITTER or path.name.startswith("~$")  # a lock of Microsoft Office
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Sorts by the first number in a file's name, then by its path; names without a number come first."""
-    digits = "".join(character if character.isdigit() else " " for character in path.name).split()
+    digits = "".join(character if character.isdecimal() else " " for character in path.name).split()
     return [(int(digits[0]) if digits else -1, str(path))]

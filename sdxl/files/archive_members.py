@@ -6,6 +6,7 @@ Knows what the headers of both formats can claim, and what Python's readers beli
 import bz2
 import gzip
 import io
+import logging
 import lzma
 import stat
 import struct
@@ -19,6 +20,8 @@ from typing import IO, Any, BinaryIO
 
 from sdxl.errors import ArchiveError
 from sdxl.files.file_kinds import describe_other_kind
+
+log = logging.getLogger(__name__)
 
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 """Flags of a zip's member: its content is encrypted; its name is in UTF-8."""
@@ -59,7 +62,7 @@ class Limits:
 
 
 def members(archive: Path, limits: Limits) -> Iterator[tuple[str, IO[bytes]]]:
-    """The path and the content of each regular file in a zip or tar. Skips folders, links and devices.
+    """The path and the content of each regular file in a zip or tar. Skips folders, devices and links; the log counts links.
 
     The beginning of the archive decides on its format. A zip is also recognised by its end, and a tar may end with a zip.
 
@@ -73,10 +76,13 @@ def members(archive: Path, limits: Limits) -> Iterator[tuple[str, IO[bytes]]]:
     if begins_as_zip and zipfile.is_zipfile(archive):
         yield from _zip_members(archive, limits)
     elif _is_tar(archive):
+        links = 0
         with open_tar(archive, limits) as tar:
             for member in checked(tar, archive, limits):
+                links += member.issym() or member.islnk()
                 if member.isreg() and (source := tar.extractfile(member)) is not None:
                     yield _printable(member.name), source
+        _tell_links(archive, links)
     elif zipfile.is_zipfile(archive):  # after other content, as in an archive that unpacks itself
         yield from _zip_members(archive, limits)
     else:
@@ -84,6 +90,15 @@ def members(archive: Path, limits: Limits) -> Iterator[tuple[str, IO[bytes]]]:
             "is neither a zip nor a tar archive: pack the files as .zip or .tar.gz."
         )
         raise ArchiveError(f"{archive.name} {kind}")
+
+
+def _tell_links(archive: Path, count: int) -> None:
+    if count:
+        log.warning(
+            "%s holds links (%d), which are left out: pack the files themselves, as tar -h does.",
+            archive.name,
+            count,
+        )
 
 
 # zip --------------------------------------------------------------------------------------------------------
@@ -98,6 +113,7 @@ def _zip_members(archive: Path, limits: Limits) -> Iterator[tuple[str, IO[bytes]
             raise ArchiveError(
                 f"{archive.name} holds more than {limits.members} folders and files: split it."
             )
+        _tell_links(archive, sum(stat.S_ISLNK(entry.external_attr >> 16) for entry in entries))
         for entry in entries:
             if entry.is_dir() or stat.S_ISLNK(entry.external_attr >> 16):
                 continue
