@@ -170,12 +170,12 @@ class Preprocessor(BaseRunner):
         given = as_declared(self.run, locals())
         archive, size = given.pop("files"), given.pop("target_size")
         config = PreprocessConfig(
-            target_size=size or PreprocessConfig.target_size,
+            target_size=PreprocessConfig.target_size if size is None else size,
             caption_prefix=given.pop("caption_text"),
             mask_temperature=given.pop("temp"),
             **given,
         )
-        if not size:
+        if size is None:
             config = dataclasses.replace(config, target_size=_base_size())
         repeat_on_cpu()
         configure_logging()

@@ -3,9 +3,15 @@
 Each message is one sentence that names the file or input and the remedy. The entry points show it unchanged.
 """
 
+import errno
+import os
+import re
 from pathlib import Path
 
 from dataset_and_utils import UserInputError
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+"""Codes of the system: no space left, over the quota, file too large, read-only, no permission."""
 
 __all__ = [
     "ArchiveError",
@@ -45,6 +51,16 @@ class StorageError(UserInputError):
     def of(cls, error: OSError, path: Path) -> "StorageError":
         """The error for `path`, with the system's own words."""
         return cls(f"{path.name} cannot be written ({error.strerror}): free space, or choose another folder.")
+
+    @classmethod
+    def behind(cls, error: BaseException) -> "StorageError | None":
+        """The error for a full disk or a read-only folder that made `error`, of any library; None if it was something else."""
+        if isinstance(error, OSError) and error.errno in _STORAGE:
+            return cls.of(error, Path(str(error.filename or "A file")))
+        found = re.search(r"\(os error (\d+)\)", str(error))  # libraries in Rust, such as safetensors
+        if found is not None and int(found[1]) in _STORAGE:
+            return cls.of(OSError(int(found[1]), os.strerror(int(found[1]))), Path("A file"))
+        return None
 
 
 class WeightsError(UserInputError):

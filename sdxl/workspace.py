@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdxl import settings
-from sdxl.errors import UserInputError
+from sdxl.errors import StorageError, UserInputError
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +34,24 @@ def workspace_of_run(name: str) -> Iterator[Path]:
     is not a `UserInputError`, because Cog shows only the message.
     """
     parent = settings.workspace_parent()
-    parent.mkdir(parents=True, exist_ok=True)
-    sweep(parent)
-    workspace = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=parent))
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        sweep(parent)
+        workspace = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-", dir=parent))
+    except OSError as error:
+        raise StorageError.of(error, parent) from error
     handle = os.open(workspace, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)  # the system releases it if the process dies
         yield workspace
     except BaseException as error:
-        if isinstance(error, Exception) and not isinstance(error, UserInputError):
+        storage = StorageError.behind(error)
+        if storage is None and isinstance(error, Exception) and not isinstance(error, UserInputError):
             log.exception("The run %s failed.", name)
         if (kept := _discard(workspace)) is not None:
             log.info("The checkpoints saved so far are in %s", kept)
+        if storage is not None:
+            raise storage from error
         raise
     finally:
         os.close(handle)

@@ -136,13 +136,13 @@ def _needed(config: PreprocessConfig) -> Size:
 
 def _pixels_to_decode(source: _SourcePicture, config: PreprocessConfig) -> int:
     """How many pixels `_frame` decodes. The log says so if a file holds more than is used of it."""
-    headers = {source.name: read_header(source.file, at_least=_needed(config), name=source.name)}
+    headers = [(source.name, read_header(source.file, at_least=_needed(config), name=source.name))]
     if source.mask is not None:
-        headers[source.mask_name] = read_header(source.mask, name=source.mask_name)
-    for name, header in headers.items():
+        headers.append((source.mask_name, read_header(source.mask, name=source.mask_name)))
+    for name, header in headers:
         if told := header.told(name):
             log.warning("%s", told)
-    return sum(header.pixels for header in headers.values())
+    return sum(header.pixels for _, header in headers)
 
 
 def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> FramedPicture:

@@ -79,13 +79,13 @@ def mostly_grey(values: np.ndarray) -> bool:
 def read_with_hole(path: Path, *, name: str | None = None) -> tuple[Image.Image, Image.Image | None]:
     """Decode a picture and the mask of its hole: the picture as RGB on white, and 255 where it is transparent.
 
-    The mask is None if nothing is more than half transparent.
+    The mask is None if hardly anything, less than a thousandth of the picture, is more than half transparent.
 
     Raises:
         DatasetError: not a readable picture.
     """
     layered, _ = read_layered(path, name=name)
     hole = ImageChops.invert(layered.getchannel("A")) if layered.mode == "RGBA" else None
-    if hole is not None and np.asarray(hole).max() < HALF:
+    if hole is not None and (np.asarray(hole) >= HALF).mean() < _NOTICED:
         hole = None
     return on_white(layered), hole

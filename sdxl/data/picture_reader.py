@@ -181,7 +181,7 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
             raise
         other = describe_other_kind(path, wanted="a jpg or png")
         # A picture that is damaged, or of a kind that Pillow does not read, has the same remedy.
-        if other is None or "picture" in other:
+        if other is None or other.startswith("is a picture"):
             raise DatasetError(f"{name} cannot be read as a picture: save it again as jpg or png.") from error
         raise DatasetError(f"{name} cannot be read as a picture, because it {other}") from error
 

@@ -86,7 +86,9 @@ def unpack(
                     _check_size(archive, unpacked, limits)
                     _write(sink, chunk, target)
             written[target] = None
-    except (ArchiveError, StorageError) as error:
+    except StorageError:
+        raise
+    except ArchiveError as error:
         raise error if archive.name in str(error) else _damaged(archive, error) from error
     except Exception as error:  # whatever a stranger's file makes Python's readers raise
         raise _damaged(archive, error) from error
@@ -121,8 +123,13 @@ def _new_file(target: Path) -> Iterator[IO[bytes]]:
         raise ArchiveError(f"{target.name} is a file and a folder at once") from error
     except OSError as error:
         raise StorageError.of(error, target) from error
-    with sink:
+    try:
         yield sink
+    finally:
+        try:
+            sink.close()  # writes what is still buffered
+        except OSError as error:
+            raise StorageError.of(error, target) from error
 
 
 def _write(sink: IO[bytes], chunk: bytes, target: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +83,11 @@ def write_atomically(model: TrainedFineTune, folder: Path, record: Mapping[str, 
     if folder.exists():
         return
     partial = folder.with_name(f".{folder.name}.partial")
-    write(model, partial, record)
-    partial.replace(folder)
+    try:
+        write(model, partial, record)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def pack(folder: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from sdxl.errors import UserInputError, shortened
+from sdxl.errors import StorageError, UserInputError, shortened
 from sdxl.files import hub
 from sdxl.files.archives import unpack
 from sdxl.files.fetching import (
@@ -67,7 +67,10 @@ class FineTuneCache(Generic[T]):
         self._folder, self._limits, self._load = folder, limits, load
         self._memory: OrderedDict[str, T] = OrderedDict()
         self._mutex = threading.Lock()
-        (folder / "locks").mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / "locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError.of(error, folder) from error
         self._sweep()
 
     def get(self, source: str) -> T:

@@ -1,0 +1,52 @@
+"""Faults of the machine: a disk that is full at any write, and kills at any moment."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdxl.errors import StorageError
+from sdxl.workspace import workspace_of_run
+from tests.conftest import REPOSITORY, TINY_BASE
+
+TRAINING = "max_train_steps=4 train_batch_size=1 resolution=64 random_views=0 seed=0 checkpointing_steps=2"
+
+
+def limited(command: list[str], folder: Path, kib: int) -> subprocess.CompletedProcess[str]:
+    """Run `command` where no file can grow beyond `kib` KiB: the system then refuses to write, as on a full disk."""
+    line = f"ulimit -f {kib}; exec {shlex.join(command)}"
+    environment = os.environ | {
+        "SDXL_BASE": str(TINY_BASE),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "SDXL_CACHE": str(folder / "cache"),
+    }
+    environment.pop("SDXL_WORKSPACE", None)
+    return subprocess.run(
+        ["bash", "-c", line], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("kib", [1, 40, 2000], ids=["a picture", "the embeddings", "the weights"])
+def test_a_full_disk_ends_a_training_in_one_sentence(captioned_zip: Path, tmp_path: Path, kib: int):
+    inputs = [f"input_images=@{captioned_zip}", *TRAINING.split()]
+    command = [sys.executable, "train.py", *(f"-i{text}" for text in inputs), "-o", str(tmp_path / "out")]
+    done = limited(command, tmp_path, kib)
+    assert done.returncode == 1, done.stderr
+    [said] = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert "cannot be written (File too large): free space, or choose another folder." in said
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_workspace_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("SDXL_WORKSPACE", str(tmp_path / "file" / "runs"))
+    with (
+        pytest.raises(StorageError, match=r"^runs cannot be written \(Not a directory\): free space"),
+        workspace_of_run("x"),
+    ):
+        pass
