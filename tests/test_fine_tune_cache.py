@@ -148,6 +148,38 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path):
         FineTuneCache(tmp_path / "cache", LARGE, load_slowly).get(str(tar))
 
 
+def damage_entries(folder: Path) -> None:
+    """Change a byte in the middle of each cached fine-tune, as a failing disk does; sizes stay."""
+    for file in folder.glob("*/*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+def test_damaged_entries_are_built_again(tmp_path: Path, served, caplog: pytest.LogCaptureFixture):
+    folder, url, _ = served
+    uri = (
+        "data:application/x-tar;base64,"
+        + base64.b64encode(make_tar(tmp_path / "a.tar", 1.5).read_bytes()).decode()
+    )
+    make_tar(folder / "b.tar", 2.5)
+    sources = {uri: 1.5, str(make_tar(tmp_path / "c.tar", 3.5)): 3.5, f"{url}/b.tar": 2.5}
+    for source, value in sources.items():
+        assert FineTuneCache(tmp_path / "cache", LARGE, load).get(source).value == value
+    good = {file: file.read_bytes() for file in (tmp_path / "cache").glob("*/*.safetensors")}
+    damage_entries(tmp_path / "cache")
+    assert all(file.read_bytes() != content for file, content in good.items())
+    for source, value in sources.items():
+        assert FineTuneCache(tmp_path / "cache", LARGE, load).get(source).value == value
+    assert {file: file.read_bytes() for file in good} == good
+    assert "The cached copy of b.tar is damaged: fetching it again" in caplog.text
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("*/*.safetensors")}
+    assert len(before) == 3
+    for source, value in sources.items():
+        assert FineTuneCache(tmp_path / "cache", LARGE, load).get(source).value == value
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("*/*.safetensors")}
+
+
 def test_the_least_recently_used_goes_first(tmp_path: Path):
     tars = [str(make_tar(tmp_path / f"{i}.tar", float(i))) for i in range(4)]
     cache = FineTuneCache(tmp_path / "cache", CacheLimits(disk=130_000, memory=85_000), load)

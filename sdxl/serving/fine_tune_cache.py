@@ -25,6 +25,7 @@ from typing import Generic, Protocol, TypeVar
 from sdxl.errors import StorageError, UserInputError, shortened
 from sdxl.files import hub
 from sdxl.files.archives import unpack
+from sdxl.files.checksums import checksum
 from sdxl.files.fetching import (
     decode_data_uri,
     download,
@@ -130,23 +131,28 @@ class FineTuneCache(Generic[T]):
         with self._locked(key):
             # Send the validators of the cached file (ETag, Last-Modified): the server answers whether it has changed.
             manifest = self._manifest(key)
-            with self._partial() as partial:
-                fetched = download(
-                    source,
-                    partial / "fetched",
-                    validators=manifest.get("validators", {}) if manifest else None,
-                )
-                if fetched is not None:
-                    self._build(key, name, partial, fetched.path, fetched.validators)
+            self._fetch(source, key, name, manifest.get("validators", {}) if manifest else None)
+
+            def read() -> T:
+                if not self._is_intact(key):
+                    log.warning("The cached copy of %s is damaged: fetching it again", name)
+                    self._fetch(source, key, name, None)
+                return self._read(key, name)
+
             # Another process may have fetched a newer file, so the key in memory includes the state of the entry.
-            return self._remember(
-                _key(key, _state(self._folder / key / _MANIFEST)), lambda: self._read(key, name)
-            )
+            return self._remember(_key(key, _state(self._folder / key / _MANIFEST)), read)
+
+    def _fetch(self, url: str, key: str, name: str, validators: dict[str, str] | None) -> None:
+        """Build the entry of a URL, unless its server says that nothing changed since `validators`."""
+        with self._partial() as partial:
+            fetched = download(url, partial / "fetched", validators=validators)
+            if fetched is not None:
+                self._build(key, name, partial, fetched.path, fetched.validators)
 
     def _from_disk(self, key: str, name: str, bring: Callable[[Path], Path]) -> T:
         """The fine-tune of the entry `key`. If the entry is missing, build it from the archive that `bring` puts into a folder."""
         with self._locked(key):
-            if self._manifest(key) is None:
+            if self._manifest(key) is None or not self._is_intact(key):
                 with self._partial() as partial:
                     self._build(key, name, partial, bring(partial), {})
             return self._read(key, name)
@@ -167,7 +173,13 @@ class FineTuneCache(Generic[T]):
             unpack(archive, content, limits=fine_tune_files.LIMITS, skip=fine_tune_files.is_checkpoint)
         fine_tune_files.read(content, content, name=name)
         sizes = {str(file.relative_to(content)): file.stat().st_size for file in _files(content)}
-        manifest = {"files": sizes, "bytes": sum(sizes.values()), "validators": validators}
+        checksums = {name: checksum(content / name) for name in sizes}
+        manifest = {
+            "files": sizes,
+            "checksums": checksums,
+            "bytes": sum(sizes.values()),
+            "validators": validators,
+        }
         (content / _MANIFEST).write_text(json.dumps(manifest))
         self._discard(key)
         content.rename(self._folder / key)
@@ -183,6 +195,17 @@ class FineTuneCache(Generic[T]):
         except (OSError, ValueError, KeyError):
             pass
         return None
+
+    def _is_intact(self, key: str) -> bool:
+        """Whether the content of an entry's files is as it was built. Disks and machines that lose power damage files."""
+        manifest = self._manifest(key) or {}
+        try:
+            return all(
+                checksum(self._folder / key / name) == manifest["checksums"][name]
+                for name in manifest["files"]
+            )
+        except (OSError, KeyError, TypeError):
+            return False
 
     def _make_room(self, keep: str) -> None:
         """Evict the least recently used entries, but not `keep`, until the disk limit holds."""
