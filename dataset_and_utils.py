@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 POOLED_AT_EOS = {"pooled_at": "eos"}
 """Metadata of embeddings that were trained with the pooled output of the end-of-text token."""
 
-_TOKEN_MAP_ENTRY = re.compile(r"([A-Za-z_]+):([0-9]+)")
+_TOKEN_MAP_ENTRY = re.compile(r"([A-Za-z_]+):([0-9]{1,9})")
+_PLACEHOLDERS = re.compile(r"(<s[0-9]{1,3}>)+")
+MOST_ROWS = 1000
+"""Embedding rows of all tokens of a fine-tune together, so numbers of placeholders have at most three digits."""
 
 
 class UserInputError(ValueError):
@@ -82,6 +85,10 @@ class TokenMap:
                 raise ContractError(f"token_map {text!r} names {match[1]} twice: give each token one entry.")
             placeholders[match[1]] = "".join(f"<s{count + row}>" for row in range(size))
             count += size
+            if count > MOST_ROWS:
+                raise ContractError(
+                    f"token_map asks for more than {MOST_ROWS} rows in all: give tokens fewer rows."
+                )
         return cls(placeholders)
 
     @property
@@ -138,16 +145,20 @@ class TokenMap:
         """
         try:
             content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ContractError(
                 f"{path.name} cannot be read as JSON: take it from a finished training."
             ) from error
         if not isinstance(content, dict) or not all(
-            word and isinstance(value, str) and re.fullmatch(r"(<s[0-9]+>)+", value)
+            word and word.isprintable() and isinstance(value, str) and _PLACEHOLDERS.fullmatch(value)
             for word, value in content.items()
         ):
             example = '{"TOK": "<s0><s1>"}'
             raise ContractError(f"{path.name} must look like {example}: take it from a finished training.")
+        if sum(value.count("<") for value in content.values()) > MOST_ROWS:
+            raise ContractError(
+                f"{path.name} names more than {MOST_ROWS} placeholder tokens: take it from a finished training."
+            )
         return cls(content)
 
 

@@ -9,6 +9,23 @@ import unicodedata
 from dataset_and_utils import TokenMap
 from sdxl.errors import DatasetError, UserInputError
 
+LONGEST_TEXT = 20_000
+"""Characters of a prompt or caption. Text encoders read some 400 of them, and a million take a minute to split."""
+
+
+def require_short(text: str, what: str) -> None:
+    """Refuse a text of more than `LONGEST_TEXT` characters.
+
+    what: its name in messages.
+
+    Raises:
+        UserInputError: it is longer.
+    """
+    if len(text) > LONGEST_TEXT:
+        raise UserInputError(
+            f"{what} has {len(text):,} characters, but may have at most {LONGEST_TEXT:,}: shorten it."
+        )
+
 
 def tokens_in(text: str) -> list[str]:
     """The words of `text` that look like new tokens: two or more capital letters and underscores."""
@@ -40,8 +57,9 @@ def check_caption_text(text: str, what: str = "") -> None:
     what: where the text comes from, such as "The caption of 1.jpg".
 
     Raises:
-        UserInputError: `text` contains a placeholder token such as <s0>.
+        UserInputError: `text` contains a placeholder token such as <s0>, or is longer than `LONGEST_TEXT`.
     """
+    require_short(text, what or "A caption")
     placeholder = re.search(r"<s[0-9]+>", text)
     if placeholder is not None:
         quoted = f', "{text}",' if what else f'"{text}"'

@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from sdxl.data.dataset_folder import mask_file
 
 _MARGIN = 12
+_MOST_LINES = 8
+"""Lines of a caption; a text of a book would make the sheet taller than any picture file can be."""
 _INK = (32, 32, 40)
 
 
@@ -34,7 +36,7 @@ def contact_sheet(rows: Sequence[Row], *, side: int = 256, text: int = 14) -> Im
     """
     title_size, line_height = round(text * 10 / 7), round(text * 9 / 7)
     title_font, caption_font = ImageFont.load_default(size=title_size), ImageFont.load_default(size=text)
-    wrapped = [[textwrap.wrap(caption, 2 * side // text) for caption in row.captions] for row in rows]
+    wrapped = [[_lines(caption, 2 * side // text) for caption in row.captions] for row in rows]
     heights = [
         title_size + 14 + side + line_height * max((len(lines) for lines in captions), default=0) + _MARGIN
         for captions in wrapped
@@ -58,6 +60,11 @@ def contact_sheet(rows: Sequence[Row], *, side: int = 256, text: int = 14) -> Im
                 draw.text((left, under + index * line_height), line, font=caption_font, fill=_INK)
         top += height
     return sheet
+
+
+def _lines(caption: str, width: int) -> list[str]:
+    """The first lines of a caption, of at most `width` letters each."""
+    return textwrap.wrap(caption[: _MOST_LINES * width * 2], width, max_lines=_MOST_LINES, placeholder=" …")
 
 
 def masked(picture: Image.Image, mask: Image.Image | None) -> Image.Image:

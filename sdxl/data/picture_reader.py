@@ -4,7 +4,6 @@ Knows file formats, EXIF orientations and colour profiles; does not know masks, 
 """
 
 import io
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pi_heif import register_heif_opener
 from PIL import Image, ImageCms, ImageOps
 
 from sdxl.data.framing import Size
-from sdxl.errors import DatasetError
+from sdxl.errors import DatasetError, UserInputError
 from sdxl.files.file_kinds import describe_other_kind
 
 register_heif_opener()  # adds the format of phones' pictures to those that Pillow opens
@@ -163,7 +162,7 @@ def is_picture_content(path: Path) -> bool:
                 return True
     except Image.DecompressionBombError:
         return True  # reading it says what is wrong
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # whatever a stranger's file makes Pillow and libheif raise
         return False
 
 
@@ -176,9 +175,9 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
             with Image.open(path, formats=FORMATS) as opened:
                 _check_shape(opened, name)
                 yield opened
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, DatasetError):
-            raise
+    except UserInputError:
+        raise
+    except Exception as error:  # whatever a stranger's file makes Pillow and libheif raise
         other = describe_other_kind(path, wanted="a jpg or png")
         # A picture that is damaged, or of a kind that Pillow does not read, has the same remedy.
         if other is None or other.startswith("is a picture"):
@@ -201,7 +200,7 @@ def _count_frames(opened: Image.Image) -> int:
     """Frames or pictures in a file; 1 if those after the first are damaged."""
     try:
         return getattr(opened, "n_frames", 1)
-    except (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, struct.error):
+    except Exception:  # whatever a stranger's file makes Pillow and libheif raise
         return 1
 
 

@@ -53,6 +53,8 @@ _UNREAD_DTYPES = (
 """Further types of the format, for quantised or other weights."""
 _MAX_HEADER = 16 << 20
 """Bytes. The header of SDXL's UNet has 0.2 million."""
+_MAX_TENSORS = 100_000
+"""The UNet of SDXL has 1,680; each tensor costs memory beyond its bytes."""
 _MAX_DIMS, _MAX_NUMBER = 8, 2**40
 """Limits on the dimensions of a tensor, and on the sizes and offsets in a header."""
 _PIECE = 32 << 20
@@ -62,6 +64,10 @@ _THREADS = 8
 
 class _CutOffError(ValueError):
     """The file is shorter than its header says: its size, and what it should be, in bytes."""
+
+
+class _TooManyTensorsError(ValueError):
+    """The header lists more than `_MAX_TENSORS`."""
 
 
 class _UnknownNumbersError(ValueError):
@@ -100,6 +106,8 @@ class WeightFile:
                     raise ValueError("the header is too long")
                 header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", {})
+            if len(header) > _MAX_TENSORS:
+                raise _TooManyTensorsError
             entries = {name: _parse_entry(entry) for name, entry in header.items()}
 
             # The format forbids gaps and overlaps. This also bounds the memory that `read` takes by the file's size.
@@ -136,6 +144,8 @@ class WeightFile:
                 return other or "is damaged or not a safetensors file: download it again, or give another."
         if isinstance(error, _UnknownNumbersError):
             return f"holds {error} numbers, which cannot be read here: give it in fp16, bf16 or fp32."
+        if isinstance(error, _TooManyTensorsError):
+            return f"holds more than {_MAX_TENSORS:,} tensors: give a fine-tune of SDXL."
         if isinstance(error, _CutOffError):
             has, needs = error.args
             return f"is damaged, since it has only {has:,} of {needs:,} bytes: download or copy it again."

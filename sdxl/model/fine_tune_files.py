@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dataset_and_utils import TokenMap, read_embeddings, write_embeddings
+from dataset_and_utils import MOST_ROWS, TokenMap, read_embeddings, write_embeddings
 from sdxl.errors import WeightsError
 from sdxl.files.archives import Limits, in_place, pack_tar, unpack
 from sdxl.files.file_kinds import describe_other_kind, looks_like_safetensors
@@ -201,6 +201,7 @@ def read_rows(fine_tune: FineTuneFiles) -> tuple[tuple[Tensor, ...], bool, Token
             raise WeightsError(
                 f"{fine_tune.embeddings.name} needs token rows for two text encoders: train again."
             )
+        _check_count(len(rows[0]), fine_tune.embeddings.name)
         return tuple(rows), at_eos, fine_tune.token_map
 
     # Embeddings of other tools: number their rows across all files, as a token map does.
@@ -215,6 +216,7 @@ def read_rows(fine_tune: FineTuneFiles) -> tuple[tuple[Tensor, ...], bool, Token
             raise WeightsError(
                 f"{file.name} must hold equally many rows for clip_l and clip_g: download it again."
             )
+        _check_count(count + len(pair[0]), file.name)
         placeholders[Path(file.name).stem] = "".join(f"<s{count + row}>" for row in range(len(pair[0])))
         count += len(pair[0])
         pairs.append(pair)
@@ -222,6 +224,13 @@ def read_rows(fine_tune: FineTuneFiles) -> tuple[tuple[Tensor, ...], bool, Token
         return (), True, fine_tune.token_map
     token_map = TokenMap({**placeholders, **fine_tune.token_map.placeholders})
     return tuple(torch.cat([pair[i] for pair in pairs]) for i in range(2)), True, token_map
+
+
+def _check_count(rows: int, name: str) -> None:
+    if rows > MOST_ROWS:
+        raise WeightsError(
+            f"{name} makes more than {MOST_ROWS} token rows in all: give embeddings of fewer tokens."
+        )
 
 
 def is_safetensors(path: Path, *, name: str | None = None) -> bool:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdxl.errors import WeightsError
+from sdxl.errors import WeightsError, shortened
 from sdxl.model.lora_metadata import read_alphas
 
 _ROLE = re.compile(
@@ -156,13 +156,13 @@ def read_lora(
         match = _ROLE.search(key)
         if match is None:
             raise WeightsError(
-                f"{file} holds {key}, but a plain LoRA has no such key: give a LoRA or a DoRA of peft without LoHa, LoKr or "
+                f"{file} holds {shortened(key)}, but a plain LoRA has no such key: give a LoRA or a DoRA of peft without LoHa, LoKr or "
                 "biases."
             )
         layer = names.find(key[: match.start()])
         if layer is None:
             raise WeightsError(
-                f"{file} does not fit this base, which has no layer for {key}: use the base that it was trained on."
+                f"{file} does not fit this base, which has no layer for {shortened(key)}: use the base that it was trained on."
             )
         role = {"A": "down", "B": "up"}.get(match["peft"]) or match["dora"] or match["kohya"] or match["old"]
         roles_of.setdefault(layer, {})[role or "alpha"] = tensor

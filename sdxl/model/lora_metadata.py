@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ _LONGEST_PATTERN, _MOST_PATTERNS = 500, 10_000
 _CAN_BE_SLOW = re.compile(r"[*+?{|(]")
 """Without any of these, an expression has one length and takes no time to match."""
 _TIMEOUT_S = 10
+_LARGEST_ALPHA = 1e30
+"""JSON may hold integers that no float can; weights with a larger alpha would overflow anyway."""
 _MATCHER = r"""
 import json, re, sys
 patterns, names = json.load(sys.stdin)
@@ -102,7 +105,9 @@ def _compiled(pattern: str, file: str, setting: str) -> re.Pattern[str]:
     try:
         if len(pattern) > _LONGEST_PATTERN:
             raise ValueError
-        return re.compile(rf"(.*\.)?({pattern})$")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of sets in sets
+            return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise WeightsError(
             f"{file} has {_quoted(pattern)} in {setting}, which is no regular expression of at most "
@@ -153,7 +158,7 @@ def _check_rank(said: Any, rank: int, layer: str, file: str) -> None:
 
 
 def _number(alpha: Any, layer: str, file: str) -> float:
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(alpha) not in (int, float) or not abs(alpha) < _LARGEST_ALPHA:  # NaN is not either
         raise WeightsError(
             f"{file} gives {layer} the alpha {_quoted(alpha)}, which is no number: save the LoRA again."
         )
@@ -162,4 +167,7 @@ def _number(alpha: Any, layer: str, file: str) -> float:
 
 def _quoted(value: Any) -> str:
     """A value of the metadata as messages show it."""
-    return shortened(repr(value))
+    try:
+        return shortened(repr(value))
+    except RecursionError:
+        return "a list that is too deep"

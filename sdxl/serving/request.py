@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from PIL import Image
 
+from sdxl.data.caption_text import require_short
 from sdxl.errors import UserInputError
 from sdxl.serving.samplers import SCHEDULERS
 
@@ -39,6 +40,8 @@ ASPECT_RATIOS = {
 ratio (arXiv:2307.01952, appendix I)."""
 FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG"}
 """File format, also the file's suffix → Pillow's name."""
+MOST_LORAS = 16
+"""LoRAs in `extra_lora`: each is fetched, read and kept in memory."""
 Refine = Literal["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
 
 CHOICES = {
@@ -93,6 +96,8 @@ class DrawingOptions:
     """For base_image_refiner: the steps of its schedule; None for `num_inference_steps`."""
 
     def __post_init__(self) -> None:
+        require_short(self.prompt, "prompt")
+        require_short(self.negative_prompt, "negative_prompt")
         _check(self)
 
     def seed_of(self, index: int) -> int:
@@ -179,6 +184,10 @@ class FineTuneOptions:
 
     def __post_init__(self) -> None:
         scales, loras = self.extra_lora_scale, self.extra_lora or ()
+        if len(loras) > MOST_LORAS:
+            raise UserInputError(
+                f"extra_lora has {len(loras)} entries, but may have at most {MOST_LORAS}: merge LoRAs first."
+            )
         if scales is not None and len(scales) not in (len(loras), len(_filled(loras))):
             raise UserInputError(
                 f"extra_lora_scale has {len(scales)} numbers for {len(loras)} LoRAs in extra_lora: give one number each."

@@ -8,10 +8,14 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dataset_and_utils import TokenMap
+from sdxl.data.caption_text import require_short
 from sdxl.errors import UserInputError
 
 DEFAULT_STEPS = 1000
 """Optimizer steps when neither steps nor epochs are given."""
+
+MOST_PRIOR_PROMPTS = 1000
+"""Prompts in `prior_prompts`: the base draws at least one picture of each."""
 
 Schedule = Literal["constant", "linear", "cosine"]
 LoraTargets = Literal["attention", "transformer", "all"]
@@ -177,6 +181,12 @@ def prior_prompts_of(text: str) -> tuple[str, ...]:
     prompts = tuple(part.strip() for part in text.split("|") if part.strip())
     if not prompts:
         raise UserInputError("prior_prompts contains no prompt: write some, such as 'a photo of a dog'.")
+    if len(prompts) > MOST_PRIOR_PROMPTS:
+        raise UserInputError(
+            f"prior_prompts has {len(prompts)} prompts, but may have at most {MOST_PRIOR_PROMPTS}: give fewer."
+        )
+    for prompt in prompts:
+        require_short(prompt, "A prompt of prior_prompts")
     return prompts
 
 
