@@ -77,6 +77,8 @@ def settings(folder: Path) -> dict[str, str]:
         "SDXL_REFINER": f"{BASE}-refiner",
         "SDXL_CACHE": str(folder / "cache"),
         "SDXL_WORKSPACE": str(folder / "workspace"),
+        "SDXL_FINE_TUNES": str(folder / "fine_tunes"),
+        "SDXL_PRIVATE_URLS": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(THREADS),
     }

@@ -96,11 +96,10 @@ def all_jobs(folder: Path, url: str) -> list[Job]:
         Job("wrong", {**small, "num_inference_steps": "many"}, "num_inference_steps"),
         Job("wrong", {**small, "image": data_uri(b"no picture", "image/png")}, "cannot be read as a picture"),
         Job("wrong", {**small, "mask": picture_uri(mask)}, "without image"),
-        Job("wrong", {**small, "replicate_weights": "/nowhere.tar"}, "does not exist"),
+        Job("wrong", {**small, "replicate_weights": "/nowhere.tar"}, "takes no paths"),
+        Job("wrong", {**small, "replicate_weights": str(folder / "server.log")}, "takes no paths"),
         Job("wrong", {**small, "replicate_weights": f"{url}/nothing.tar"}, "HTTP 404"),
-        Job(
-            "wrong", {**small, "replicate_weights": data_uri(b"x", "application/x-tar")}, "neither a zip nor"
-        ),
+        Job("wrong", {**small, "replicate_weights": data_uri(b"x", "application/x-tar")}, "is a text file"),
         Job(
             "wrong",
             {**small, "extra_lora": [str(tars["whole"])], "replicate_weights": str(tars["one"])},
