@@ -23,7 +23,7 @@ from sdxl.serving.request import (
     GenerationRequest,
     LayoutOptions,
 )
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, call
 
 SIGNATURE = {
     name: one.default for name, one in inspect.signature(Predictor.run).parameters.items() if name != "self"
@@ -206,3 +206,16 @@ def test_options_without_effect_are_told(given: dict[str, Any], told: str | None
         made(DrawingOptions, prompt="a fish", seed=0), made(LayoutOptions), made(DeliveryOptions)
     )
     assert list(sentences) == ([] if told is None else [told])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"prompt": "x" * 20_001}, "prompt has 20,001 characters, but may have at most 20,000: shorten it"),
+        ({"negative_prompt": "x" * 10**6}, "negative_prompt has 1,000,000 characters"),
+        ({"extra_lora": ["someone/style"] * 17}, "extra_lora has 17 entries, but may have at most 16"),
+    ],
+)
+def test_texts_and_lists_have_limits(inputs: dict[str, Any], message: str):
+    with pytest.raises(UserInputError, match=message):
+        call(Predictor().run, **inputs)
