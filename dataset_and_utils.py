@@ -201,9 +201,13 @@ def read_embeddings(path: str | os.PathLike[str]) -> tuple[list[Tensor], bool]:
             rows = [file.get_tensor(f"text_encoders_{index}") for index in range(len(file.keys()))]
             at_eos = (file.metadata() or {}).get("pooled_at") == POOLED_AT_EOS["pooled_at"]
     except (OSError, SafetensorError) as error:
-        raise ContractError(f"{path} holds no token embeddings: take it from a finished training.") from error
+        raise ContractError(
+            f"{Path(path).name} holds no token embeddings: take it from a finished training."
+        ) from error
     if not rows or any(row.ndim != 2 or len(row) != len(rows[0]) or len(row) == 0 for row in rows):
-        raise ContractError(f"{path} must hold one [tokens, dim] tensor for each encoder, of equal lengths.")
+        raise ContractError(
+            f"{Path(path).name} must hold one [tokens, dim] tensor for each encoder, of equal lengths."
+        )
     return rows, at_eos
 
 

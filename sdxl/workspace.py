@@ -75,6 +75,8 @@ def sweep(parent: Path) -> None:
                 age = time.time() - folder.stat().st_mtime
                 delivered = settings.behind_server() and age > settings.keep_seconds()
                 half_done = any(any(folder.glob(pattern)) for pattern in _INTERMEDIATE)
+                # A run that was killed while it packed its result.
+                half_done |= any(path.name != CHECKPOINTS for path in folder.glob(f"{OUTPUT}/*"))
                 if delivered or half_done:
                     _discard(folder)
             finally:

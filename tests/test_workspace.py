@@ -141,3 +141,12 @@ def test_other_folders_are_none_of_our_business(parent: Path, tmp_path: Path):
     sweep(parent)
     assert (outside / "fetched").exists()
     assert sorted(path.name for path in parent.iterdir()) == ["sdxl-file", "sdxl-link", "train-x"]
+
+
+def test_a_result_that_was_being_packed_is_swept(parent: Path):
+    folder = parent / "sdxl-train-x"
+    (folder / OUTPUT / CHECKPOINTS / "step-000002").mkdir(parents=True)
+    (folder / OUTPUT / CHECKPOINTS / "step-000002" / "lora.safetensors").write_text("x")
+    (folder / OUTPUT / "lora.safetensors").write_text("x")
+    sweep(parent)
+    assert names(folder) == [f"{OUTPUT}/{CHECKPOINTS}/step-000002/lora.safetensors"]
