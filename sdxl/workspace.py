@@ -24,6 +24,8 @@ _INTERMEDIATE = ("fetched", "dataset", "unpacked-*", "*.partial", ".*.partial")
 OUTPUT, CHECKPOINTS = "training_out", "checkpoints"
 """The folder in which a training collects its result, and the folder of earlier steps in it. The latter is kept, because it
 can replace a lost result."""
+RESULT = "trained_model.tar"
+"""The result of a training. It appears complete, by one rename, so a killed run that has it was finished."""
 
 
 @contextlib.contextmanager
@@ -78,19 +80,26 @@ def sweep(parent: Path) -> None:
                 # A run that was killed while it packed its result.
                 half_done |= any(path.name != CHECKPOINTS for path in folder.glob(f"{OUTPUT}/*"))
                 if delivered or half_done:
-                    _discard(folder)
+                    _discard(folder, keep_result=not delivered)
             finally:
                 os.close(handle)
 
 
-def _discard(folder: Path) -> Path | None:
-    """Remove a run's folder except for its checkpoints; return their folder, or None if there are none."""
+def _discard(folder: Path, *, keep_result: bool = False) -> Path | None:
+    """Remove a run's folder except for its checkpoints; return their folder, or None if there are none.
+
+    keep_result: keep a finished result too. Its checkpoints are in it.
+    """
     kept = folder / OUTPUT / CHECKPOINTS
-    if not kept.is_dir() or not any(kept.iterdir()):
+    finished = keep_result and (folder / RESULT).is_file()
+    if finished:
+        kept = folder / RESULT
+    elif not kept.is_dir() or not any(kept.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    for path in [*folder.iterdir(), *kept.parent.iterdir()]:
-        if path in (kept, kept.parent):
+    inside = [] if finished else kept.parent.iterdir()
+    for path in [*folder.iterdir(), *inside]:
+        if path == kept or (path == kept.parent and not finished):
             continue
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -11,7 +11,7 @@ import pytest
 
 from sdxl import settings
 from sdxl.errors import UserInputError
-from sdxl.workspace import CHECKPOINTS, OUTPUT, sweep, workspace_of_run
+from sdxl.workspace import CHECKPOINTS, OUTPUT, RESULT, sweep, workspace_of_run
 from tests.conftest import REPOSITORY
 
 
@@ -38,7 +38,7 @@ def left_by_a_killed_run(parent: Path, *, checkpoints: bool = False) -> Path:
 import os
 from sdxl.workspace import workspace_of_run
 with workspace_of_run("train") as folder:
-    for name in ("fetched/a.zip", "dataset/0.src.png", "unpacked-x/checkpoints/a.jpg", "trained_model.tar"):
+    for name in ("fetched/a.zip", "dataset/0.src.png", "unpacked-x/checkpoints/a.jpg", "training_out/lora.safetensors"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     if {checkpoints}:
@@ -150,3 +150,15 @@ def test_a_result_that_was_being_packed_is_swept(parent: Path):
     (folder / OUTPUT / "lora.safetensors").write_text("x")
     sweep(parent)
     assert names(folder) == [f"{OUTPUT}/{CHECKPOINTS}/step-000002/lora.safetensors"]
+
+
+def test_a_finished_result_of_a_killed_run_stays(parent: Path):
+    """The kill came after the tar was complete, and before the rest was removed."""
+    folder = parent / "sdxl-train-x"
+    for name in (RESULT, "dataset/0.src.png", f"{OUTPUT}/lora.safetensors", f"{OUTPUT}/{CHECKPOINTS}/a/x"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    sweep(parent)
+    assert names(folder) == [RESULT]
+    sweep(parent)
+    assert names(folder) == [RESULT]
