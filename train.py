@@ -24,7 +24,7 @@ from sdxl.training.config import TrainingConfig
 from sdxl.training.contradictions import without_effect, without_effect_here
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.torchrun import run_in_each
-from sdxl.workspace import CHECKPOINTS, OUTPUT, workspace_of_run
+from sdxl.workspace import CHECKPOINTS, OUTPUT, RESULT, workspace_of_run
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
@@ -294,11 +294,11 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
 
     # Fine-tune → tar.
     fine_tune_files.write(trained, output, record)
-    fine_tune_files.pack(output, workspace / "trained_model.tar")
+    fine_tune_files.pack(output, workspace / RESULT)
     shutil.rmtree(dataset_folder)
     shutil.rmtree(output)
-    log.info("Done: trained_model.tar contains the fine-tune.")
-    return workspace / "trained_model.tar"
+    log.info("Done: %s contains the fine-tune.", RESULT)
+    return workspace / RESULT
 
 
 def _prior(config: TrainingConfig, components: "Components") -> "ExampleDataset":

@@ -6,12 +6,15 @@ Each message is one sentence that names the file or input and the remedy. The en
 import errno
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from dataset_and_utils import UserInputError
 
-_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-"""Codes of the system: no space left, over the quota, file too large, read-only, no permission."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Codes of the system: no space left, over the quota, file too large, read-only."""
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
+"""Codes of the system: no permission, to read or to write."""
 
 __all__ = [
     "ArchiveError",
@@ -24,12 +27,20 @@ __all__ = [
     "WeightsError",
     "WithheldError",
     "shortened",
+    "some_of",
 ]
 
 
 def shortened(text: str) -> str:
     """What a user wrote, as messages quote it: text that was pasted by mistake may be megabytes long."""
     return text if len(text) <= 300 else f"{text[:60]}…"
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first three of `names`, and how many more there are."""
+    listed = list(names)
+    shown = ", ".join(listed[:3])
+    return shown if len(listed) <= 3 else f"{shown} and {len(listed) - 3} more"
 
 
 class ArchiveError(UserInputError):
@@ -45,20 +56,24 @@ class DownloadError(UserInputError):
 
 
 class StorageError(UserInputError):
-    """A file cannot be written: the disk is full, or the folder is read-only."""
+    """A file cannot be written or opened: the disk is full, the folder is read-only, or permission is missing."""
 
     @classmethod
     def of(cls, error: OSError, path: Path) -> "StorageError":
         """The error for `path`, with the system's own words."""
+        if error.errno in _FORBIDDEN:
+            return cls(
+                f"{path.name} cannot be opened ({error.strerror}): change its permissions, or choose another one."
+            )
         return cls(f"{path.name} cannot be written ({error.strerror}): free space, or choose another folder.")
 
     @classmethod
     def behind(cls, error: BaseException) -> "StorageError | None":
-        """The error for a full disk or a read-only folder that made `error`, of any library; None if it was something else."""
-        if isinstance(error, OSError) and error.errno in _STORAGE:
+        """The error for what the system refused behind `error`, of any library; None if it was something else."""
+        if isinstance(error, OSError) and error.errno in _FULL | _FORBIDDEN:
             return cls.of(error, Path(str(error.filename or "A file")))
         found = re.search(r"\(os error (\d+)\)", str(error))  # libraries in Rust, such as safetensors
-        if found is not None and int(found[1]) in _STORAGE:
+        if found is not None and int(found[1]) in _FULL | _FORBIDDEN:
             return cls.of(OSError(int(found[1]), os.strerror(int(found[1]))), Path("A file"))
         return None
 

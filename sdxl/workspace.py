@@ -88,19 +88,27 @@ def sweep(parent: Path) -> None:
 def _discard(folder: Path, *, keep_result: bool = False) -> Path | None:
     """Remove a run's folder except for its checkpoints; return their folder, or None if there are none.
 
-    keep_result: keep a finished result too. Its checkpoints are in it.
+    keep_result: keep and return a finished result instead. Its checkpoints are in it.
     """
-    kept = folder / OUTPUT / CHECKPOINTS
-    finished = keep_result and (folder / RESULT).is_file()
-    if finished:
-        kept = folder / RESULT
+    result, kept = folder / RESULT, folder / OUTPUT / CHECKPOINTS
+    if keep_result and result.is_file():
+        kept = result
     elif not kept.is_dir() or not any(kept.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    inside = [] if finished else kept.parent.iterdir()
-    for path in [*folder.iterdir(), *inside]:
-        if path == kept or (path == kept.parent and not finished):
+    _remove_all_but(kept, folder)
+    return kept
+
+
+def _remove_all_but(kept: Path, folder: Path) -> None:
+    """Remove everything in `folder` except for `kept`, which is in it or further down."""
+    for path in folder.iterdir():
+        if path == kept:
             continue
         with contextlib.suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    return kept
+            if kept.is_relative_to(path):
+                _remove_all_but(kept, path)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

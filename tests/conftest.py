@@ -10,14 +10,17 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageCms
 
 from sdxl.process import configure_logging, repeat_on_cpu
+
+if TYPE_CHECKING:
+    from predict import Predictor
 
 repeat_on_cpu()  # before torch multiplies anything
 # The miniature is too small to gain from several threads, and on busy cores they wait for each other.
@@ -104,6 +107,28 @@ def write_captioned_zip(path: Path) -> Path:
     rows = "".join(f"{i}.png,a photo of TOK number {i}\n" for i in range(4))
     pictures = {f"{i}.png": png(i) for i in range(4)}
     return write_zip(path, {**pictures, "captions.csv": "image_file,caption\n" + rows})
+
+
+@pytest.fixture(scope="module")
+def predictor() -> "Predictor":
+    """A predictor with the embedded base, ready to draw."""
+    from predict import Predictor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDXL_BASE", str(TINY_BASE))
+        made = Predictor()
+        made.setup()
+    return made
+
+
+def exchanged_profile(first: str, second: str) -> bytes:
+    """The colour profile of a screen with two of its colours, "r", "g" or "b", exchanged."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    one, other = f"{first}XYZ".encode(), f"{second}XYZ".encode()
+    # The last replacement changes the description, by which sRGB is recognised.
+    for old, new in ((one, b"-XYZ"), (other, one), (b"-XYZ", other), (b"s\0R\0G\0B", b"x\0R\0G\0B")):
+        profile = profile.replace(old, new)
+    return profile
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Faults of the machine: a disk that is full at any write, and kills at any moment."""
 
+import errno
 import os
 import shlex
 import subprocess
@@ -50,3 +51,10 @@ def test_a_workspace_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: p
         workspace_of_run("x"),
     ):
         pass
+
+
+def test_missing_permission_is_not_called_a_full_disk():
+    refused = StorageError.behind(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/a/set.zip"))
+    assert str(refused) == (
+        "set.zip cannot be opened (Permission denied): change its permissions, or choose another one."
+    )

@@ -16,7 +16,7 @@ from sdxl.errors import UserInputError
 from sdxl.serving.canvas import Canvas, lay_out
 from sdxl.serving.picture_files import read_inputs, read_parameters
 from sdxl.serving.request import RANGES, LayoutOptions
-from tests.conftest import TINY_BASE, call
+from tests.conftest import call
 from tests.field.requests import BOX, CASES, HOLE, SIZE, Case, file, painted
 from tests.field.weights import PAGE, WEIGHTS, WeightCase, lora, pickled
 from tests.test_cog_server import http_server
@@ -62,15 +62,6 @@ def test_masks_are_used_as_meant_or_refused(case: Case, tmp_path: Path, caplog: 
     for part in case.says:
         assert part in said
     assert case.mask is not None or "mask is " not in said.replace("no mask is given", "")
-
-
-@pytest.fixture(scope="module")
-def predictor() -> Predictor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SDXL_BASE", str(TINY_BASE))
-        made = Predictor()
-        made.setup()
-    return made
 
 
 SMALL = {"prompt": "a red fish", "num_inference_steps": 2, "guidance_scale": 4.0, "seed": 0}

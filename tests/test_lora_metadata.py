@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from typing import Any
 
 import pytest
@@ -111,10 +110,8 @@ def test_metadata_that_is_no_object_is_refused(text: str):
 @pytest.mark.parametrize("pattern", [r"(([a-z0-9_.])+)+X", r"(\w\w|\w|\.)*X", ".?" * 80 + "." * 58])
 def test_an_expression_that_never_ends_is_stopped(pattern: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lora_metadata, "_TIMEOUT_S", 0.5)
-    before = time.monotonic()
     with pytest.raises(WeightsError, match="regular expressions in alpha_pattern that take too long: save"):
         read({"alpha_pattern": {pattern: 1.0}}, dict.fromkeys(NAMES, 4))
-    assert time.monotonic() - before < 60
 
 
 def test_a_name_for_each_layer_of_sdxl_is_quick():

@@ -21,7 +21,7 @@ from sdxl.data.pixel_budget import PixelBudget
 from sdxl.errors import DatasetError
 from sdxl.serving.canvas import cover, mask_like
 from sdxl.training.random_views import views_of
-from tests.conftest import png, write_zip
+from tests.conftest import exchanged_profile, png, write_zip
 
 SIDE = 64
 TABLE = "image_file,caption,original_height,original_width,crop_top,crop_left\n0.src.png,TOK,128,128,0,0\n"
@@ -66,15 +66,7 @@ def transparent() -> bytes:
 
 def with_profile(mode: str = "RGB") -> bytes:
     """Red and blue exchanged by the profile."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for old, new in (
-        (b"rXYZ", b"-XYZ"),
-        (b"bXYZ", b"rXYZ"),
-        (b"-XYZ", b"bXYZ"),
-        (b"s\0R\0G\0B", b"x\0R\0G\0B"),
-    ):
-        profile = profile.replace(old, new)
-    return file_of(halves(mode), icc_profile=profile)
+    return file_of(halves(mode), icc_profile=exchanged_profile("r", "b"))
 
 
 def deep() -> bytes:

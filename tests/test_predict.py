@@ -32,15 +32,6 @@ def tars(fine_tunes: dict[str, Path]) -> dict[str, Path]:
     return fine_tunes
 
 
-@pytest.fixture(scope="module")
-def predictor() -> Predictor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SDXL_BASE", str(TINY_BASE))
-        made = Predictor()
-        made.setup()
-    return made
-
-
 def draw(predictor: Predictor, **inputs) -> list[np.ndarray]:
     files = call(predictor.run, **{**SMALL, "seed": 0, **inputs})
     return [np.array(Image.open(file)) for file in files]

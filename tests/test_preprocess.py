@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import skimage.data
-from PIL import Image, ImageCms
+from PIL import Image
 
 from dataset_and_utils import ContractError, TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
@@ -17,7 +17,7 @@ from sdxl.data.framing import cut, place_crop
 from sdxl.data.picture_reader import read_image
 from sdxl.errors import ArchiveError, UserInputError
 from sdxl.files.archives import Limits, pack_tar, unpack
-from tests.conftest import REPOSITORY, png, write_zip
+from tests.conftest import REPOSITORY, exchanged_profile, png, write_zip
 
 TOK = TokenMap.parse("TOK:2")
 
@@ -121,14 +121,7 @@ def test_deep_and_wide_colours_become_those_of_a_screen(tmp_path: Path):
     Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "deep.png")
     assert np.array(read_image(tmp_path / "deep.png")[0])[0, 0].tolist() == [127] * 3
     # The profile of a screen with red and green exchanged.
-    other = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for old, new in (
-        (b"rXYZ", b"-XYZ"),
-        (b"gXYZ", b"rXYZ"),
-        (b"-XYZ", b"gXYZ"),
-        (b"s\0R\0G\0B", b"x\0R\0G\0B"),
-    ):
-        other = other.replace(old, new)
+    other = exchanged_profile("r", "g")
     red = Image.new("RGB", (8, 8), (200, 100, 50))
     red.save(tmp_path / "plain.png")
     red.save(tmp_path / "broken.png", icc_profile=b"no profile")

@@ -11,7 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from sdxl.errors import WeightsError
+from dataset_and_utils import read_embeddings
+from sdxl.errors import UserInputError, WeightsError
 from sdxl.files.archives import in_place, pack_tar
 from sdxl.files.weight_files import WeightFile
 from sdxl.model.components import load_components, load_unet
@@ -207,3 +208,12 @@ def test_another_models_unet_is_refused(tmp_path: Path, wrong: str, shards: bool
     with pytest.raises(WeightsError, match="base/unet is not a complete UNet") as refused:
         load_unet(tmp_path / "base", torch.float32, torch.device("cpu"))
     assert "\n" not in str(refused.value)
+
+
+def test_messages_about_embeddings_do_not_tell_the_servers_folders(tmp_path: Path):
+    save_file({"text_encoders_1": torch.zeros(2, 4)}, tmp_path / "embeddings.pti")
+    with pytest.raises(UserInputError, match=r"^embeddings\.pti holds no token embeddings"):
+        read_embeddings(tmp_path / "embeddings.pti")
+    save_file({"text_encoders_0": torch.zeros(2)}, tmp_path / "embeddings.pti")
+    with pytest.raises(UserInputError, match=r"^embeddings\.pti must hold"):
+        read_embeddings(tmp_path / "embeddings.pti")

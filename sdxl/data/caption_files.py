@@ -7,7 +7,7 @@ function to `find_captions`.
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,11 +23,12 @@ from sdxl.data.caption_table import (
 from sdxl.data.caption_text import check_caption_text, one_line
 from sdxl.data.picture_names import PictureNames
 from sdxl.data.source_folder import CAPTION_SUFFIXES, DOCUMENT_SUFFIXES, Source
-from sdxl.errors import DatasetError
+from sdxl.errors import DatasetError, some_of
 
 log = logging.getLogger(__name__)
 
-_TABLES, _TEXTS = {".csv", ".tsv", ".jsonl", ".json"}, {".txt", ".caption"}
+_TEXTS = {".txt", ".caption"}
+_TABLES = CAPTION_SUFFIXES - _TEXTS
 _TABLE_NAMES = ("caption", "metadata", "meta_cap")
 """A file whose name contains one of these and whose suffix is in `_TABLES` is meant as a table of captions."""
 _NO_CAPTIONS = {"readme", "license", "licence", "copying", "notice", "changelog", "credits", "requirements"}
@@ -77,14 +78,14 @@ def find_captions(files: Source, *, global_caption: str | None) -> GivenCaptions
         captions, origin = _same_for_all(files, global_caption), "global_caption"
     elif unread:
         raise DatasetError(
-            f"{_some(files.relative(path) for path in unread)} may hold captions, but not in a way that is read: name "
+            f"{some_of(files.relative(path) for path in unread)} may hold captions, but not in a way that is read: name "
             "text files after their pictures (1.txt for 1.jpg), list image_file and caption in a captions.csv, or delete "
             f"{'it' if len(unread) == 1 else 'them'}."
         )
     if captions is not None:
         log.info("Captions come from %s", origin)
     if ignored:
-        log.warning("Ignored %s", _some(files.relative(path) for path in ignored))
+        log.warning("Ignored %s", some_of(files.relative(path) for path in ignored))
     return captions
 
 
@@ -97,7 +98,7 @@ def _tables(files: Source, names: PictureNames) -> list[Path]:
     Several tables are fine in several folders, such as one for each subject.
     """
     candidates = [path for path in files.others if path.suffix.lower() in _TABLES and not names.beside(path)]
-    meant = [path for path in candidates if any(part in path.name.lower() for part in _TABLE_NAMES)]
+    meant = [path for path in candidates if _is_called_a_table(path)]
     # Tools write metadata.json with something else than captions.
     meant = [path for path in meant if path.suffix.lower() != ".json" or _named_in_json(path, names)]
     tables = meant or [path for path in candidates if _is_table(path, files, names)]
@@ -105,6 +106,10 @@ def _tables(files: Source, names: PictureNames) -> list[Path]:
         listed = ", ".join(sorted(files.relative(path) for path in tables))
         raise DatasetError(f"There are several captions files ({listed}): keep one.")
     return tables
+
+
+def _is_called_a_table(path: Path) -> bool:
+    return any(part in path.name.lower() for part in _TABLE_NAMES)
 
 
 def _is_table(path: Path, files: Source, names: PictureNames) -> bool:
@@ -144,7 +149,7 @@ def _from_tables(files: Source, names: PictureNames, tables: Sequence[Path]) -> 
     if missing:
         listed = " and ".join(table.name for table in tables)
         raise DatasetError(
-            f"{listed} has no row for {_some(missing)}: add a row for each picture, or remove the pictures."
+            f"{listed} has no row for {some_of(missing)}: add a row for each picture, or remove the pictures."
         )
     return _given(files, texts, rows)
 
@@ -211,7 +216,7 @@ def _from_texts(files: Source, texts: Mapping[Path, Sequence[Path]]) -> GivenCap
             raise DatasetError(f"{files.relative(image)} has several captions, in {listed}: keep one.")
         captions[image] = next(iter(found))
     if several:
-        log.warning("The lines of %s are joined to one caption.", _some(several))
+        log.warning("The lines of %s are joined to one caption.", some_of(several))
     return _given(files, captions)
 
 
@@ -257,13 +262,5 @@ def _looks_like_captions(path: Path, names: PictureNames) -> bool:
     if stem.split(".")[0] in _NO_CAPTIONS:
         return False
     if suffix == ".json":  # settings of tools are json files too
-        meant = any(part in path.name.lower() for part in _TABLE_NAMES)
-        return meant or bool(names.beside(path) or _named_in_any_json(path, names))
+        return _is_called_a_table(path) or bool(names.beside(path) or _named_in_any_json(path, names))
     return True
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first three of `names`, and how many more there are."""
-    listed = list(names)
-    shown = ", ".join(listed[:3])
-    return shown if len(listed) <= 3 else f"{shown} and {len(listed) - 3} more"

@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 
 _MANIFEST = ".entry.json"
 _PARTIAL = ".partial-"
-
 _EMBEDDING = re.compile(r"\w[\w .-]{0,100}\.safetensors")
 _SWEEP_AGE_S = 60
 
@@ -131,10 +130,10 @@ class FineTuneCache(Generic[T]):
         with self._locked(key):
             # Send the validators of the cached file (ETag, Last-Modified): the server answers whether it has changed.
             manifest = self._manifest(key)
-            self._fetch(source, key, name, manifest.get("validators", {}) if manifest else None)
+            is_new = self._fetch(source, key, name, manifest.get("validators", {}) if manifest else None)
 
             def read() -> T:
-                if not self._is_intact(key):
+                if not is_new and not self._is_intact(key):
                     log.warning("The cached copy of %s is damaged: fetching it again", name)
                     self._fetch(source, key, name, None)
                 return self._read(key, name)
@@ -142,17 +141,18 @@ class FineTuneCache(Generic[T]):
             # Another process may have fetched a newer file, so the key in memory includes the state of the entry.
             return self._remember(_key(key, _state(self._folder / key / _MANIFEST)), read)
 
-    def _fetch(self, url: str, key: str, name: str, validators: dict[str, str] | None) -> None:
-        """Build the entry of a URL, unless its server says that nothing changed since `validators`."""
+    def _fetch(self, url: str, key: str, name: str, validators: dict[str, str] | None) -> bool:
+        """Build the entry of a URL, unless its server says that nothing changed since `validators`; whether it was built."""
         with self._partial() as partial:
             fetched = download(url, partial / "fetched", validators=validators)
             if fetched is not None:
                 self._build(key, name, partial, fetched.path, fetched.validators)
+        return fetched is not None
 
     def _from_disk(self, key: str, name: str, bring: Callable[[Path], Path]) -> T:
         """The fine-tune of the entry `key`. If the entry is missing, build it from the archive that `bring` puts into a folder."""
         with self._locked(key):
-            if self._manifest(key) is None or not self._is_intact(key):
+            if not self._is_intact(key):
                 with self._partial() as partial:
                     self._build(key, name, partial, bring(partial), {})
             return self._read(key, name)
@@ -197,8 +197,10 @@ class FineTuneCache(Generic[T]):
         return None
 
     def _is_intact(self, key: str) -> bool:
-        """Whether the content of an entry's files is as it was built. Disks and machines that lose power damage files."""
-        manifest = self._manifest(key) or {}
+        """Whether an entry exists, and its files are as they were built. Disks and machines that lose power damage files."""
+        manifest = self._manifest(key)
+        if manifest is None:
+            return False
         try:
             return all(
                 checksum(self._folder / key / name) == manifest["checksums"][name]

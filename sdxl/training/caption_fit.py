@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from transformers import CLIPTokenizer
 
 from dataset_and_utils import TokenMap
-from sdxl.errors import DatasetError
+from sdxl.errors import DatasetError, some_of
 from sdxl.model.prompt_length import fit
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,5 @@ def tell_of_cuts(cut: Sequence[str], limit: int) -> None:
     """Log which captions are cut off after `limit` tokens."""
     if not cut:
         return
-    names = ", ".join(cut[:3]) + (f" and {len(cut) - 3} more" if len(cut) > 3 else "")
     which = "1 caption is" if len(cut) == 1 else f"{len(cut)} captions are"
-    log.warning("%s longer than %d tokens and cut there: %s.", which, limit, names)
+    log.warning("%s longer than %d tokens and cut there: %s.", which, limit, some_of(cut))
