@@ -69,6 +69,14 @@ def upscaler_folder(make_once: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def named_base(make_once: Callable[..., Path]) -> Path:
+    """A random SDXL whose layers have the names of the real one, made once for all tests."""
+    from tests.named_base import write_named_base
+
+    return make_once("named_base", write_named_base)
+
+
+@pytest.fixture(scope="session")
 def fine_tunes(make_once: Callable[..., Path]) -> dict[str, Path]:
     """trained_model.tar of a full training ("full") and of a LoRA ("lora") on the pictures of `captioned_zip`."""
     import train

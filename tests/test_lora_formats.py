@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dataset_and_utils import write_embeddings
 from sdxl.errors import WeightsError
 from sdxl.model import fine_tune_files
-from sdxl.model.lora_formats import read_lora, sgm_names
+from sdxl.model.ldm_names import unet_names
+from sdxl.model.lora_formats import read_lora
 from sdxl.serving.generation import generate
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.request import GenerationRequest
@@ -59,12 +60,12 @@ def peft_keys(matrices: Matrices, part: str = "unet") -> dict[str, Tensor]:
     return keys
 
 
-def sgm_keys(tuned: TunedPipeline, matrices: Matrices, alpha: float) -> dict[str, Tensor]:
-    """As kohya's sd-scripts save it with sgm's layer names, each layer with its alpha."""
-    names = sgm_names([f"unet.{name}" for name in matrices], tuned.pipeline.unet.config)
+def ldm_keys(tuned: TunedPipeline, matrices: Matrices, alpha: float) -> dict[str, Tensor]:
+    """As kohya's sd-scripts save it with LDM's layer names, each layer with its alpha."""
+    names = unet_names(matrices, tuned.pipeline.unet.config)
     keys = {}
     for name, (down, up) in matrices.items():
-        layer = "lora_unet_" + names[f"unet.{name}"].replace(".", "_")
+        layer = "lora_unet_" + names[name].replace(".", "_")
         keys |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
         keys[f"{layer}.alpha"] = torch.tensor(alpha)
     return keys
@@ -147,10 +148,10 @@ def test_diffusers_older_keys(
     assert np.array_equal(draw(tuned, folder, tmp_path), reference)
 
 
-@pytest.mark.parametrize("naming", ["diffusers", "sgm"])
+@pytest.mark.parametrize("naming", ["diffusers", "ldm"])
 def test_kohya(tuned, attention: Matrices, reference: np.ndarray, tmp_path: Path, naming: str):
-    if naming == "sgm":
-        keys = sgm_keys(tuned, attention, RANK)
+    if naming == "ldm":
+        keys = ldm_keys(tuned, attention, RANK)
     else:
         keys = convert_state_dict_to_kohya(peft_keys(attention))
     assert all(key.startswith("lora_unet_") for key in keys)
@@ -161,7 +162,7 @@ def test_kohya(tuned, attention: Matrices, reference: np.ndarray, tmp_path: Path
     )
 
 
-def test_layer_names_in_sgm_are_correct():
+def test_layer_names_in_ldm_are_correct():
     config = {
         "block_out_channels": (320, 640, 1280),
         "layers_per_block": 2,
@@ -179,13 +180,12 @@ def test_layer_names_in_sgm_are_correct():
         "up_blocks.2.resnets.2.conv1": "output_blocks.8.0.in_layers.2",
         "time_embedding.linear_2": "time_embed.2",
     }
-    found = sgm_names([f"unet.{name}" for name in known], config)
-    assert found == {f"unet.{name}": alias for name, alias in known.items()}
+    assert unet_names(known, config) == known
 
 
 def test_all_parts_of_kohyas_file_as_diffusers_reads_them(tuned, attention: Matrices, tmp_path: Path):
     """Text encoders, alpha below the rank, and a scale, against diffusers with peft."""
-    keys = sgm_keys(tuned, attention, 2.0)
+    keys = ldm_keys(tuned, attention, 2.0)
     encoders = ((tuned.pipeline.text_encoder, "lora_te1"), (tuned.pipeline.text_encoder_2, "lora_te2"))
     for encoder, prefix in encoders:
         for name, (down, up) in random_matrices(encoder, lambda name: name.endswith("_proj"), 0.2).items():
@@ -208,7 +208,7 @@ def test_a_lora_beside_clip_embeddings(tuned, attention: Matrices, tmp_path: Pat
     generator = torch.Generator().manual_seed(1)
     widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in tuned._encoders]
     rows = [torch.randn(2, width, generator=generator) * 0.05 for width in widths]
-    theirs = write(tmp_path / "theirs", "style.safetensors", sgm_keys(tuned, attention, RANK))
+    theirs = write(tmp_path / "theirs", "style.safetensors", ldm_keys(tuned, attention, RANK))
     write(theirs, "MYDOG.safetensors", {"clip_l": rows[0], "clip_g": rows[1]})
     ours = write(tmp_path / "ours", "lora.safetensors", peft_keys(attention))
     write_embeddings(ours / "embeddings.pti", rows)

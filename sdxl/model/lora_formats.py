@@ -5,8 +5,8 @@ Supported formats:
 - this project and diffusers: `unet.….to_q.lora_A.weight`, and the older `….lora.down.weight` and
   `….processor.to_q_lora.down.weight`;
 - the trainer of 2023–24: `….processor.to_q_lora.down.weight` without `unet.`;
-- kohya's sd-scripts: `lora_unet_….lora_down.weight` with `.alpha`; blocks have their names from diffusers or from sgm,
-  Stability AI's own code for SDXL.
+- kohya's sd-scripts: `lora_unet_….lora_down.weight` with `.alpha`; blocks have their names from diffusers or from LDM
+  (ldm_names.py).
 
 Knows the names of layers; does not know files or pipelines.
 """
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdxl.errors import WeightsError, shortened
+from sdxl.model.ldm_names import unet_names
 from sdxl.model.lora_metadata import read_alphas
 
 _ROLE = re.compile(
@@ -37,15 +38,6 @@ _KOHYA_PARTS = {
     "text_encoder": "lora_te1_text_model_",
     "text_encoder_2": "lora_te2_text_model_",
 }
-_SGM_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-    "norm1": "in_layers.0",
-    "norm2": "out_layers.0",
-}
-"""Layers of a residual block: name in diffusers → name in sgm."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,8 +113,11 @@ class LayerNames:
         for normalised, name in self._diffusers.items():
             part, _, rest = normalised.partition(".")
             self._kohya[_KOHYA_PARTS[part] + rest.replace(".", "_")] = name
-        for name, alias in sgm_names(self._diffusers, unet_config).items():
-            self._kohya["lora_unet_" + alias.replace(".", "_")] = name
+        of_unet = [
+            name.removeprefix("unet.") for name in self._diffusers.values() if name.startswith("unet.")
+        ]
+        for name, alias in unet_names(of_unet, unet_config).items():
+            self._kohya["lora_unet_" + alias.replace(".", "_")] = f"unet.{name}"
 
     @staticmethod
     def _normalised(name: str) -> str:
@@ -194,53 +189,3 @@ def _check_matrices(roles: Mapping[str, Tensor], layer: str, file: str) -> None:
         or (alpha is not None and alpha.numel() != 1)
     ):
         raise WeightsError(f"{file} holds no valid LoRA matrices for {layer}: download it again.")
-
-
-def sgm_names(layers: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The names of UNet layers in sgm, for a UNet with diffusers' configuration `config`.
-
-    Returns layer, such as "unet.down_blocks.1.attentions.0.proj_in" → name in sgm, here "input_blocks.4.1.proj_in".
-    """
-    prefixes = _sgm_prefixes(config)
-    names = {}
-    for layer in layers:
-        part, _, name = layer.partition(".")
-        for block, alias in prefixes.items() if part == "unet" else ():
-            if name == block or name.startswith(f"{block}."):
-                rest = name[len(block) :].removeprefix(".")
-                inner = _SGM_RESNET.get(rest, rest) if ".resnets." in block else rest
-                names[layer] = f"{alias}.{inner}".removesuffix(".")
-    return names
-
-
-def _sgm_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
-    """Block in diffusers → block in sgm, which numbers all residual blocks and samplers of a side consecutively."""
-    blocks, layers = len(config["block_out_channels"]), config["layers_per_block"]
-    prefixes = {
-        "conv_in": "input_blocks.0.0",
-        "conv_out": "out.2",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0",
-        "add_embedding.linear_2": "label_emb.0.2",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-    }
-    index = 1
-    for block in range(blocks):
-        for layer in range(layers):
-            prefixes[f"down_blocks.{block}.resnets.{layer}"] = f"input_blocks.{index}.0"
-            prefixes[f"down_blocks.{block}.attentions.{layer}"] = f"input_blocks.{index}.1"
-            index += 1
-        prefixes[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
-        index += 1
-    index = 0
-    for block, kind in enumerate(config["up_block_types"]):
-        for layer in range(layers + 1):
-            prefixes[f"up_blocks.{block}.resnets.{layer}"] = f"output_blocks.{index}.0"
-            prefixes[f"up_blocks.{block}.attentions.{layer}"] = f"output_blocks.{index}.1"
-            index += 1
-        place = 2 if "Attn" in kind else 1  # an upsampler follows the attention, if there is any
-        prefixes[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{index - 1}.{place}.conv"
-    return prefixes
