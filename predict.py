@@ -21,8 +21,9 @@ from sdxl.files.sources import allowed_fine_tune
 from sdxl.process import (
     configure_logging,
     keep_compiled_kernels,
+    keep_memory_small,
     repeat_on_cpu,
-    share_heaps,
+    return_free_memory,
     start_logging,
 )
 from sdxl.serving.canvas import lay_out
@@ -47,7 +48,8 @@ class Predictor(BaseRunner):
         """Load the base. `weights` (`COG_WEIGHTS`) is the fine-tune for requests without `replicate_weights`."""
         repeat_on_cpu()
         configure_logging()
-        share_heaps()
+        if server.active:
+            keep_memory_small()
         keep_compiled_kernels()
         # Here, after logging is configured: diffusers writes to the log while it is imported.
         from sdxl.serving.delivery import Delivery
@@ -195,7 +197,10 @@ class Predictor(BaseRunner):
         settings.set_behind_server(server.active)
         given = as_declared(self.run, locals())
         start_logging()
-        with workspace_of_run("predict") as workspace:
+        return_free_memory()  # of the request before, which is gone by now
+        with workspace_of_run(
+            "predict", smaller="choose a smaller width and height, or fewer num_outputs"
+        ) as workspace:
             # Each record checks its inputs: all that is wrong without a look at the model is refused here.
             given["seed"] = settings.resolve_seed(given["seed"])
             drawing = made_of(DrawingOptions, given)

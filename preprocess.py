@@ -179,7 +179,7 @@ class Preprocessor(BaseRunner):
             config = dataclasses.replace(config, target_size=_base_size())
         repeat_on_cpu()
         configure_logging()
-        with workspace_of_run("preprocess") as workspace:
+        with workspace_of_run("preprocess", smaller="give smaller pictures") as workspace:
             source = fetch(str(archive), workspace / "fetched")
             folder = prepare_dataset(source, workspace / "dataset", config=config, report=workspace)
             shutil.rmtree(workspace / "fetched", ignore_errors=True)

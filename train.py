@@ -229,7 +229,9 @@ def train(
     inputs = train_inputs(as_declared(train, locals()))
     repeat_on_cpu()
     configure_logging()
-    with workspace_of_run("train") as workspace:
+    with workspace_of_run(
+        "train", smaller="lower train_batch_size or resolution, or use is_lora"
+    ) as workspace:
         return Path(run(inputs, workspace))
 
 

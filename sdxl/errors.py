@@ -83,7 +83,32 @@ class WeightsError(UserInputError):
 
 
 class NotEnoughMemoryError(UserInputError):
-    """The device has too little memory for this training."""
+    """The GPU or the machine has too little free memory for a run."""
+
+    @classmethod
+    def behind(
+        cls, error: BaseException, *, smaller: str = "give less work at once"
+    ) -> "NotEnoughMemoryError | None":
+        """The error for memory that ran out behind `error`, of any library; None if it was something else.
+
+        smaller: what makes the run smaller, as the remedy in the message.
+        """
+        told = str(error) if isinstance(error, RuntimeError) else ""
+        no_pages = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if "out of memory" in told or "ALLOC_FAILED" in told:
+            where = "The GPU"
+        elif (
+            "allocate memory" in told
+            or "not enough memory" in told
+            or isinstance(error, MemoryError)
+            or no_pages
+        ):
+            where = "This machine"
+        else:
+            return None
+        return cls(
+            f"{where} has too little free memory for this run: {smaller}, or free memory that other programs hold."
+        )
 
 
 class WithheldError(UserInputError):

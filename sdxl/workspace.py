@@ -10,11 +10,12 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from sdxl import settings
-from sdxl.errors import StorageError, UserInputError
+from sdxl.errors import NotEnoughMemoryError, StorageError, UserInputError
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +30,17 @@ RESULT = "trained_model.tar"
 
 
 @contextlib.contextmanager
-def workspace_of_run(name: str) -> Iterator[Path]:
+def workspace_of_run(name: str, *, smaller: str = "give less work at once") -> Iterator[Path]:
     """Create a folder for one run of an entry point, and remove it if the run fails or is cancelled.
 
-    Checkpoints survive a failure. What earlier runs left is swept first; see `sweep`. Logs the traceback of any error that
-    is not a `UserInputError`, because Cog shows only the message.
+    Checkpoints and a finished result survive a failure. What earlier runs left is swept first; see `sweep`. Logs the
+    traceback of any error that is not a `UserInputError`, because Cog shows only the message.
+
+    smaller: what makes a run smaller, for the message when memory runs out.
+
+    Raises:
+        StorageError: the disk refuses to write, during the run too.
+        NotEnoughMemoryError: memory ran out during the run.
     """
     parent = settings.workspace_parent()
     try:
@@ -47,13 +54,14 @@ def workspace_of_run(name: str) -> Iterator[Path]:
         fcntl.flock(handle, fcntl.LOCK_EX)  # the system releases it if the process dies
         yield workspace
     except BaseException as error:
-        storage = StorageError.behind(error)
-        if storage is None and isinstance(error, Exception) and not isinstance(error, UserInputError):
+        told = StorageError.behind(error) or NotEnoughMemoryError.behind(error, smaller=smaller)
+        if told is None and isinstance(error, Exception) and not isinstance(error, UserInputError):
             log.exception("The run %s failed.", name)
         if (kept := _discard(workspace)) is not None:
-            log.info("The checkpoints saved so far are in %s", kept)
-        if storage is not None:
-            raise storage from error
+            log.info("What was finished is in %s", kept)
+        if told is not None:
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors that fill the memory
+            raise told from error
         raise
     finally:
         os.close(handle)
@@ -80,18 +88,20 @@ def sweep(parent: Path) -> None:
                 # A run that was killed while it packed its result.
                 half_done |= any(path.name != CHECKPOINTS for path in folder.glob(f"{OUTPUT}/*"))
                 if delivered or half_done:
-                    _discard(folder, keep_result=not delivered)
+                    _discard(folder, delivered=delivered)
             finally:
                 os.close(handle)
 
 
-def _discard(folder: Path, *, keep_result: bool = False) -> Path | None:
-    """Remove a run's folder except for its checkpoints; return their folder, or None if there are none.
+def _discard(folder: Path, *, delivered: bool = False) -> Path | None:
+    """Remove a run's folder except for its result or, if that is not finished, its checkpoints.
 
-    keep_result: keep and return a finished result instead. Its checkpoints are in it.
+    Returns the path of what stays, or None.
+
+    delivered: the result, with the checkpoints in it, was handed over and goes too.
     """
     result, kept = folder / RESULT, folder / OUTPUT / CHECKPOINTS
-    if keep_result and result.is_file():
+    if not delivered and result.is_file():
         kept = result
     elif not kept.is_dir() or not any(kept.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)

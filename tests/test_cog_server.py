@@ -6,6 +6,8 @@ import io
 import json
 import os
 import queue
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -30,7 +32,8 @@ from tools import cog_schema
 class Server:
     """A running Cog server."""
 
-    def __init__(self, port: int, what: str) -> None:
+    def __init__(self, port: int, what: str, pid: int) -> None:
+        self.pid = pid
         self.url = f"http://127.0.0.1:{port}"
         self.what = what  # "predictions" or "trainings"
 
@@ -41,6 +44,11 @@ class Server:
             if answer.status_code != 409:
                 return answer
             time.sleep(0.1)
+
+    def workers(self) -> list[int]:
+        """The processes that the server started."""
+        listed = Path(f"/proc/{self.pid}/task").glob("*/children")
+        return [int(pid) for children in listed for pid in children.read_text().split()]
 
     def get(self, path: str) -> Any:
         return requests.get(f"{self.url}/{path}").json()
@@ -70,7 +78,7 @@ def serve(workspace: Path, entry_point: str, *, weights: str = "") -> Iterator[S
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
         )
-    server = Server(port, "trainings" if train else "predictions")
+    server = Server(port, "trainings" if train else "predictions", process.pid)
     try:
         _wait_until_ready(server, process, workspace.parent / "server.log")
         yield server
@@ -198,6 +206,25 @@ def test_strangers_reach_neither_the_servers_files_nor_its_network(
     assert answer["status"] == "failed"
     assert "not an address on the public internet" in answer["error"]
     assert predictor.post(SMALL).json()["status"] == "succeeded"
+
+
+def test_a_request_without_enough_memory_is_told_and_the_next_one_is_right(predictor: Server):
+    expected = predictor.post(SMALL).json()["output"]
+    large = {**SMALL, "width": 2048, "height": 2048, "num_inference_steps": 1}
+    [worker] = predictor.workers()
+    addresses = re.search(r"VmSize:\s+(\d+)", Path(f"/proc/{worker}/status").read_text())
+    assert addresses is not None
+    most = int(addresses[1]) * 1024 + 60 * 10**6
+    before = resource.prlimit(worker, resource.RLIMIT_AS, (most, -1))
+    try:
+        answer = predictor.post(large).json()
+    finally:
+        resource.prlimit(worker, resource.RLIMIT_AS, before)
+    assert answer["error"].endswith(
+        "This machine has too little free memory for this run: choose a smaller width and height, or fewer num_outputs, "
+        "or free memory that other programs hold."
+    )
+    assert predictor.post(SMALL).json()["output"] == expected
 
 
 def test_the_committed_schema_is_served(trainer: Server, predictor: Server):

@@ -175,7 +175,7 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
             with Image.open(path, formats=FORMATS) as opened:
                 _check_shape(opened, name)
                 yield opened
-    except UserInputError:
+    except (UserInputError, MemoryError):
         raise
     except Exception as error:  # whatever a stranger's file makes Pillow and libheif raise
         other = describe_other_kind(path, wanted="a jpg or png")

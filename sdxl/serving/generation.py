@@ -59,6 +59,7 @@ def draw(
     token_map: TokenMap,
     refiner: UNet2DConditionModel | None = None,
     *,
+    first: int = 0,
     at_once: int = 4,
     runner: Runner = lambda unet: unet,
 ) -> Generator[Image.Image]:
@@ -66,6 +67,7 @@ def draw(
 
     token_map: gives the placeholder tokens of the words in the prompts.
     refiner: the refiner's UNet, needed if the request refines.
+    first: the first picture to draw, counted from 0.
     at_once: most pictures in one call of the UNet.
     runner: gives what to call instead of a UNet.
 
@@ -78,8 +80,8 @@ def draw(
         pipeline.vae.to(dtype=torch.bfloat16)  # SDXL's autoencoder overflows in fp16 and gives black pictures
 
     try:
-        for first in range(0, request.num_outputs, at_once):
-            seeds = [request.seed_of(i) for i in range(first, min(first + at_once, request.num_outputs))]
+        for start in range(first, request.num_outputs, at_once):
+            seeds = [request.seed_of(i) for i in range(start, min(start + at_once, request.num_outputs))]
             yield from _draw_batch(pipeline, refiner, request, texts, seeds, runner)
     finally:
         pipeline.maybe_free_model_hooks()

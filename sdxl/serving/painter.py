@@ -6,18 +6,20 @@ step. Does not know Cog, or what happens to a picture after it is drawn.
 
 import logging
 import time
+import traceback
 from collections.abc import Generator
 
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from sdxl import settings
+from sdxl.errors import NotEnoughMemoryError
 from sdxl.files import hub
 from sdxl.model.components import native_resolution
 from sdxl.serving.fine_tune_cache import FineTuneCache
 from sdxl.serving.generation import draw, generate
 from sdxl.serving.pipeline import load_pipeline, load_refiner
-from sdxl.serving.placement import placement_here
+from sdxl.serving.placement import in_tiles, placement_here, ways_to_draw
 from sdxl.serving.request import FineTuneOptions, GenerationRequest
 from sdxl.serving.tuned_pipeline import ScaledFineTune, TunedPipeline, require_loras
 from sdxl.serving.unet_runner import Runners, speed_here
@@ -83,21 +85,46 @@ class Painter:
         log.info("Warmed up (%s) in %.1f s", self.runners.speed, time.monotonic() - started)
 
     def draw(self, request: GenerationRequest, options: FineTuneOptions) -> Generator[Image.Image]:
-        """Apply the fine-tunes that `options` name, and return `generation.draw` of the request.
+        """Apply the fine-tunes that `options` name, and return the pictures, drawn one after another.
 
         Raises:
             UserInputError: a fine-tune or the refiner cannot be fetched, or does not fit the base.
         """
         refiner = None if request.refine == "no_refiner" else self._refiner()
         self.apply(options)
-        return draw(
-            self.tuned.pipeline,
-            request,
-            self.tuned.token_map,
-            refiner,
-            at_once=self.placement.at_once,
-            runner=self.runners,
-        )
+        return self._drawn(request, refiner)
+
+    def _drawn(
+        self, request: GenerationRequest, refiner: UNet2DConditionModel | None
+    ) -> Generator[Image.Image]:
+        """The pictures of `request`. When memory runs out, go on in a way that needs less."""
+        done = 0
+        ways = ways_to_draw(min(self.placement.at_once, request.num_outputs))
+        for number, (at_once, tiled) in enumerate(ways, start=1):
+            try:
+                with in_tiles(self.tuned.pipeline.vae, tiled):
+                    for picture in draw(
+                        self.tuned.pipeline,
+                        request,
+                        self.tuned.token_map,
+                        refiner,
+                        first=done,
+                        at_once=at_once,
+                        runner=self.runners,
+                    ):
+                        yield picture
+                        done += 1
+                return
+            except (RuntimeError, MemoryError) as error:
+                if NotEnoughMemoryError.behind(error) is None:
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold the tensors that fill the memory
+                self.runners.forget()
+                if number == len(ways):
+                    raise
+                log.warning(
+                    "Memory ran out with %d picture(s) at once: trying a way that needs less", at_once
+                )
 
     def apply(self, options: FineTuneOptions) -> None:
         """Make the pipeline the base plus the fine-tunes that `options` name.

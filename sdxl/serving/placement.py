@@ -86,6 +86,28 @@ def place(pipeline: Any, placement: Placement) -> None:
         pipeline.vae.enable_tiling()
 
 
+def ways_to_draw(most: int) -> list[tuple[int, bool]]:
+    """Ways to draw up to `most` pictures at once, each with less memory than the one before.
+
+    A way is how many pictures share a call of the UNet, and whether the autoencoder works in tiles.
+    """
+    counts = [most]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    return [*((count, False) for count in counts), (1, True)]
+
+
+@contextmanager
+def in_tiles(vae: Any, tiled: bool) -> Iterator[None]:
+    """While the context lasts the autoencoder works tile by tile, if `tiled` or if it did before."""
+    before = vae.use_tiling
+    vae.use_tiling = before or tiled
+    try:
+        yield
+    finally:
+        vae.use_tiling = before
+
+
 @contextmanager
 def lent(module: torch.nn.Module, pipeline: Any) -> Iterator[None]:
     """Put `module`, which is no part of the pipeline, on the pipeline's device while the context lasts.

@@ -77,6 +77,11 @@ class UNetRunner:
         """Whether this speed compiles the shapes of the warm-up."""
         return self.speed in ("compiled", "fp8")
 
+    def forget(self) -> None:
+        """Drop all graphs and their inputs."""
+        self._inputs.clear()
+        self._graphs.forget()
+
     def weights_changed(self) -> None:
         """Drop what depends on the weights; call it after each switch of fine-tunes."""
         for inputs in self._inputs.values():
@@ -127,8 +132,7 @@ class UNetRunner:
     def _add(self, key: tuple, given: dict[str, Tensor]) -> _Inputs:
         """Make the input tensors of a new shape."""
         if len(self._inputs) >= MOST_SHAPES:
-            self._inputs.clear()
-            self._graphs.forget()
+            self.forget()
         if self.compiling:
             self._compiled.add(key)
         self._inputs[key] = _Inputs(
@@ -183,6 +187,13 @@ class Runners:
             for runner in self._runners.values():
                 runner.weights_changed()
             self._followed = changes
+
+    def forget(self) -> None:
+        """Give up the memory of all graphs. Each is captured again when its shape comes up."""
+        for runner in self._runners.values():
+            runner.forget()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @contextmanager
     def warming(self, unet: UNet2DConditionModel) -> Iterator[None]:
