@@ -16,7 +16,7 @@ from coglet import server
 
 from sdxl import settings
 from sdxl.command_line import run_command_line
-from sdxl.declared_inputs import as_declared
+from sdxl.declared_inputs import as_declared, leave_downloads_to_us
 from sdxl.files.sources import allowed_fine_tune
 from sdxl.process import (
     configure_logging,
@@ -224,6 +224,8 @@ class Predictor(BaseRunner):
             files = self.delivery.deliver(pictures, request, delivery, workspace)
         return [Path(file) for file in files]
 
+
+leave_downloads_to_us(Predictor.run)
 
 if __name__ == "__main__":
     sys.exit(run_command_line(Predictor().run, description=(__doc__ or "").splitlines()[0]))

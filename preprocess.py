@@ -30,7 +30,7 @@ from sdxl.data.dataset_folder import ADVICE, SHEET, TABLE, earlier_framings, wri
 from sdxl.data.framed_pictures import FramedPicture, frame_all
 from sdxl.data.model_stages import find_salience, upscale_small, write_missing_captions
 from sdxl.data.source_folder import Source, open_source
-from sdxl.declared_inputs import as_declared
+from sdxl.declared_inputs import as_declared, leave_downloads_to_us
 from sdxl.files.archives import pack_tar
 from sdxl.files.fetching import fetch
 from sdxl.process import configure_logging, repeat_on_cpu
@@ -204,6 +204,8 @@ def _run_with_report(**inputs: Any) -> list[pathlib.Path]:
     tar = pathlib.Path(Preprocessor().run(**inputs))
     return [tar, tar.with_name(SHEET), tar.with_name(ADVICE)]
 
+
+leave_downloads_to_us(Preprocessor.run)
 
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]

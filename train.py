@@ -18,7 +18,7 @@ from coglet import server
 from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
-from sdxl.declared_inputs import as_declared
+from sdxl.declared_inputs import as_declared, leave_downloads_to_us
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
 from sdxl.training.config import TrainingConfig
 from sdxl.training.contradictions import without_effect, without_effect_here
@@ -233,6 +233,9 @@ def train(
         "train", smaller="lower train_batch_size or resolution, or use is_lora"
     ) as workspace:
         return Path(run(inputs, workspace))
+
+
+leave_downloads_to_us(train)
 
 
 def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:

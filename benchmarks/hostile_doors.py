@@ -5,6 +5,7 @@ Knows the entry points and what counts as bad; does not know how inputs are made
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import json
@@ -43,7 +44,6 @@ from train import train
 SIZE = 64
 LARGEST = 128 * 128
 """Pixels; larger pictures are laid out and delivered, but not drawn."""
-MASK = "the mask.png"
 LONGEST = 400
 """Characters of a message."""
 OUTSIDE = Path("/tmp/hostile-outside")
@@ -147,9 +147,7 @@ class Doors:
         found = [path for path in root.rglob("*") if not path.is_dir() or path.is_symlink()]
         allowed = [box / "cache", *([box / "workspace"] if outcome == "used" else [])]
         strange = [
-            path
-            for path in found
-            if path not in (file, file.with_name(MASK)) and not any(path.is_relative_to(a) for a in allowed)
+            path for path in found if path != file and not any(path.is_relative_to(a) for a in allowed)
         ]
         strange += [path for path in (box / "cache").glob(".partial-*")]
         strange += [OUTSIDE] if OUTSIDE.exists() else []
@@ -207,10 +205,8 @@ class Doors:
                 raise WrongDataError("not the tokens and weights of the training")
 
     def _request(self, made: Input, file: Path) -> None:
-        """As Cog hands a request over: files are on disk, and values have their declared types."""
-        painted = file.with_name(MASK)
-        painted.write_bytes(mask())
-        stands_for = {"FILE": predict.Path(file), "MASK": predict.Path(painted)}
+        """As Cog hands a request over: files are `data:` URIs, and values have their declared types."""
+        stands_for = {"FILE": _data_uri(file.read_bytes()), "MASK": _data_uri(mask())}
         inputs = {
             name: stands_for.get(value, value) if isinstance(value, str) else value
             for name, value in made.given.items()
@@ -223,6 +219,10 @@ class Doors:
 
     def _run(self, inputs: dict[str, Any]) -> list[Any]:
         return self.predictor.run(**{**declared_defaults(self.predictor.run), **inputs})
+
+
+def _data_uri(content: bytes) -> str:
+    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
 
 
 def memory_kb(name: str) -> int:

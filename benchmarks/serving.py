@@ -135,15 +135,19 @@ def file_server(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def cog_server(folder: Path, environment: dict[str, str]) -> Iterator[tuple[str, subprocess.Popen]]:
-    """The server as `make serve` starts it; its URL and process."""
+def cog_server(
+    folder: Path, environment: dict[str, str], *, what: str = "predictions"
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The server of "predictions" or "trainings", as `make serve` or `make serve-train` starts it; its URL and process."""
     port = free_port()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    stub = {"COG_PREDICT_TYPE_STUB": "predict.py:Predictor", "PORT": str(port), "PATH": path}
+    stub, mode = {"COG_PREDICT_TYPE_STUB": "predict.py:Predictor"}, []
+    if what == "trainings":
+        stub, mode = {"COG_TRAIN_TYPE_STUB": "train.py:train"}, ["--x-mode", "train"]
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cog.server.http"],
-            env={**os.environ, **environment, **stub},
+            [sys.executable, "-m", "cog.server.http", *mode],
+            env={**os.environ, **environment, **stub, "PORT": str(port), "PATH": path},
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -164,7 +168,7 @@ def wait_for(url: str, status: str, *, seconds: float) -> None:
         with contextlib.suppress(requests.RequestException):
             if requests.get(f"{url}/health-check", timeout=5).json()["status"] == status:
                 return
-        time.sleep(0.05)
+        time.sleep(0.01)
     raise TimeoutError(f"the server is not {status} after {seconds} s")
 
 

@@ -18,6 +18,8 @@ from sdxl import settings
 from sdxl.errors import UserInputError, shortened
 from sdxl.files.fetching import existing, is_remote
 
+_DECLARED = "_declared_hints"
+"""Attribute of an entry point: its type hints as they are written."""
 REQUIRED = object()
 """The default of an input that must be given."""
 
@@ -55,9 +57,8 @@ class DeclaredInput:
         """
         if isinstance(value, list | tuple):
             return [self._typed_item(item) for item in value]
-        is_path = issubclass(self.kind, PurePath) and isinstance(value, str) and bool(value.strip())
-        if settings.behind_server() and is_path:
-            # Cog has already turned URLs and data: URIs into files. What is still a text is a path of the server.
+        is_file = issubclass(self.kind, PurePath) and isinstance(value, str) and bool(value.strip())
+        if is_file and settings.behind_server() and not is_remote(value):
             raise UserInputError(
                 f"{self.name} is {shortened(value)}, but this server takes no paths: give an http(s) URL or a data: URI."
             )
@@ -149,7 +150,7 @@ class DeclaredInput:
 
 def declared_inputs(entry_point: Callable[..., Any]) -> dict[str, DeclaredInput]:
     """The inputs of a Cog function or bound method, in the order of its signature."""
-    hints = typing.get_type_hints(entry_point)
+    hints = getattr(entry_point, _DECLARED, None) or typing.get_type_hints(entry_point)
     inputs = {}
     for name, parameter in inspect.signature(entry_point).parameters.items():
         kind, optional = hints[name], False
@@ -163,6 +164,22 @@ def declared_inputs(entry_point: Callable[..., Any]) -> dict[str, DeclaredInput]
             name=name, kind=kind, optional=optional, declaration=parameter.default, many=many
         )
     return inputs
+
+
+def leave_downloads_to_us(entry_point: Callable[..., Any]) -> None:
+    """Make Cog's server hand over the files of a function's inputs as texts: URLs or `data:` URIs.
+
+    It would fetch them itself, before any other code runs: from any address, and without a limit on size or time. The server
+    goes by the types at run time; the schema, by which clients know files, is made from the source.
+    """
+    declared = typing.get_type_hints(entry_point)
+    setattr(entry_point, _DECLARED, declared)
+    texts = {}
+    for name, kind in declared.items():
+        kinds = typing.get_args(kind) or (kind,)
+        if name != "return" and any(isinstance(one, type) and issubclass(one, PurePath) for one in kinds):
+            texts[name] = str | None if type(None) in kinds else str
+    entry_point.__annotations__ = declared | texts
 
 
 def as_declared(entry_point: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def serve(workspace: Path, entry_point: str, *, weights: str = "") -> Iterator[S
         "SDXL_WORKSPACE": str(workspace),
         "HF_HUB_OFFLINE": "1",
         **({"COG_WEIGHTS": weights} if weights else {}),
+        **({"SDXL_PRIVATE_URLS": "1"} if train else {}),
     }
     command = [sys.executable, "-m", "cog.server.http", *(["--x-mode", "train"] if train else [])]
     with (workspace.parent / "server.log").open("wb") as log:
@@ -202,9 +203,10 @@ def test_strangers_reach_neither_the_servers_files_nor_its_network(
         answer = server.post(inputs).json()
         assert answer["status"] == "failed", answer
         assert "this server takes no paths" in answer["error"]
-    answer = predictor.post({**SMALL, "replicate_weights": local}).json()
-    assert answer["status"] == "failed"
-    assert "not an address on the public internet" in answer["error"]
+    for name in ("replicate_weights", "image", "mask"):
+        answer = predictor.post({**SMALL, name: local}).json()
+        assert answer["status"] == "failed"
+        assert "not an address on the public internet" in answer["error"]
     assert predictor.post(SMALL).json()["status"] == "succeeded"
 
 
