@@ -289,7 +289,7 @@ def test_a_pattern_may_name_a_layer_that_has_its_own_alpha(tuned, attention: Mat
     keys = peft_keys({layer: attention[layer]}) | {f"unet.{layer}.alpha": torch.tensor(6.0)}
     packed = json.dumps({"unet.alpha_pattern": {layer: 2.0}})
     read = read_lora(keys, {"lora_adapter_metadata": packed}, tuned._names, "style.safetensors")
-    assert read[f"unet.{layer}"].scale == 6.0 / RANK
+    assert read[f"unet.{layer}.weight"].scale == 6.0 / RANK
 
 
 @pytest.mark.parametrize(
