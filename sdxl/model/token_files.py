@@ -41,7 +41,11 @@ def is_clip_embedding(keys: Collection[str]) -> bool:
 def is_learned_embedding(shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether tensors of these names and shapes are what diffusers' textual inversion saves: word → rows."""
     return 0 < len(shapes) <= _MOST_WORDS and all(
-        1 <= len(shape) <= 2 and not _UNTRUE.search(key) and key != "emb_params"
+        1 <= len(shape) <= 2
+        and shape[-1] >= _NARROWEST
+        and (len(shape) == 1 or shape[0] <= _MOST_WORDS)
+        and not _UNTRUE.search(key)
+        and key != "emb_params"  # of SD 1.5
         for key, shape in shapes.items()
     )
 
