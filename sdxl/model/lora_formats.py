@@ -6,6 +6,7 @@ Supported are the keys of this project, diffusers, peft, kohya's sd-scripts, LyC
 Knows the endings of keys; does not know the names of layers (layer_names.py), formulas (weight_changes.py) or pipelines.
 """
 
+import functools
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -109,11 +110,12 @@ def read_lora(
 def _by_layer(tensors: Mapping[str, Tensor], names: LayerNames, file: str) -> dict[str, dict[str, Tensor]]:
     """Sort the tensors: layer of the base → role, such as "down" or "hada_w1_a" → tensor."""
     roles_of: dict[str, dict[str, Tensor]] = {}
+    find = functools.cache(names.find)  # each layer has several tensors
     for key, tensor in tensors.items():
         if key in _MARKERS or key.startswith(BUNDLED):
             continue
         match = _ROLE.search(key)
-        layer = None if match is None else names.find(key[: match.start()])
+        layer = None if match is None else find(key[: match.start()])
         if match is None or layer is None:
             problem = "no part of a LoRA that is read here" if match is None else "for no layer of this base"
             guess = looks_like({key: tensor.shape for key, tensor in tensors.items()})
