@@ -17,7 +17,7 @@ from sdxl.model.ldm_names import CLIP_G, CLIP_L, UNET, VAE, clip_g_to_ldm, unet_
 from sdxl.model.token_files import read_rows
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.tuned_pipeline import TunedPipeline
-from tests.named_base import WIDTHS
+from tests.named_base import WIDTHS, base_of, changed
 
 LAYER = "mid_block.attentions.0.proj_in"
 Tensors = dict[str, Tensor]
@@ -27,7 +27,9 @@ Tensors = dict[str, Tensor]
 def tuned(named_base: Path) -> TunedPipeline:
     pipeline = load_pipeline(named_base, torch.device("cpu"))
     pipeline.set_progress_bar_config(disable=True)
-    return TunedPipeline(pipeline)
+    made = TunedPipeline(pipeline)
+    base_of(made)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +56,11 @@ def save(folder: Path, name: str, tensors: Tensors) -> Path:
 
 def applied(tuned: TunedPipeline, source: Path) -> Tensors:
     """The parameters with a fine-tune. Afterwards the base is as it was."""
-    base = {name: value.detach().clone() for name, value in tuned._parameters.items()}
     tuned.activate(fine_tune_files.read(source, source.parent / "unpacked"))
-    found = {name: value.detach().clone() for name, value in tuned._parameters.items()}
+    found = changed(tuned)
     tuned.activate(None)
-    assert all(torch.equal(value, base[name]) for name, value in tuned._parameters.items())
-    return {name: value for name, value in found.items() if not torch.equal(value, base[name])}
+    assert not changed(tuned)
+    return found
 
 
 def equal(found: Tensors, expected: Tensors) -> None:
