@@ -122,7 +122,9 @@ class TokenMap:
         """
         if not self.placeholders:
             return text
-        return self._words().sub(lambda match: self.placeholders[match[0].strip("<>")], text)
+        return self._words().sub(
+            lambda match: self.placeholders.get(match[0]) or self.placeholders[match[0][1:-1]], text
+        )
 
     def named_in(self, text: str) -> bool:
         """Whether `text` contains at least one token of the map as a whole word."""

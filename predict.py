@@ -163,20 +163,20 @@ class Predictor(BaseRunner):
         ),
         lora_scale: float = Input(
             default=1.0,
-            description="Strength of a LoRA fine-tune. It does not affect a full fine-tune.",
-            ge=0,
-            le=1,
+            description="Strength of a LoRA fine-tune: 1 as it was trained, more exaggerates, below 0 does the opposite. It does not affect a full fine-tune.",
+            ge=-2,
+            le=2,
         ),
         replicate_weights: Optional[str] = Input(
             default=None,
-            description="The fine-tune to draw with: a trained_model.tar or a LoRA, as a path, URL or data: URI, or the name of a Hugging Face repository. Default: the fine-tune given at setup, if any.",
+            description="The fine-tune to draw with: a trained_model.tar or a LoRA, as a path, URL or data: URI, or the name of a Hugging Face repository (owner/name, or owner/name/file.safetensors). Default: the fine-tune given at setup, if any.",
         ),
         extra_lora: Optional[list[str]] = Input(
             default=None, description="LoRAs to add to the fine-tune, each given like replicate_weights."
         ),
         extra_lora_scale: Optional[list[float]] = Input(
             default=None,
-            description="Strength of each LoRA in extra_lora, from 0 to 1, in the same order. Default: 1 for each.",
+            description="Strength of each LoRA in extra_lora, from -2 to 2, in the same order. Default: 1 for each.",
         ),
         disable_safety_checker: bool = Input(
             default=False,

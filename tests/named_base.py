@@ -3,18 +3,37 @@
 The miniature has fewer blocks and layers, so its layers have other names in the files of other tools.
 """
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdxl.serving.tuned_pipeline import TunedPipeline
 from tests.conftest import TINY_BASE
 
 WIDTHS = (32, 48)
 """Width of each text encoder."""
+
+
+@functools.lru_cache(maxsize=2)
+def base_of(tuned: TunedPipeline) -> dict[str, Tensor]:
+    """A copy of the base's parameters: call it once before anything is applied."""
+    assert not tuned._changed
+    return {name: value.detach().clone() for name, value in tuned._parameters.items()}
+
+
+def changed(tuned: TunedPipeline) -> dict[str, Tensor]:
+    """Copies of the parameters that are not those of the base now."""
+    return {
+        name: value.detach().clone()
+        for name, value in tuned._parameters.items()
+        if not torch.equal(value, base_of(tuned)[name])
+    }
 
 
 def write_named_base(folder: Path) -> Path:

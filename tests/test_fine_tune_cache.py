@@ -383,10 +383,21 @@ def test_a_repository_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     save_file({"unet.x.lora_A.weight": torch.full((4,), 5.0)}, snapshot / "pytorch_lora_weights.safetensors")
+    (snapshot / "more").mkdir()
+    save_file({"unet.x.lora_A.weight": torch.full((4,), 6.0)}, snapshot / "more" / "style [v2].safetensors")
     cache = FineTuneCache(tmp_path / "cache", LARGE, load)
     assert cache.get("someone/style").value == 5.0
+    assert cache.get("someone/style/pytorch_lora_weights.safetensors").value == 5.0
+    assert cache.get("someone/style/more/style [v2].safetensors").value == 6.0
     with pytest.raises(UserInputError, match="fetched from the hub"):
         cache.get("someone/else")
+    with pytest.raises(
+        UserInputError, match=r"someone/style on the hub has no file more/b\.safetensors: copy"
+    ):
+        cache.get("someone/style/more/b.safetensors")
+    for wrong in ("someone/style/../b.safetensors", "someone/style/b.bin", "someone/style//b.safetensors"):
+        with pytest.raises(UserInputError, match="does not exist: give an existing file"):
+            cache.get(wrong)
 
 
 def test_a_repository_of_more_than_a_fine_tune_is_not_fetched(

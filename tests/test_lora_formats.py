@@ -289,20 +289,24 @@ def test_a_pattern_may_name_a_layer_that_has_its_own_alpha(tuned, attention: Mat
     keys = peft_keys({layer: attention[layer]}) | {f"unet.{layer}.alpha": torch.tensor(6.0)}
     packed = json.dumps({"unet.alpha_pattern": {layer: 2.0}})
     read = read_lora(keys, {"lora_adapter_metadata": packed}, tuned._names, "style.safetensors")
-    assert read[f"unet.{layer}"].scale == 6.0 / RANK
+    assert read[f"unet.{layer}.weight"].scale == 6.0 / RANK
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda keys: {**keys, "unet.nowhere.lora_A.weight": torch.zeros(1, 1)}, "does not fit this base"),
+        (lambda keys: {**keys, "unet.nowhere.lora_A.weight": torch.zeros(1, 1)}, "for no layer of this base"),
         (lambda keys: {key: value for key, value in keys.items() if "_B" not in key}, "only half"),
-        (lambda keys: {key: value[:, :1] for key, value in keys.items()}, "does not fit this base"),
+        (lambda keys: {key: value[:, :1] for key, value in keys.items()}, "no valid LoRA matrices"),
+        (
+            lambda keys: {key: value if "_B" in key else value[:, :1] for key, value in keys.items()},
+            "does not fit this base",
+        ),
         (
             lambda keys: {**keys, "unet.mid_block.attentions.0.proj_in.dora_scale": torch.ones(1)},
-            "a plain LoRA has no such key",
+            "only half of the LoRA of unet.mid_block.attentions.0.proj_in",
         ),
-        (lambda keys: {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+        (lambda keys: {"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": torch.ones(2, 2)}, "OFT"),
         (lambda keys: {key: value[:0] for key, value in keys.items()}, "no valid LoRA matrices"),
         (lambda keys: {key: value.flatten() for key, value in keys.items()}, "no valid LoRA matrices"),
         (lambda keys: {key: torch.tensor(1.0) for key in keys}, "no valid LoRA matrices"),

@@ -74,7 +74,7 @@ def test_help_and_wrong_inputs_need_no_torch():
             ["extra_lora=a.tar", "extra_lora_scale=0.5", "extra_lora_scale=0.5"],
             "extra_lora_scale has 2 numbers",
         ),
-        (["extra_lora=a.tar", "extra_lora_scale=1.5"], "extra_lora_scale is 1.5"),
+        (["extra_lora=a.tar", "extra_lora_scale=2.5"], "extra_lora_scale is 2.5"),
         (["extra_lora_scale=0.5"], "extra_lora_scale has 1 numbers for 0 LoRAs"),
         (["aspect_ratio=1:1", "width=512"], "give one or the other"),
         (["image=@MASK", "width=512"], "Only one of width and height"),

@@ -186,7 +186,14 @@ def test_fine_tunes_in_the_operators_folder_may_be_named(folder: Path):
     assert allowed_fine_tune("cat/lora.safetensors", "x") == str(folder / "cat" / "lora.safetensors")
     assert allowed_fine_tune(str(folder / "dog.tar"), "x") == str(folder / "dog.tar")
     assert allowed_fine_tune("inside.tar", "x") == str(folder / "dog.tar")
-    for source in ("someone/style", "https://example.org/a.tar", "data:,x", "", None):
+    for source in (
+        "someone/style",
+        "someone/style/a/b.safetensors",
+        "https://example.org/a.tar",
+        "data:,x",
+        "",
+        None,
+    ):
         assert allowed_fine_tune(source, "x") == source
 
 
@@ -206,6 +213,8 @@ def test_fine_tunes_in_the_operators_folder_may_be_named(folder: Path):
         str(REPOSITORY / "base_models"),
         "base_models/tiny-sdxl",
         "cat/../../private.tar",
+        "someone/style/../../private.safetensors",
+        "someone/style/.hidden.safetensors",
         "a\0b",
         "x" * 5000,
     ],

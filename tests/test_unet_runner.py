@@ -85,8 +85,8 @@ def test_what_was_made_of_weights_is_made_anew_after_a_switch_that_failed(pipeli
     plain = pipeline.unet(timestep=when, **given, return_dict=False)[0]
     name = next(name for name in tuned._parameters if name.endswith("attn2.to_v.weight"))
     doubled = {name: tuned._parameters[name].detach() * 2}
-    good = LoadedFineTune(name="good", unet=doubled, token_map=TokenMap({}))
-    wrong = LoadedFineTune(name="wrong", unet={name: torch.zeros(3)}, token_map=TokenMap({}))
+    good = LoadedFineTune(name="good", whole=doubled, token_map=TokenMap({}))
+    wrong = LoadedFineTune(name="wrong", whole={name: torch.zeros(3)}, token_map=TokenMap({}))
     tuned.apply((ScaledFineTune(fine_tune=good),))
     runners.follow(tuned.changes)
     assert not torch.equal(runners(pipeline.unet)(timestep=when, **given)[0], plain)

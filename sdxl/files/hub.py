@@ -4,10 +4,11 @@ The only module that downloads models; does not know how to load them.
 """
 
 import contextlib
+import glob
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -173,13 +174,40 @@ def fine_tune_folder(name: str) -> Path:
         DownloadError: the hub cannot be reached, does not have `name`, or has more than `LARGEST_FINE_TUNE` there.
     """
     filters = {"allow_patterns": ["*.safetensors", "*.pti", "*.json"], "ignore_patterns": ["*/*"]}
+    return _fetch_fine_tune(name, filters)
+
+
+def fine_tune_file(source: str) -> Path:
+    """Return the file of a fine-tune in a hub repository: `source` is `owner/repository/path/to/file`.
+
+    Also fetches peft's configuration from the file's folder, if there is one.
+
+    Raises:
+        DownloadError: like `fine_tune_folder`; or the repository has no such file.
+    """
+    owner, repository, file = source.split("/", 2)
+    name = f"{owner}/{repository}"
+    wanted = [file, str(PurePosixPath(file).with_name("adapter_config.json"))]
+    folder = _fetch_fine_tune(name, {"allow_patterns": [glob.escape(path) for path in wanted]}, file)
+    if not (folder / file).is_file():
+        raise DownloadError(
+            f"{name} on the hub has no file {file}: copy its path from the repository's page."
+        )
+    return folder / file
+
+
+def _fetch_fine_tune(name: str, filters: dict[str, Any], file: str = "") -> Path:
+    """Return the folder of the repository `name` with the files that pass `filters`, among them `file`."""
     try:
         try:
-            snapshot_download(name, **filters, local_files_only=True)  # type: ignore[call-overload]
-        except LocalEntryNotFoundError:  # the first download: check its size
+            cached = Path(snapshot_download(name, **filters, local_files_only=True))
+            is_new = not (cached / file).exists()
+        except LocalEntryNotFoundError:
+            is_new = True
+        if is_new:
             _check_download_size(name, filters)
         folder = wait_for(
-            lambda abandoned: snapshot_download(name, **filters),  # type: ignore[arg-type]
+            lambda abandoned: snapshot_download(name, **filters),
             seconds=settings.download_seconds(),
             what=f"The download of {name}",
         )

@@ -12,6 +12,8 @@ from sdxl.files.fetching import existing, is_remote
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """The name of a repository on the Hugging Face hub."""
+HUB_FILE = re.compile(rf"{HUB_NAME.pattern}(?:/(?!\.)[^/\\]+)*/(?!\.)[^/\\]+\.safetensors")
+"""A file in such a repository, also in a folder there."""
 
 
 def allowed_fine_tune(source: str | None, name: str) -> str | None:
@@ -19,8 +21,8 @@ def allowed_fine_tune(source: str | None, name: str) -> str | None:
 
     On the command line that is `source` itself.
 
-    Behind a server it may be a URL, a `data:` URI, the name of a hub repository, or a path in the folder that
-    `SDXL_FINE_TUNES` names. What is outside that folder does not exist for strangers, also behind links.
+    Behind a server it may be a URL, a `data:` URI, the name of a hub repository or of a file in one, or a path in the folder
+    that `SDXL_FINE_TUNES` names. What is outside that folder does not exist for strangers, also behind links.
 
     name: the input's name.
 
@@ -32,7 +34,7 @@ def allowed_fine_tune(source: str | None, name: str) -> str | None:
     folder = settings.fine_tunes_folder()
     if folder is not None and (inside := _inside(source, folder)) is not None:
         return str(inside)
-    if HUB_NAME.fullmatch(source) and existing(source) is None:
+    if (HUB_NAME.fullmatch(source) or HUB_FILE.fullmatch(source)) and existing(source) is None:
         return source
     also = " or the name of a fine-tune of this server" if folder is not None else ""
     raise UserInputError(

@@ -161,6 +161,11 @@ class WeightFile:
         return set(self._header[1])
 
     @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Name → shape of each tensor. Raises like `keys`."""
+        return {name: shape for name, (_, shape, *_) in self._header[1].items()}
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The header's `__metadata__`, without values that are not text."""
         return self._header[2]

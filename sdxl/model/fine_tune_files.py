@@ -1,7 +1,7 @@
 """A fine-tune on disk: `unet.safetensors` or `lora.safetensors`, `embeddings.pti`, `special_params.json`.
 
-The only module that writes and reads this format and recognises the files of other tools. Does not know training or
-pipelines.
+The only module that writes and opens this format. Does not know which files of others are a fine-tune
+(fine_tune_choice.py), training or pipelines.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dataset_and_utils import MOST_ROWS, TokenMap, read_embeddings, write_embeddings
+from dataset_and_utils import TokenMap, write_embeddings
 from sdxl.errors import WeightsError
 from sdxl.files.archives import Limits, in_place, pack_tar, unpack
 from sdxl.files.file_kinds import describe_other_kind, looks_like_safetensors
 from sdxl.files.weight_files import WeightFile
-from sdxl.model.lora_formats import is_lora
+from sdxl.model.fine_tune_choice import EMBEDDINGS, LORA, UNET, Chosen, belongs, choose
+from sdxl.model.token_files import read_rows
 from sdxl.workspace import CHECKPOINTS
 
-UNET, LORA = "unet.safetensors", "lora.safetensors"
-EMBEDDINGS, TOKENS, RECORD = "embeddings.pti", "special_params.json", "training.json"
+__all__ = ["EMBEDDINGS", "LORA", "RECORD", "TOKENS", "UNET", "read_rows"]
+
+TOKENS, RECORD = "special_params.json", "training.json"
+_PEFT_CONFIG = "adapter_config.json"
 
 LIMITS = Limits(files=1000, total_bytes=32 << 30)
 """Limits on the unpacked archive of a fine-tune."""
@@ -58,12 +61,16 @@ class FineTuneFiles:
 
     name: str
     """Its name in messages."""
-    unet: WeightFile | None
-    lora: WeightFile | None
-    embeddings: Path | None
+    whole: tuple[tuple[str, WeightFile], ...] = ()
+    """Files of whole weights, each with the part that its names belong to: "unet", "text_encoder" or "text_encoder_2".
+    In a single-file checkpoint the names say it themselves."""
+    lora: WeightFile | None = None
+    lora_config: Path | None = None
+    """peft's configuration of the LoRA, if it is in a file of its own."""
+    embeddings: Path | None = None
     """Token rows under the keys `text_encoders_0` and `text_encoders_1`."""
-    clip_embeddings: tuple[WeightFile, ...] = ()
-    """Embeddings of other tools: token rows under the keys `clip_l` and `clip_g`; the file name is the token."""
+    token_files: tuple[WeightFile, ...] = ()
+    """Embeddings of other tools (token_files.py)."""
     token_map: TokenMap
 
 
@@ -104,7 +111,7 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
     """Open the fine-tune `source`: a folder, a safetensors file, or an archive.
 
     Unpacks an archive into `folder`. Large files of an uncompressed tar stay in it, to be read directly from there.
-    Recognises files of other tools by their content: LoRAs under any name, and embeddings for both text encoders.
+    Recognises files of other tools by their content, under any name (fine_tune_choice.py).
 
     name: its name in messages; by default the file name.
 
@@ -120,7 +127,8 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
     if source.is_dir():
         folder = source
     elif is_safetensors(source, name=name):
-        return _classify(name, [WeightFile(source, source.name)], TokenMap({}))
+        chosen = choose(name, {Path(source.name): WeightFile(source, source.name)})
+        return replace(_opened(name, chosen, source.parent), token_map=TokenMap({}))
     else:
         still_packed = {
             path: WeightFile(source, path.name, start, size)
@@ -131,17 +139,12 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
             still_packed = {}
         unpack(source, folder, limits=LIMITS, skip=lambda path: path in still_packed or is_checkpoint(path))
 
-    # Take the first folder with weights or embeddings: the root, or a folder that the user packed.
-    folders = [Path(), *(Path(path.name) for path in sorted(folder.iterdir()) if path.is_dir())]
-    for root in dict.fromkeys([*folders, *sorted(path.parent for path in still_packed)]):
-        files = {path.name: file for path, file in still_packed.items() if path.parent == root}
-        for path in (folder / root).glob("*"):
-            if path.is_file() and (path.suffix == ".safetensors" or path.name == EMBEDDINGS):
-                files[path.name] = WeightFile(path, path.name)
-        if files:
-            tokens = folder / root / TOKENS
-            token_map = TokenMap.read(tokens) if tokens.is_file() else TokenMap({})
-            return _classify(name, [files[key] for key in sorted(files)], token_map)
+    files = {path: file for path, file in still_packed.items() if belongs(path)}
+    for path in folder.rglob("*"):
+        if belongs(relative := path.relative_to(folder)) and path.is_file():
+            files[relative] = WeightFile(path, path.name)
+    if files:
+        return _opened(name, choose(name, files), folder)
     for path in sorted(folder.rglob("*")):
         if path.suffix in _PICKLES and (other := describe_other_kind(path, wanted=_WANTED)):
             raise WeightsError(f"{name} holds no .safetensors file, and {path.name} {other}")
@@ -150,87 +153,18 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
     )
 
 
-def _classify(name: str, files: list[WeightFile], token_map: TokenMap) -> FineTuneFiles:
-    """Find each file's role in the fine-tune, by its name or its keys, and check that the roles fit together."""
-    parts: dict[str, list[WeightFile]] = {"unet": [], "lora": [], "embeddings": [], "clip": []}
-    for file in files:
-        keys = file.keys
-        if not keys:
-            raise WeightsError(f"{file.name} holds no tensors: take it from a finished training.")
-        if file.name == UNET or "conv_in.weight" in keys:
-            parts["unet"].append(file)
-        elif file.name == EMBEDDINGS or "text_encoders_0" in keys:
-            if file.size is not None:
-                raise WeightsError(
-                    f"{file.name} is too large for token rows: take it from a finished training."
-                )
-            parts["embeddings"].append(file)
-        elif {"clip_l", "clip_g"} <= keys:
-            parts["clip"].append(file)
-        elif file.name == LORA or is_lora(keys):
-            parts["lora"].append(file)
-    weights = parts["unet"] + parts["lora"]
-    if len(weights) > 1:
-        listed = " and ".join(sorted(file.name for file in weights))
-        raise WeightsError(f"{name} holds {listed}: keep only the one that you trained.")
-    if not weights and not parts["embeddings"] and not parts["clip"]:
-        raise WeightsError(f"{name} holds no UNet, LoRA or embeddings of SDXL: give a fine-tune's file.")
+def _opened(name: str, chosen: Chosen, folder: Path) -> FineTuneFiles:
+    """Add the JSON files that lie beside the chosen ones in `folder`."""
+    tokens, config = folder / chosen.root / TOKENS, folder / chosen.root / _PEFT_CONFIG
     return FineTuneFiles(
         name=name,
-        unet=next(iter(parts["unet"]), None),
-        lora=next(iter(parts["lora"]), None),
-        embeddings=next((file.path for file in parts["embeddings"]), None),
-        clip_embeddings=tuple(parts["clip"]) if not parts["embeddings"] else (),
-        token_map=token_map,
+        whole=chosen.whole,
+        lora=chosen.lora,
+        lora_config=config if chosen.lora is not None and config.is_file() else None,
+        embeddings=None if chosen.embeddings is None else chosen.embeddings.path,
+        token_files=chosen.token_files,
+        token_map=TokenMap.read(tokens) if tokens.is_file() else TokenMap({}),
     )
-
-
-def read_rows(fine_tune: FineTuneFiles) -> tuple[tuple[Tensor, ...], bool, TokenMap]:
-    """Read a fine-tune's token rows, whether they were trained with pooling at the end of text, and its token map.
-
-    The rows are one tensor [tokens, dim_i] for each text encoder i. Each embeddings file of another tool becomes one token
-    with the file's name.
-
-    Raises:
-        ContractError: the embeddings are malformed.
-        WeightsError: a text encoder has no rows, or the two have different numbers of rows.
-    """
-    if fine_tune.embeddings is not None:
-        rows, at_eos = read_embeddings(fine_tune.embeddings)
-        if len(rows) != 2:
-            raise WeightsError(
-                f"{fine_tune.embeddings.name} needs token rows for two text encoders: train again."
-            )
-        _check_count(len(rows[0]), fine_tune.embeddings.name)
-        return tuple(rows), at_eos, fine_tune.token_map
-
-    # Embeddings of other tools: number their rows across all files, as a token map does.
-    pairs = []
-    placeholders: dict[str, str] = {}
-    count = 0
-    for file in fine_tune.clip_embeddings:
-        tensors = file.read()
-        pair = [tensors[key] for key in ("clip_l", "clip_g")]
-        pair = [rows[None] if rows.ndim == 1 else rows for rows in pair]
-        if any(rows.ndim != 2 or len(rows) != len(pair[0]) or not len(rows) for rows in pair):
-            raise WeightsError(
-                f"{file.name} must hold equally many rows for clip_l and clip_g: download it again."
-            )
-        _check_count(count + len(pair[0]), file.name)
-        placeholders[Path(file.name).stem] = "".join(f"<s{count + row}>" for row in range(len(pair[0])))
-        count += len(pair[0])
-        pairs.append(pair)
-    if not pairs:
-        return (), True, fine_tune.token_map
-    token_map = TokenMap({**placeholders, **fine_tune.token_map.placeholders})
-    return tuple(torch.cat([pair[i] for pair in pairs]) for i in range(2)), True, token_map
-
-
-def _check_count(rows: int, name: str) -> None:
-    if rows > MOST_ROWS:
-        raise WeightsError(
-            f"{name} makes more than {MOST_ROWS} token rows in all: give embeddings of fewer tokens."
-        )
 
 
 def is_safetensors(path: Path, *, name: str | None = None) -> bool:

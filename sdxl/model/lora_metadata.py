@@ -1,4 +1,4 @@
-"""The alpha of each layer in the metadata of diffusers' LoRA files.
+"""The alpha of each layer in the metadata of diffusers' LoRA files, or in the `adapter_config.json` of a folder of peft.
 
 The metadata is the configuration of peft's adapter for each part, its keys prefixed with the part, such as
 `unet.lora_alpha`. Knows how peft reads it; does not know matrices.
@@ -11,13 +11,18 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sdxl.errors import WeightsError, shortened
 
 _KEY = "lora_adapter_metadata"
-_DEFAULT_ALPHA = 8
-"""peft's, where a configuration names no alpha."""
+_DEFAULT_ALPHA, _DEFAULT_RANK = 8, 8
+"""peft's, where a configuration names none."""
+_METHODS = ("LORA", "LOHA", "LOKR")
+"""Methods of peft that make sums of small matrices, as its configuration names them."""
+_LARGEST_CONFIG = 4 << 20
+"""Bytes. A pattern for each layer of SDXL's UNet takes 0.1 million."""
 _LONGEST_PATTERN, _MOST_PATTERNS = 500, 10_000
 _CAN_BE_SLOW = re.compile(r"[*+?{|(]")
 """Without any of these, an expression has one length and takes no time to match."""
@@ -32,39 +37,78 @@ json.dump(found, sys.stdout)
 """
 
 
-def read_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int], file: str) -> dict[str, float]:
+def read_alphas(
+    metadata: Mapping[str, str], ranks: Mapping[str, int], file: str, config: Mapping[str, Any] | None = None
+) -> dict[str, float]:
     """The alpha of each layer, by default its rank.
 
     With rank-stabilised LoRA it is multiplied by √rank (arXiv:2312.03732), as the change is later divided by the rank.
 
-    ranks: layer, such as "unet.mid_block.attentions.0.proj_in" → rank of its matrices.
+    ranks: layer, such as "unet.mid_block.attentions.0.proj_in" → rank of its matrices; 0 for a change without a rank
+        (LoKr of two whole matrices), which gets alpha / rank of the configuration, by default 1.
     file: its name in errors.
+    config: peft's own configuration of the UNet's adapter; None to look into the metadata.
 
     Raises:
         WeightsError: the metadata is malformed, contradicts the matrices, or names layers that the file does not have.
     """
-    try:
-        configs = json.loads(metadata.get(_KEY) or "{}")
-    except (ValueError, RecursionError):
-        configs = None
-    if not isinstance(configs, dict):
-        raise WeightsError(f"{file} has metadata that cannot be read ({_KEY}): save the LoRA again.")
+    if config is None:
+        configs = _configs_of(metadata, file)
+    else:
+        configs = {f"unet.{setting}": value for setting, value in config.items()}
     alphas = {}
     for part in {layer.partition(".")[0] for layer in ranks}:
         prefix = f"{part}."
         config = {key.removeprefix(prefix): value for key, value in configs.items() if key.startswith(prefix)}
         names = [layer for layer in ranks if layer.startswith(prefix)]
         if not config:
-            alphas |= {layer: float(ranks[layer]) for layer in names}
+            alphas |= {layer: float(ranks[layer] or 1) for layer in names}
             continue
         given = _by_pattern(config, "alpha_pattern", names, file, must_match=True)
         wanted = _by_pattern(config, "rank_pattern", names, file, must_match=False)
         for layer in names:
             rank = ranks[layer]
-            _check_rank(wanted.get(layer, config.get("r", rank)), rank, layer, file)
-            alpha = _number(given.get(layer, config.get("lora_alpha", _DEFAULT_ALPHA)), layer, file)
-            alphas[layer] = alpha * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+            said = wanted.get(layer, config.get("r", rank or _DEFAULT_RANK))
+            alpha = given.get(layer, config.get("lora_alpha", config.get("alpha", _DEFAULT_ALPHA)))
+            alphas[layer] = _number(alpha, layer, file)
+            if rank:
+                _check_rank(said, rank, layer, file)
+                alphas[layer] *= math.sqrt(rank) if config.get("use_rslora") else 1.0
+            else:
+                alphas[layer] /= max(_number(said, layer, file), 1.0)
     return alphas
+
+
+def _configs_of(metadata: Mapping[str, str], file: str) -> dict[str, Any]:
+    try:
+        configs = json.loads(metadata.get(_KEY) or "{}")
+    except (ValueError, RecursionError):
+        configs = None
+    if not isinstance(configs, dict):
+        raise WeightsError(f"{file} has metadata that cannot be read ({_KEY}): save the LoRA again.")
+    return configs
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read peft's `adapter_config.json`.
+
+    Raises:
+        WeightsError: it is no JSON object, too large, or of a method that is not read here.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path.name} cannot be read as a configuration of peft: save the LoRA again.")
+    if config.get("peft_type", "LORA") not in _METHODS:
+        raise WeightsError(
+            f"{path.name} is of the method {_quoted(config['peft_type'])}, but only {', '.join(_METHODS)} are read: give one "
+            "of them."
+        )
+    return config
 
 
 def _by_pattern(

@@ -34,7 +34,7 @@ from sdxl.files.fetching import (
     is_remote,
     name_of,
 )
-from sdxl.files.sources import HUB_NAME
+from sdxl.files.sources import HUB_FILE, HUB_NAME
 from sdxl.model import fine_tune_files
 from sdxl.settings import CacheLimits
 
@@ -74,7 +74,8 @@ class FineTuneCache(Generic[T]):
         self._sweep()
 
     def get(self, source: str) -> T:
-        """The fine-tune at `source`: a path, a `data:` URI, an http(s) URL, or the name of a hub repository.
+        """The fine-tune at `source`: a path, a `data:` URI, an http(s) URL, or the name of a hub repository or of a
+        file in one.
 
         Each call asks the server of a URL whether the file has changed. If the server does not answer, the cached
         fine-tune is used.
@@ -86,12 +87,15 @@ class FineTuneCache(Generic[T]):
             return self._from_remote(source)
         path, name = existing(source), None
         if path is None:
-            if not HUB_NAME.fullmatch(source):
+            if HUB_FILE.fullmatch(source):
+                path = hub.fine_tune_file(source)
+            elif HUB_NAME.fullmatch(source):
+                path, name = hub.fine_tune_folder(source), source
+            else:
                 raise UserInputError(
                     f"{shortened(source)} does not exist: give an existing file, a data: URI, an http(s) URL or the "
                     "name of a hub repository."
                 )
-            path, name = hub.fine_tune_folder(source), source
 
         # Local files are identified by their state, so that a changed file is another fine-tune.
         if path.is_dir():

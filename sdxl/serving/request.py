@@ -59,8 +59,8 @@ RANGES = {
     "seed": (0, 2**32 - 1),
     "high_noise_frac": (0, 1),
     "refine_steps": (1, 500),
-    "lora_scale": (0, 1),
-    "extra_lora_scale": (0, 1),
+    "lora_scale": (-2, 2),
+    "extra_lora_scale": (-2, 2),
     "output_quality": (1, 100),
 }
 """Input → its smallest and largest value; for a list, those of each number in it."""
@@ -177,6 +177,7 @@ class FineTuneOptions:
     replicate_weights: str | None = None
     """Path, URL, `data:` URI or hub repository; None for the fine-tune given at setup, if any."""
     lora_scale: float = 1.0
+    """1 as it was trained; more than 1 exaggerates, less than 0 does the opposite."""
     extra_lora: Sequence[str] | None = None
     """LoRAs to add, named like `replicate_weights`; empty texts stand for none."""
     extra_lora_scale: Sequence[float] | None = None

@@ -16,8 +16,14 @@ from torch import Tensor, nn
 
 from dataset_and_utils import TokenMap, add_tokens, eos_id, pool_at_eos
 from sdxl.errors import WeightsError
-from sdxl.model.fine_tune_files import FineTuneFiles, read_rows
-from sdxl.model.lora_formats import LayerNames, LoraLayer, read_lora
+from sdxl.model.fine_tune_files import FineTuneFiles
+from sdxl.model.layer_names import LayerNames
+from sdxl.model.lora_formats import read_lora
+from sdxl.model.lora_metadata import read_config
+from sdxl.model.other_models import looks_like
+from sdxl.model.token_files import read_rows
+from sdxl.model.weight_changes import WeightChange
+from sdxl.model.whole_weights import read_whole
 from sdxl.speed.memory import free_bytes
 
 if TYPE_CHECKING:
@@ -39,10 +45,10 @@ class LoadedFineTune:
 
     name: str
     """The name for messages."""
-    unet: dict[str, Tensor] = field(default_factory=dict)
-    """Parameter of the UNet, such as "unet.conv_in.weight" → its new value; empty for a LoRA."""
-    lora: dict[str, LoraLayer] = field(default_factory=dict)
-    """Layer, such as "unet.mid_block.attentions.0.proj_in" → its change."""
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter of the UNet or a text encoder, such as "unet.conv_in.weight" → its new value; empty for a LoRA."""
+    lora: dict[str, WeightChange] = field(default_factory=dict)
+    """Parameter, such as "unet.mid_block.attentions.0.proj_in.weight" → its change."""
     rows: tuple[Tensor, ...] = ()
     """Token rows [tokens, dim_i] for text encoder i; empty if there are no new tokens."""
     pooled_at_eos: bool = True
@@ -52,7 +58,7 @@ class LoadedFineTune:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        parts = (*self.unet.values(), *self.lora.values(), *self.rows)
+        parts = (*self.whole.values(), *self.lora.values(), *self.rows)
         return sum(part.nbytes for part in parts)
 
 
@@ -72,7 +78,7 @@ def require_loras(scaled: Sequence[ScaledFineTune]) -> None:
         WeightsError: one of them is a whole UNet.
     """
     for one in scaled:
-        if one.fine_tune.unet:
+        if one.fine_tune.whole:
             raise WeightsError(
                 f"{one.fine_tune.name} is a whole UNet and cannot be added to another fine-tune: give it as "
                 "replicate_weights, and only LoRAs as extra_lora."
@@ -92,16 +98,12 @@ class TunedPipeline:
             "text_encoder": pipeline.text_encoder,
             "text_encoder_2": pipeline.text_encoder_2,
         }
-        modules = {f"{part}.{name}": m for part, root in parts.items() for name, m in root.named_modules()}
         self._parameters: dict[str, nn.Parameter] = {
             f"{part}.{name}": parameter
             for part, root in parts.items()
             for name, parameter in root.named_parameters()
         }
-        self._names = LayerNames(
-            [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)],
-            pipeline.unet.config,
-        )
+        self._names = LayerNames({name.rpartition(".")[0] for name in self._parameters}, pipeline.unet.config)
         self._kept: dict[str, Tensor] = {}
         """Base values of the parameters that any fine-tune has changed so far, in host memory or on the GPU."""
         self._room: bool | None = None
@@ -112,7 +114,13 @@ class TunedPipeline:
         """The fine-tunes that are applied; None while they change."""
         self._tokenizers = {0: (pipeline.tokenizer, pipeline.tokenizer_2)}
         self._tables = tuple(encoder.get_input_embeddings() for encoder in self._encoders)
-        self._grown: list[nn.Embedding] = []
+        tables = [table.weight for table in self._tables]
+        self._table_names = [
+            next(name for name, parameter in self._parameters.items() if parameter is table)
+            for table in tables
+        ]
+        self._grown: dict[int, nn.Embedding] = {}
+        """Number of an encoder → a copy of the base's table with spare rows."""
 
     @property
     def _encoders(self) -> tuple[Any, Any]:
@@ -125,25 +133,24 @@ class TunedPipeline:
             WeightsError: the fine-tune does not fit this base.
             ContractError: its embeddings are malformed.
         """
-        unet, lora = {}, {}
         pinned = self.pipeline._execution_device.type == "cuda"
-        if files.unet is not None:
-            unet = {f"unet.{name}": tensor for name, tensor in files.unet.read(pinned=pinned).items()}
-            for name, tensor in unet.items():
-                if name not in self._parameters or self._parameters[name].shape != tensor.shape:
-                    raise WeightsError(
-                        f"{files.unet.name} does not fit this base (at {name.removeprefix('unet.')}): use the base "
-                        "that it was trained on."
-                    )
+        whole: dict[str, Tensor] = {}
+        for part, file in files.whole:
+            whole |= read_whole(file.read(pinned=pinned), part, self._names, self._parameters, file.name)
+        lora, tensors = {}, {}
         if files.lora is not None:
             tensors = files.lora.read(pinned=pinned)
-            lora = read_lora(tensors, files.lora.metadata, self._names, files.lora.name)
-            for name, layer in lora.items():
-                if not layer.fits(tuple(self._parameters[f"{name}.weight"].shape)):
+            config = None if files.lora_config is None else read_config(files.lora_config)
+            lora = read_lora(tensors, files.lora.metadata, self._names, files.lora.name, config)
+            for name, change in lora.items():
+                if name not in self._parameters or not change.fits(tuple(self._parameters[name].shape)):
+                    guess = looks_like({key: tensor.shape for key, tensor in tensors.items()})
                     raise WeightsError(
-                        f"{files.lora.name} does not fit this base (at {name}): use the base that it was trained on."
+                        f"{files.lora.name} does not fit this base (at {name}){guess}: use the base that it was trained on."
                     )
-        rows, at_eos, token_map = read_rows(files)
+        rows, at_eos, token_map = read_rows(
+            files, tensors, [self._base_value(name) for name in self._table_names]
+        )
         widths = [table.weight.shape[1] for table in self._tables]  # type: ignore[union-attr]
         if rows and [row.shape[1] for row in rows] != widths:
             raise WeightsError(
@@ -152,7 +159,7 @@ class TunedPipeline:
             )
         rows = tuple(row.clone() for row in rows)
         return LoadedFineTune(
-            name=files.name, unet=unet, lora=lora, rows=rows, pooled_at_eos=at_eos, token_map=token_map
+            name=files.name, whole=whole, lora=lora, rows=rows, pooled_at_eos=at_eos, token_map=token_map
         )
 
     def activate(self, files: FineTuneFiles | None, *, lora_scale: float = 1.0) -> None:
@@ -173,8 +180,8 @@ class TunedPipeline:
         self.restore()
         self._active = None
         try:
-            self._apply_tokens(scaled)
             self._apply_parameters(scaled)
+            self._apply_tokens(scaled)
             self._active = scaled
         except BaseException:
             self.restore()
@@ -204,23 +211,23 @@ class TunedPipeline:
         """Replace parameters by those of a whole UNet, then add the changes of all LoRAs."""
         # A whole UNet replaces parameters. Only the first fine-tune may be one.
         for one in scaled[:1]:
-            for name, tensor in one.fine_tune.unet.items():
+            for name, tensor in one.fine_tune.whole.items():
                 self._keep(name)
                 self._parameters[name].copy_(tensor, non_blocking=True)
 
         # Collect the changes of all LoRAs by weight, so that each weight is rounded only once.
-        changes: dict[str, list[tuple[LoraLayer, float]]] = {}
+        changes: dict[str, list[tuple[WeightChange, float]]] = {}
         for one in scaled:
-            for name, layer in one.fine_tune.lora.items() if one.scale else ():
-                changes.setdefault(f"{name}.weight", []).append((layer, one.scale))
+            for name, change in one.fine_tune.lora.items() if one.scale else ():
+                changes.setdefault(name, []).append((change, one.scale))
 
         # Add them in fp32. A DoRA layer also needs the weight before any change.
         for name, parts in changes.items():
             self._keep(name)
             weight = self._parameters[name]
             before = value = weight.float()
-            for layer, scale in parts:
-                value = layer.added(value, before, scale)
+            for change, scale in parts:
+                value = change.added(value, before, scale)
             weight.copy_(value)
 
     def _keep(self, name: str) -> None:
@@ -229,6 +236,10 @@ class TunedPipeline:
             value = self._parameters[name].detach()
             self._kept[name] = value.clone() if self._keeps_on_gpu(value) else host_copy(value)
         self._changed.add(name)
+
+    def _base_value(self, name: str) -> Tensor:
+        """A parameter's value in the base, whatever is applied now."""
+        return self._kept[name] if name in self._changed else self._parameters[name].detach()
 
     def _keeps_on_gpu(self, value: Tensor) -> bool:
         """Whether to keep base values on the GPU, from where they are restored fastest, instead of in host memory."""
@@ -271,11 +282,12 @@ class TunedPipeline:
 
     def _table_with(self, index: int, size: int) -> nn.Embedding:
         """A copy of an encoder's embedding table with at least `size` rows, reused by later fine-tunes."""
-        if not self._grown:
-            self._grown = [self._grow(table, 0) for table in self._tables]
-        if self._grown[index].num_embeddings < size:
-            self._grown[index] = self._grow(self._tables[index], size)
-        base = self._tables[index].weight
+        table = self._tables[index]
+        if self._table_names[index] in self._changed:
+            return self._grow(table, size)
+        if index not in self._grown or self._grown[index].num_embeddings < size:
+            self._grown[index] = self._grow(table, size)
+        base = table.weight
         assert isinstance(base, Tensor)
         return self._grown[index].to(base.device)
 

@@ -72,6 +72,24 @@ def kohya() -> bytes:
     return save(tensors)
 
 
+def of_peft() -> dict[str, bytes]:
+    """The LoRA as peft saves it: its strength is in a file of its own."""
+    tensors = {}
+    for name, (down, up) in _matrices().items():
+        key = f"base_model.model.{name}"
+        tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK / 2}
+    return {"adapter_model.safetensors": save(tensors), "adapter_config.json": json.dumps(config).encode()}
+
+
+def of_sd15() -> bytes:
+    """A LoRA of SD 1.5, whose layers have other names, and texts of another width."""
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    return save(
+        {f"{key}.lora_down.weight": torch.zeros(4, 768), f"{key}.lora_up.weight": torch.zeros(320, 4)}
+    )
+
+
 def by_pattern(patterns: Mapping[str, float], **others: Any) -> bytes:
     """The LoRA at full strength, which a pattern of alphas halves."""
     return lora(1.0, {"r": RANK, "lora_alpha": RANK, "alpha_pattern": patterns, **others})
@@ -107,6 +125,7 @@ def folder(files: Mapping[str, bytes]) -> Write:
         made = parent / "given"
         made.mkdir()
         for name, data in files.items():
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
             (made / name).write_bytes(data)
         return made
 
@@ -123,6 +142,13 @@ _RIGHT: dict[str, Callable[[], Write]] = {
     "in_a_zip": lambda: content(zipped({"my lora/style.safetensors": lora()}), "style.zip"),
     "beside_a_pickle": lambda: folder({"a.safetensors": lora(), "optimizer.bin": pickled()}),
     "kohya": lambda: content(kohya(), "kohya.safetensors"),
+    "two_forms": lambda: folder({"pytorch_lora_weights.safetensors": lora(), "my_run.safetensors": kohya()}),
+    "two_folders_deep": lambda: content(zipped({"a/b/style.safetensors": lora()}), "style.zip"),
+    "earlier_steps": lambda: folder({"a.safetensors": lora(), "checkpoint-2/a.safetensors": lora(0.1)}),
+    "peft_folder": lambda: folder(of_peft()),
+    "peft_zip": lambda: content(
+        zipped({f"out/{name}": data for name, data in of_peft().items()}), "peft.zip"
+    ),
     "alpha": lambda: content(lora(1.0, {"r": RANK, "lora_alpha": HALF}), "a.safetensors"),
     "pattern": lambda: content(by_pattern({r".*attn\d\.to_(q|v|out\.0)": HALF}), "a.safetensors"),
     "pattern_without_prefix": lambda: content(by_pattern({r"to_\w+(\.0)?": HALF}), "a.safetensors"),
@@ -160,6 +186,11 @@ _REFUSED: dict[str, tuple[Callable[[], Write], str]] = {
     "gguf": (lambda: content(b"GGUF\3\0\0\0" + bytes(99), "a.gguf"), "a.gguf is a file of weights: give a .safetensors"),
     "unmatched_pattern": (lambda: content(by_pattern({"conv_in": 1}), "a.safetensors"), "sets 'conv_in' in alpha_pattern"),
     "other_rank": (lambda: content(lora(1.0, {"r": 8, "lora_alpha": 4}), "a.safetensors"), "the rank 8 in its metadata, but"),
+    "sd15": (lambda: content(of_sd15(), "a.safetensors"), "for no layer of this base (the file looks like SD 1.5): give a"),
+    "vae": (
+        lambda: content(save({"decoder.conv_in.weight": torch.zeros(4, 4)}), "vae.safetensors"),
+        "vae.safetensors holds no UNet, LoRA or embeddings of SDXL (the file looks like an autoencoder (VAE)): give",
+    ),
     "no_expression": (lambda: content(by_pattern({"to_(q": 1}), "a.safetensors"), "is no regular expression"),
 }  # fmt: skip
 
