@@ -87,7 +87,9 @@ def test_what_fits_in_no_way_is_told(predictor: Predictor):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("speed", ["eager", "graphs", "compiled"])
-def test_a_neighbour_takes_the_gpus_memory(speed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_neighbour_takes_the_gpus_memory(
+    speed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     from tests.tiny_helpers import write_checker
 
     monkeypatch.setenv("SDXL_SAFETY_CHECKER", str(write_checker(tmp_path)))
@@ -106,6 +108,7 @@ def test_a_neighbour_takes_the_gpus_memory(speed: str, tmp_path: Path, monkeypat
     predictor.painter.runners.forget()
     for share in (0.1, 0.3, 0.6, 0.9):
         free, _ = torch.cuda.mem_get_info()
+        caplog.clear()
         neighbour = torch.empty(int(max(free - share * wanted, 0)), dtype=torch.uint8, device="cuda")
         try:
             drawn = draw(predictor, **many)
@@ -114,7 +117,7 @@ def test_a_neighbour_takes_the_gpus_memory(speed: str, tmp_path: Path, monkeypat
         assert np.array_equal(draw(predictor), one), share
         del neighbour
         torch.cuda.empty_cache()
-        if drawn is not None:
+        if drawn is not None and "in tiles" not in caplog.text:
             assert max(abs(a.astype(int) - b).mean() for a, b in zip(drawn, four, strict=True)) < 1, share
         assert all(
             torch.equal(parameters[name], value)

@@ -122,8 +122,10 @@ class Painter:
                 self.runners.forget()
                 if number == len(ways):
                     raise
+                fewer, tiles = ways[number]
+                how = " with the autoencoder in tiles, which can shift colours" if tiles else ""
                 log.warning(
-                    "Memory ran out with %d picture(s) at once: trying a way that needs less", at_once
+                    "Memory ran out with %d picture(s) at once: drawing %d at once%s", at_once, fewer, how
                 )
 
     def apply(self, options: FineTuneOptions) -> None:
