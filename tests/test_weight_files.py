@@ -11,11 +11,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from dataset_and_utils import read_embeddings
+from dataset_and_utils import read_embeddings, write_embeddings
 from sdxl.errors import UserInputError, WeightsError
 from sdxl.files.archives import in_place, pack_tar
 from sdxl.files.weight_files import WeightFile
+from sdxl.model import fine_tune_files
 from sdxl.model.components import load_components, load_unet
+from sdxl.model.token_files import read_rows
 from sdxl.serving.pipeline import load_pipeline
 from tests.conftest import TINY_BASE
 
@@ -217,3 +219,15 @@ def test_messages_about_embeddings_do_not_tell_the_servers_folders(tmp_path: Pat
     save_file({"text_encoders_0": torch.zeros(2)}, tmp_path / "embeddings.pti")
     with pytest.raises(UserInputError, match=r"^embeddings\.pti must hold"):
         read_embeddings(tmp_path / "embeddings.pti")
+
+
+def test_words_without_rows_are_refused(tmp_path: Path):
+    write_embeddings(tmp_path / "embeddings.pti", [torch.zeros(2, 8), torch.zeros(2, 8)])
+    for rows, fits in (("<s0><s1>", True), ("<s1><s2>", False), ("<s7>", False)):
+        (tmp_path / "special_params.json").write_text(json.dumps({"TOK": rows}))
+        files = fine_tune_files.read(tmp_path, tmp_path)
+        if fits:
+            read_rows(files)
+            continue
+        with pytest.raises(WeightsError, match=r"has words for other rows than the 2 in embeddings\.pti"):
+            read_rows(files)

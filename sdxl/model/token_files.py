@@ -72,6 +72,12 @@ def read_rows(
                 f"{fine_tune.embeddings.name} needs token rows for two text encoders: train again."
             )
         _check_count(len(rows[0]), fine_tune.embeddings.name)
+        numbered = {f"<s{row}>" for row in range(len(rows[0]))}
+        if not numbered.issuperset(fine_tune.token_map.new_tokens):
+            raise WeightsError(
+                f"{fine_tune.name} has words for other rows than the {len(rows[0])} in {fine_tune.embeddings.name}: take "
+                "special_params.json from the same training."
+            )
         return tuple(rows), at_eos, fine_tune.token_map
 
     # Collect the rows of each word from all files.
