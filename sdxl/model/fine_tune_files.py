@@ -28,6 +28,8 @@ from sdxl.workspace import CHECKPOINTS
 
 UNET, LORA = "unet.safetensors", "lora.safetensors"
 EMBEDDINGS, TOKENS, RECORD = "embeddings.pti", "special_params.json", "training.json"
+WEB_UI = "web_ui"
+"""The folder of a training's tar with the same weights for other programs."""
 
 LIMITS = Limits(files=1000, total_bytes=32 << 30)
 """Limits on the unpacked archive of a fine-tune."""
@@ -95,9 +97,9 @@ def pack(folder: Path, target: Path) -> None:
     pack_tar({str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}, target)
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a file in a fine-tune's archive belongs to an earlier training step. `read` ignores such files."""
-    return path.parts[0] == CHECKPOINTS
+def is_left_out(path: Path) -> bool:
+    """Whether `read` ignores a file in a fine-tune's archive: it is of an earlier training step or for other programs."""
+    return path.parts[0] in (CHECKPOINTS, WEB_UI)
 
 
 def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFiles:
@@ -125,14 +127,15 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
         still_packed = {
             path: WeightFile(source, path.name, start, size)
             for path, (start, size) in (in_place(source, limits=LIMITS) or {}).items()
-            if path.suffix == ".safetensors" and size > _LARGE and not is_checkpoint(path)
+            if path.suffix == ".safetensors" and size > _LARGE and not is_left_out(path)
         }
         if len(still_packed) > _MAX_IN_PLACE:
             still_packed = {}
-        unpack(source, folder, limits=LIMITS, skip=lambda path: path in still_packed or is_checkpoint(path))
+        unpack(source, folder, limits=LIMITS, skip=lambda path: path in still_packed or is_left_out(path))
 
     # Take the first folder with weights or embeddings: the root, or a folder that the user packed.
     folders = [Path(), *(Path(path.name) for path in sorted(folder.iterdir()) if path.is_dir())]
+    folders = [path for path in folders if path.name != WEB_UI]
     for root in dict.fromkeys([*folders, *sorted(path.parent for path in still_packed)]):
         files = {path.name: file for path, file in still_packed.items() if path.parent == root}
         for path in (folder / root).glob("*"):

@@ -1,0 +1,171 @@
+"""Add up fine-tunes: LoRAs to one LoRA, anything to a whole SDXL; and find the LoRA nearest to a whole one.
+
+Knows weights and their changes; does not know files or pipelines.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxl.errors import WeightsError
+from sdxl.model.low_rank import LowRank, concatenated, fit, low_rank_of
+
+DEFAULT_RANK = 64
+"""Rank of a LoRA that stands for something else, unless the user chooses one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summand:
+    """A fine-tune to add, and its strength."""
+
+    name: str
+    """Its name in messages."""
+    whole: Mapping[str, Tensor]
+    """Parameter, such as "unet.conv_in.weight" → its new value; empty for a LoRA."""
+    lora: Mapping[str, Any]
+    """Layer, such as "unet.mid_block.attentions.0.proj_in" → its change, as it was read."""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankError:
+    """What a low rank leaves of a change: a Frobenius norm, relative to that of the change."""
+
+    by_layer: Mapping[str, float]
+    """Layer → its error, 0 to 1."""
+    overall: float
+    """The error of all weights together, 0 to 1."""
+    elsewhere: float
+    """The part of the overall error in weights that no LoRA can hold, such as biases and norms, 0 to 1."""
+
+    @property
+    def worst(self) -> str:
+        """The layer with the largest error, and that error in percent."""
+        layer = max(self.by_layer, key=self.by_layer.__getitem__)
+        return f"{layer} {self.by_layer[layer]:.1%}"
+
+
+def merged_lora(
+    summands: Sequence[Summand], base: Mapping[str, Tensor], rank: int | None
+) -> tuple[dict[str, LowRank], RankError | None, int]:
+    """One LoRA for several; the error that its rank leaves, if there is any; and the number of layers that stop being DoRA
+    or another kind of change.
+
+    Plain LoRAs are joined exactly: their ranks add up. A layer is fitted anew if `rank` is less than that, or if a sum of its
+    changes is not the product of two matrices.
+
+    base: parameter → the base's value.
+    rank: the largest rank of a layer. None: as large as necessary, and `DEFAULT_RANK` for what must be fitted.
+    """
+    changes: dict[str, list[tuple[Any, float]]] = {}
+    for summand in summands:
+        for layer, change in summand.lora.items() if summand.scale else ():
+            changes.setdefault(layer, []).append((change, summand.scale))
+    found: dict[str, LowRank] = {}
+    errors, norms = {}, {}
+    other_kinds = 0
+    for layer, parts in changes.items():
+        weight = base[f"{layer}.weight"]
+        matrices = [(low_rank_of(change, weight.shape), scale) for change, scale in parts]
+        if joined := _joined(matrices, rank):
+            found[layer] = joined
+            continue
+        other_kinds += any(change is None or change.magnitude is not None for change, _ in matrices)
+        total = sum_of(parts, weight.float()) - weight.float()
+        found[layer], errors[layer] = fit(total, rank or DEFAULT_RANK)
+        norms[layer] = float(torch.linalg.norm(total))
+    return found, _rank_error(errors, norms, 0.0) if errors else None, other_kinds
+
+
+def _joined(parts: Sequence[tuple[LowRank | None, float]], rank: int | None) -> LowRank | None:
+    """The exact sum, if it is the product of two matrices of at most `rank`, or a single unchanged DoRA."""
+    plain = [change.scaled(scale) for change, scale in parts if change and change.magnitude is None]
+    if len(plain) == len(parts):
+        joined = (
+            concatenated(plain)
+            if len(plain) == 1 or sum(c.rank for c in plain) <= (rank or math.inf)
+            else None
+        )
+        return joined if joined and joined.rank <= (rank or math.inf) else None
+    if len(parts) == 1 and parts[0][1] == 1 and rank is None:
+        return parts[0][0]
+    return None
+
+
+def merged_whole(summands: Sequence[Summand], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that differ from the base's after all of `summands` are added: name → new value, fp32 on its device.
+
+    Whole UNets come first: their differences from the base add up. Then LoRAs are added to the result, like in serving.
+
+    base: parameter → the base's value.
+    """
+    values: dict[str, Tensor] = {}
+    wholes = [summand for summand in summands if summand.whole]
+    for summand in wholes:
+        for name, value in summand.whole.items():
+            own = base[name].float()
+            new = value.to(own.device).float()
+            alone = len(wholes) == 1 and summand.scale == 1  # then it stays as it is, to the last bit
+            values[name] = new if alone else values.get(name, own) + summand.scale * (new - own)
+    changes: dict[str, list[tuple[Any, float]]] = {}
+    for summand in summands:
+        for layer, change in summand.lora.items() if summand.scale else ():
+            changes.setdefault(f"{layer}.weight", []).append((change, summand.scale))
+    for name, parts in changes.items():
+        values[name] = sum_of(parts, values.get(name, base[name].float()))
+    return values
+
+
+def sum_of(parts: Sequence[tuple[Any, float]], weight: Tensor) -> Tensor:
+    """`weight`, in fp32, plus its changes times their strengths."""
+    value = weight
+    for change, scale in parts:
+        value = change.added(value, weight, scale)
+    return value
+
+
+def extracted_lora(
+    whole: Mapping[str, Tensor], base: Mapping[str, Tensor], layers: Sequence[str], rank: int
+) -> tuple[dict[str, LowRank], RankError]:
+    """The LoRA of at most `rank` that is nearest to the difference between `whole` and `base`.
+
+    whole, base: parameter → value; what is missing in `whole` is as in `base`.
+    layers: the layers that can have LoRA matrices: linear ones and convolutions.
+
+    Raises:
+        WeightsError: no layer differs from the base.
+    """
+    found: dict[str, LowRank] = {}
+    errors, norms, elsewhere = {}, {}, 0.0
+    known = {f"{layer}.weight": layer for layer in layers}
+    for name, value in whole.items():
+        change = value.to(base[name].device).float() - base[name].float()
+        norm = float(torch.linalg.norm(change))
+        if norm == 0:
+            continue
+        if name not in known:
+            elsewhere += norm**2
+            continue
+        layer = known[name]
+        norms[layer] = norm
+        found[layer], errors[layer] = fit(change, rank)
+    if not found:
+        raise WeightsError(
+            "The fine-tune changes no layer of the base, so no LoRA can be made of it: give another."
+        )
+    return found, _rank_error(errors, norms, elsewhere)
+
+
+def _rank_error(left: Mapping[str, float], norms: Mapping[str, float], elsewhere: float) -> RankError:
+    """left, norms: layer → norm of what is left and of the change; elsewhere: squared norm of changes of no layer."""
+    total = math.sqrt(sum(norm**2 for norm in norms.values()) + elsewhere) or 1.0
+    missed = math.sqrt(sum(part**2 for part in left.values()) + elsewhere)
+    return RankError(
+        by_layer={layer: left[layer] / (norms[layer] or 1.0) for layer in left},
+        overall=missed / total,
+        elsewhere=math.sqrt(elsewhere) / total,
+    )
