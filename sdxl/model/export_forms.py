@@ -128,8 +128,8 @@ ONLY_LORA = ("diffusers", "kohya", "lora")
 def peft_tensors(layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
     """A LoRA as peft and diffusers name it. These files have no alpha, so it is multiplied into the second matrix."""
     tensors = {}
-    for layer, change in layers.items():
-        name, change = _diffusers_name(layer), change.folded()
+    for layer, own in layers.items():
+        name, change = _diffusers_name(layer), own.folded()
         tensors[f"{name}.lora_A.weight"] = change.down
         tensors[f"{name}.lora_B.weight"] = change.up
         if change.magnitude is not None:

@@ -35,6 +35,22 @@ class About:
     more: Mapping[str, str] = field(default_factory=dict)
     """Further metadata, such as the error of a rank."""
 
+    @classmethod
+    def of(
+        cls, scheduler: Mapping[str, Any], resolution: int, words: Sequence[str], record: Mapping[str, Any]
+    ) -> "About":
+        """What there is to say about a fine-tune with these words and this record.
+
+        scheduler: the configuration of the base's scheduler in diffusers.
+        """
+        return cls(
+            words=tuple(words),
+            resolution=resolution,
+            v_prediction=scheduler.get("prediction_type") == "v_prediction",
+            zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+            record=record,
+        )
+
     @property
     def title(self) -> str:
         """A short name."""
