@@ -29,6 +29,7 @@ _ROLE = re.compile(
     r"|\.lora_(?P<dora>magnitude)_vector(?:\.default)?(?:\.weight)?"
     r"|\.lora_(?P<kohya>down|up)\.weight"
     r"|[._]lora(?:_linear_layer)?\.(?P<old>down|up)\.weight"
+    r"|\.(?P<scale>dora_scale)"
     r"|(?P<alpha>\.alpha))$"
 )
 """The endings of keys in all formats."""
@@ -160,6 +161,8 @@ def read_lora(
                 f"{file} does not fit this base, which has no layer for {shortened(key)}: use the base that it was trained on."
             )
         role = {"A": "down", "B": "up"}.get(match["peft"]) or match["dora"] or match["kohya"] or match["old"]
+        if match["scale"]:
+            role = "magnitude"
         roles_of.setdefault(layer, {})[role or "alpha"] = tensor
 
     # Check each layer. kohya stores alpha as a tensor, diffusers in the metadata; without either, alpha is the rank.

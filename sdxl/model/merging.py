@@ -61,14 +61,10 @@ def merged_lora(
     base: parameter → the base's value.
     rank: the largest rank of a layer. None: as large as necessary, and `DEFAULT_RANK` for what must be fitted.
     """
-    changes: dict[str, list[tuple[Any, float]]] = {}
-    for summand in summands:
-        for layer, change in summand.lora.items() if summand.scale else ():
-            changes.setdefault(layer, []).append((change, summand.scale))
     found: dict[str, LowRank] = {}
     errors, norms = {}, {}
     other_kinds = 0
-    for layer, parts in changes.items():
+    for layer, parts in _changes_by_layer(summands).items():
         weight = base[f"{layer}.weight"]
         matrices = [(low_rank_of(change, weight.shape), scale) for change, scale in parts]
         if joined := _joined(matrices, rank):
@@ -97,27 +93,36 @@ def _joined(parts: Sequence[tuple[LowRank | None, float]], rank: int | None) -> 
 
 
 def merged_whole(summands: Sequence[Summand], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that differ from the base's after all of `summands` are added: name → new value, fp32 on its device.
+    """The parameters that differ from the base's after all of `summands` are added: name → new value, fp32 on the CPU.
 
     Whole UNets come first: their differences from the base add up. Then LoRAs are added to the result, like in serving.
 
-    base: parameter → the base's value.
+    base: parameter → the base's value; sums are computed on its device.
     """
-    values: dict[str, Tensor] = {}
     wholes = [summand for summand in summands if summand.whole]
-    for summand in wholes:
-        for name, value in summand.whole.items():
-            own = base[name].float()
-            new = value.to(own.device).float()
-            alone = len(wholes) == 1 and summand.scale == 1  # then it stays as it is, to the last bit
-            values[name] = new if alone else values.get(name, own) + summand.scale * (new - own)
+    changes = _changes_by_layer(summands)
+    names = {name: None for summand in wholes for name in summand.whole}
+    names |= {f"{layer}.weight": None for layer in changes}
+    found = {}
+    for name in names:
+        own = value = base[name].float()
+        for summand in wholes:
+            if name in summand.whole:
+                new = summand.whole[name].to(own.device).float()
+                alone = len(wholes) == 1 and summand.scale == 1  # then it stays as it is, to the last bit
+                value = new if alone else value + summand.scale * (new - own)
+        parts = changes.get(name.removesuffix(".weight"), []) if name.endswith(".weight") else []
+        found[name] = sum_of(parts, value).cpu()
+    return found
+
+
+def _changes_by_layer(summands: Sequence[Summand]) -> dict[str, list[tuple[Any, float]]]:
+    """Layer → its changes by LoRAs, and their strengths."""
     changes: dict[str, list[tuple[Any, float]]] = {}
     for summand in summands:
         for layer, change in summand.lora.items() if summand.scale else ():
-            changes.setdefault(f"{layer}.weight", []).append((change, summand.scale))
-    for name, parts in changes.items():
-        values[name] = sum_of(parts, values.get(name, base[name].float()))
-    return values
+            changes.setdefault(layer, []).append((change, summand.scale))
+    return changes
 
 
 def sum_of(parts: Sequence[tuple[Any, float]], weight: Tensor) -> Tensor:

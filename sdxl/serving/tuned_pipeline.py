@@ -7,7 +7,7 @@ pipelines and fine-tunes; does not know requests, or where fine-tunes come from.
 import copy
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -98,10 +98,9 @@ class TunedPipeline:
             for part, root in parts.items()
             for name, parameter in root.named_parameters()
         }
-        self._names = LayerNames(
-            [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)],
-            pipeline.unet.config,
-        )
+        self.layers = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
+        """All linear layers and convolutions, such as "unet.mid_block.attentions.0.proj_in"."""
+        self._names = LayerNames(self.layers, pipeline.unet.config)
         self._kept: dict[str, Tensor] = {}
         """Base values of the parameters that any fine-tune has changed so far, in host memory or on the GPU."""
         self._room: bool | None = None
@@ -113,6 +112,11 @@ class TunedPipeline:
         self._tokenizers = {0: (pipeline.tokenizer, pipeline.tokenizer_2)}
         self._tables = tuple(encoder.get_input_embeddings() for encoder in self._encoders)
         self._grown: list[nn.Embedding] = []
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The current values of the parameters that fine-tunes may change."""
+        return self._parameters
 
     @property
     def _encoders(self) -> tuple[Any, Any]:
@@ -137,6 +141,7 @@ class TunedPipeline:
                     )
         if files.lora is not None:
             tensors = files.lora.read(pinned=pinned)
+            tensors = {key: value for key, value in tensors.items() if not key.startswith("bundle_emb.")}
             lora = read_lora(tensors, files.lora.metadata, self._names, files.lora.name)
             for name, layer in lora.items():
                 if not layer.fits(tuple(self._parameters[f"{name}.weight"].shape)):
