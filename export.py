@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sdxl import settings
-from sdxl.errors import UserInputError
+from sdxl.errors import UploadError, UserInputError
 from sdxl.process import configure_logging, repeat_on_cpu
 from sdxl.workspace import RESULT, workspace_of_run
 
@@ -89,6 +89,7 @@ def export(request: ExportRequest, output: Path) -> tuple[list[Path], list[str]]
         layers=tuned.layers,
         unet_config=tuned.pipeline.unet.config,
     )
+    failure = None
     with workspace_of_run("export") as workspace:
         read = read_all(request.sources, request.scales, tuned)
         exported, lost = combine(
@@ -100,14 +101,19 @@ def export(request: ExportRequest, output: Path) -> tuple[list[Path], list[str]]
         files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         if request.push:
             _write_card(folder, files, request, exported, lost)
-            log.info("Uploading to %s", request.push)
-            log.info("Uploaded: %s", upload(folder, request.push, private=not request.public))
+            try:
+                log.info("Uploading to %s", request.push)
+                log.info("Uploaded: %s", upload(folder, request.push, private=not request.public))
+            except UploadError as error:
+                failure = error
         if request.form in _TARS:
             pack_tar({str(path): folder / path for path in files}, workspace / RESULT)
             delivered = _deliver(workspace, [Path(RESULT)], output)
         else:
             delivered = _deliver(folder, files, output)
         shutil.rmtree(workspace)
+    if failure is not None:
+        raise UploadError(f"{failure} The files are in {output}.") from failure
     return delivered, lost
 
 

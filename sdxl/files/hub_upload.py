@@ -52,7 +52,7 @@ def upload(folder: Path, name: str, *, private: bool, endpoint: str | None = Non
     except (HTTPError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         raise UploadError(
             f"The hub could not be reached for {name} ({type(error).__name__}): check the connection, HF_ENDPOINT and "
-            "HF_HUB_OFFLINE. The files are written."
+            "HF_HUB_OFFLINE."
         ) from error
     return str(address)
 

@@ -155,7 +155,7 @@ def _diffusers_code(lora: str | None, files: Sequence[str], about: About, reposi
             "for number, (encoder, tokenizer) in enumerate(",
             "    [(pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)]",
             "):",
-            '    pipe.load_textual_inversion(list(rows[f"text_encoders_{number}"]), words, encoder, tokenizer)',
+            '    pipe.load_textual_inversion(list(rows[f"text_encoders_{number}"]), words, text_encoder=encoder, tokenizer=tokenizer)',
             "    for module in encoder.modules():  # prompts are pooled at the end of the text, not at a new word",
             '        if hasattr(module, "eos_token_id"):',
             "            module.eos_token_id = tokenizer.eos_token_id",
