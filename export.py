@@ -31,7 +31,8 @@ FORMS = {
     "ours": "trained_model.tar, as a training writes it",
     "diffusers": "pytorch_lora_weights.safetensors and token rows",
     "kohya": "a LoRA for ComfyUI, AUTOMATIC1111, Forge, InvokeAI and kohya's scripts, and embeddings",
-    "single_file": "a whole checkpoint for the same programs, and embeddings",
+    "onetrainer": "the same with the names that OneTrainer reads",
+    "single_file": "a whole checkpoint for all of these programs, and embeddings",
     "lora": "trained_model.tar with a LoRA, also from a whole fine-tune",
 }
 """Public name of a form → what it is."""

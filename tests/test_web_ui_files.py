@@ -96,6 +96,9 @@ def test_readers_know_every_name_at_full_size(full_size: UNet2DConditionModel, t
     included = list(LORA_TARGETS)[: list(LORA_TARGETS).index(targets) + 1]
     known = {name for name, smallest in reader_names.UNET.items() if smallest in included}
     assert set(layer_names(layers, full_size.config).values()) == known
+    assert set(layer_names(layers, None).values()) == {
+        f"lora_unet_{reader_names.invoke_name(n)}" for n in known
+    }
     assert len(layers) == len(known) == {"attention": 560, "transformer": 722, "all": 771}[targets]
 
 

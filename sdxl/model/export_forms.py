@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dataset_and_utils import TokenMap, write_embeddings
+from sdxl.files.weight_writing import write_weights
 from sdxl.model import web_ui_files
 from sdxl.model.fine_tune_files import EMBEDDINGS, LORA, RECORD, TOKENS, UNET, WEB_UI
 from sdxl.model.low_rank import LowRank
 from sdxl.model.single_file import write_checkpoint
 from sdxl.model.web_ui_metadata import About
 
+DORA_ELSEWHERE = (
+    "DoRA means other things elsewhere: ComfyUI and new Forge come near, AUTOMATIC1111 and InvokeAI draw noise; for them write "
+    "--to kohya with --rank 128, which makes a plain LoRA."
+)
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA."""
 
@@ -62,26 +66,21 @@ def ours(folder: Path, exported: Exported, base: Base) -> list[str]:
     """What a training writes: the files of `trained_model.tar`, with those for web UIs."""
     lost = []
     if exported.whole:
-        half = {
-            name: value.to("cpu", torch.float16).contiguous() for name, value in _unet(exported, base).items()
-        }
-        save_file(half, folder / UNET, {"format": "pt"})
+        half = {name: value.to("cpu", torch.float16) for name, value in _unet(exported, base).items()}
+        write_weights(folder / UNET, half, {"format": "pt"})
         lost += _lost_encoders(exported, UNET)
     elif exported.lora:
-        save_file(peft_tensors(exported.lora), folder / LORA, {"format": "pt"})
+        write_weights(folder / LORA, peft_tensors(exported.lora), {"format": "pt"})
     _write_tokens(folder, exported)
     (folder / RECORD).write_text(json.dumps(dict(exported.about.record), indent=2) + "\n")
-    if exported.lora:
-        write_kohya(folder / WEB_UI, exported, base)
-    else:
-        web_ui_files.write_embeddings(folder / WEB_UI, exported.words, exported.about)
+    _write_kohya(folder / WEB_UI, exported, base.unet_config)
     return lost
 
 
 def diffusers(folder: Path, exported: Exported, base: Base) -> list[str]:
     """A LoRA as diffusers saves it, and the token rows for both ways to load them."""
     if exported.lora:
-        save_file(peft_tensors(exported.lora), folder / DIFFUSERS_LORA, {"format": "pt"})
+        write_weights(folder / DIFFUSERS_LORA, peft_tensors(exported.lora), {"format": "pt"})
     _write_tokens(folder, exported)
     web_ui_files.write_embeddings(folder, exported.words, exported.about)
     return []
@@ -89,16 +88,21 @@ def diffusers(folder: Path, exported: Exported, base: Base) -> list[str]:
 
 def kohya(folder: Path, exported: Exported, base: Base) -> list[str]:
     """A LoRA for web UIs, and one file of token rows for each word."""
-    write_kohya(folder, exported, base)
-    return _lost_for_web_uis(exported)
+    return _write_kohya(folder, exported, base.unet_config)
 
 
-def write_kohya(folder: Path, exported: Exported, base: Base) -> None:
-    """The files for web UIs."""
-    folder.mkdir(parents=True, exist_ok=True)
+def onetrainer(folder: Path, exported: Exported, base: Base) -> list[str]:
+    """The same with the names that OneTrainer reads: diffusers' block numbers."""
+    return _write_kohya(folder, exported, None)
+
+
+def _write_kohya(folder: Path, exported: Exported, unet_config: Mapping[str, Any] | None) -> list[str]:
+    folder.mkdir(exist_ok=True)
     if exported.lora:
-        web_ui_files.write_lora(folder, exported.lora, exported.words, base.unet_config, exported.about)
+        web_ui_files.write_lora(folder, exported.lora, exported.words, unet_config, exported.about)
     web_ui_files.write_embeddings(folder, exported.words, exported.about)
+    is_dora = any(change.magnitude is not None for change in exported.lora.values())
+    return _lost_for_web_uis(exported) + ([DORA_ELSEWHERE] if is_dora else [])
 
 
 def single_file(folder: Path, exported: Exported, base: Base) -> list[str]:
@@ -117,11 +121,12 @@ FORMS: dict[str, Callable[[Path, Exported, Base], list[str]]] = {
     "ours": ours,
     "diffusers": diffusers,
     "kohya": kohya,
+    "onetrainer": onetrainer,
     "single_file": single_file,
     "lora": ours,
 }
 """Public name of a form → what writes it into a folder and returns a sentence for each thing that it lost."""
-ONLY_LORA = ("diffusers", "kohya", "lora")
+ONLY_LORA = ("diffusers", "kohya", "onetrainer", "lora")
 """Forms that hold a LoRA only."""
 
 
@@ -135,7 +140,7 @@ def peft_tensors(layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
         if change.magnitude is not None:
             sides = (1, -1, 1, 1) if change.down.ndim == 4 else (-1,)
             tensors[f"{name}.lora_magnitude_vector"] = change.magnitude.reshape(sides)
-    return {name: value.cpu().contiguous() for name, value in tensors.items()}
+    return tensors
 
 
 def _diffusers_name(layer: str) -> str:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl.files.archives import atomic_path
+from sdxl.files.weight_writing import write_weights
 from sdxl.model.components import incomplete_base_named, weights_variant_of
 from sdxl.model.ldm_names import CLIP_G, CLIP_L, UNET, VAE, clip_g_to_ldm, unet_names, vae_to_ldm
 from sdxl.model.web_ui_metadata import About, checkpoint_metadata
@@ -53,15 +52,14 @@ def write_checkpoint(
         CLIP_G + name: value
         for name, value in clip_g_to_ldm(_encoder(second, "text_encoder_2", changed)).items()
     }
-    tensors = {name: value.to("cpu", torch.float16).contiguous() for name, value in tensors.items()}
+    tensors = {name: value.to("cpu", torch.float16) for name, value in tensors.items()}
 
     # Readers take the mere presence of these as a statement about the model.
     if about.v_prediction:
         tensors["v_pred"] = torch.tensor([])
     if about.zero_snr:
         tensors["ztsnr"] = torch.tensor([])
-    with atomic_path(path) as partial:
-        save_file(tensors, partial, checkpoint_metadata(about))
+    write_weights(path, tensors, checkpoint_metadata(about))
 
 
 def _part(kind: Any, base: Path, name: str) -> Any:

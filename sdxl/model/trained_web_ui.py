@@ -3,6 +3,7 @@
 Knows what a training gives; does not know how it is trained.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import torch
 
 from sdxl.model import web_ui_files
 from sdxl.model.components import Components
+from sdxl.model.export_forms import DORA_ELSEWHERE
 from sdxl.model.fine_tune_files import WEB_UI, TrainedFineTune
 from sdxl.model.low_rank import LowRank
 from sdxl.model.single_file import write_checkpoint
 from sdxl.model.web_ui_metadata import About
+
+log = logging.getLogger(__name__)
 
 _DOWN, _UP, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
@@ -40,6 +44,8 @@ def write_for_web_uis(
     web_ui_files.write_embeddings(folder, words, about)
     if trained.kind == "lora":
         layers = {name: change.to(torch.float16) for name, change in trained_layers(trained, about).items()}
+        if any(change.magnitude is not None for change in layers.values()):
+            log.info("%s", DORA_ELSEWHERE)
         web_ui_files.write_lora(folder, layers, words, components.unet.config, about)
     elif base is not None:
         path = folder / f"{web_ui_files.weights_stem(list(words), 'checkpoint')}.safetensors"

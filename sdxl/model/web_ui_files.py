@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dataset_and_utils import TokenMap
-from sdxl.files.archives import atomic_path
+from sdxl.files.weight_writing import write_weights
 from sdxl.model.ldm_names import unet_names
 from sdxl.model.low_rank import LowRank
 from sdxl.model.web_ui_metadata import About, embedding_metadata, lora_metadata
@@ -35,16 +34,20 @@ Rows = tuple[Tensor, Tensor]
 # Names --------------------------------------------------------------------------------------------------------------
 
 
-def layer_names(layers: Iterable[str], unet_config: Mapping[str, Any]) -> dict[str, str]:
+def layer_names(layers: Iterable[str], unet_config: Mapping[str, Any] | None) -> dict[str, str]:
     """Layer, such as "unet.down_blocks.1.attentions.0.proj_in" → its name in a kohya file,
-    "lora_unet_input_blocks_4_1_proj_in"."""
+    "lora_unet_input_blocks_4_1_proj_in".
+
+    unet_config: the UNet's configuration in diffusers. None: keep diffusers' block numbers, as OneTrainer writes them.
+    """
     layers = list(layers)
-    ldm = unet_names((n.removeprefix("unet.") for n in layers if n.startswith("unet.")), unet_config)
+    of_unet = [layer.removeprefix("unet.") for layer in layers if layer.startswith("unet.")]
+    unet = dict.fromkeys(of_unet) if unet_config is None else unet_names(of_unet, unet_config)
     found = {}
     for layer in layers:
         part, _, name = layer.partition(".")
         if part == "unet":
-            flat = "lora_unet_" + ldm[name]
+            flat = "lora_unet_" + (unet[name] or name)
         else:
             name = name.removeprefix("text_model.")
             inner = name if name == "text_projection" else f"text_model.{name}"
@@ -115,7 +118,7 @@ def write_embeddings(folder: Path, words: Mapping[str, Rows], about: About) -> l
     for word, stem in file_stems(words).items():
         first, second = words[word]
         written.append(folder / f"{stem}.safetensors")
-        _save({"clip_l": first, "clip_g": second}, written[-1], embedding_metadata(about, word))
+        write_weights(written[-1], {"clip_l": first, "clip_g": second}, embedding_metadata(about, word))
     return written
 
 
@@ -126,13 +129,13 @@ def write_lora(
     folder: Path,
     layers: Mapping[str, LowRank],
     words: Mapping[str, Rows],
-    unet_config: Mapping[str, Any],
+    unet_config: Mapping[str, Any] | None,
     about: About,
 ) -> Path:
     """Write a kohya file with all layers, and with each word's rows as a bundled embedding.
 
     layers: layer, such as "unet.mid_block.attentions.0.proj_in" → its change.
-    unet_config: the UNet's configuration in diffusers.
+    unet_config: see `layer_names`.
     """
     path = folder / f"{weights_stem(list(words), 'lora')}.safetensors"
     metadata = lora_metadata(
@@ -141,11 +144,11 @@ def write_lora(
         alphas=[layer.alpha for layer in layers.values()],
         dora=any(layer.magnitude is not None for layer in layers.values()),
     )
-    _save(_lora_tensors(layers, unet_config) | _bundled(words), path, metadata)
+    write_weights(path, _lora_tensors(layers, unet_config) | _bundled(words), metadata)
     return path
 
 
-def _lora_tensors(layers: Mapping[str, LowRank], unet_config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _lora_tensors(layers: Mapping[str, LowRank], unet_config: Mapping[str, Any] | None) -> dict[str, Tensor]:
     tensors = {}
     for layer, name in layer_names(layers, unet_config).items():
         change = layers[layer]
@@ -167,10 +170,3 @@ def _bundled(words: Mapping[str, Rows]) -> dict[str, Tensor]:
         for word, stem in file_stems(words).items()
         for key, rows in zip(("clip_l", "clip_g"), words[word], strict=True)
     }
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    with atomic_path(path) as partial:
-        save_file(
-            {name: value.cpu().contiguous() for name, value in tensors.items()}, partial, dict(metadata)
-        )
