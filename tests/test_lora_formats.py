@@ -299,7 +299,7 @@ def test_a_pattern_may_name_a_layer_that_has_its_own_alpha(tuned, attention: Mat
         (lambda keys: {key: value for key, value in keys.items() if "_B" not in key}, "only half"),
         (lambda keys: {key: value[:, :1] for key, value in keys.items()}, "does not fit this base"),
         (
-            lambda keys: {**keys, "unet.mid_block.attentions.0.proj_in.dora_scale": torch.ones(1)},
+            lambda keys: {**keys, "unet.mid_block.attentions.0.proj_in.lora_bias": torch.ones(1)},
             "a plain LoRA has no such key",
         ),
         (lambda keys: {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
