@@ -182,12 +182,17 @@ def pool_at_eos(text_encoder: torch.nn.Module, eos_token_id: int) -> None:
             config.eos_token_id = eos_token_id  # type: ignore[union-attr]
 
 
-def write_embeddings(path: str | os.PathLike[str], rows: Sequence[Tensor]) -> None:
-    """Write `embeddings.pti`: `rows[i]` [tokens, dim_i] belongs to text encoder i and is pooled at the end of text."""
+def write_embeddings(
+    path: str | os.PathLike[str], rows: Sequence[Tensor], *, pooled_at_eos: bool = True
+) -> None:
+    """Write `embeddings.pti`: `rows[i]` [tokens, dim_i] belongs to text encoder i.
+
+    pooled_at_eos: whether they were trained with prompts pooled at the end of text.
+    """
     from safetensors.torch import save_file
 
     tensors = {f"text_encoders_{index}": row.detach().cpu().contiguous() for index, row in enumerate(rows)}
-    save_file(tensors, path, metadata=POOLED_AT_EOS)
+    save_file(tensors, path, metadata=POOLED_AT_EOS if pooled_at_eos else None)
 
 
 def read_embeddings(path: str | os.PathLike[str]) -> tuple[list[Tensor], bool]:

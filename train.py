@@ -209,6 +209,10 @@ def train(
         description="Save the fine-tune after every so many steps, in the folder checkpoints of the tar. 0: never.",
         ge=0,
     ),
+    single_file: bool = Input(
+        default=False,
+        description="Also write the whole fine-tuned SDXL as one checkpoint file for web UIs, in the folder web_ui of the tar. About 7 GB more. No effect with is_lora.",
+    ),
     input_data_tar_or_zip: Optional[Path] = Input(
         default=None, description="Old name of input_images.", deprecated=True
     ),
@@ -247,6 +251,7 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
     from sdxl.files.fetching import fetch
     from sdxl.model import fine_tune_files
     from sdxl.model.components import default_device, load_components, native_resolution
+    from sdxl.model.trained_web_ui import write_for_web_uis
     from sdxl.training import data_parallel
     from sdxl.training.early_check import early_check
     from sdxl.training.examples import cache_examples
@@ -299,6 +304,7 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
 
     # Fine-tune → tar.
     fine_tune_files.write(trained, output, record)
+    write_for_web_uis(trained, output, record, components, base=base if config.single_file else None)
     fine_tune_files.pack(output, workspace / RESULT)
     shutil.rmtree(dataset_folder)
     shutil.rmtree(output)

@@ -23,6 +23,7 @@ __all__ = [
     "NotEnoughMemoryError",
     "StorageError",
     "TrainingDivergedError",
+    "UploadError",
     "UserInputError",
     "WeightsError",
     "WithheldError",
@@ -53,6 +54,10 @@ class DatasetError(UserInputError):
 
 class DownloadError(UserInputError):
     """A URL or a model on the hub could not be fetched."""
+
+
+class UploadError(UserInputError):
+    """A folder could not be put on the hub."""
 
 
 class StorageError(UserInputError):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import dataset_and_utils
+import export
 import train
 from predict import Predictor
 from preprocess import Preprocessor
@@ -115,6 +116,8 @@ def test_commands_work(page: Path, line: str, tmp_path: Path, monkeypatch: pytes
             assert (REPOSITORY / config).is_file()
         case ["python", "-m", module, *arguments]:
             assert_module_takes(module, arguments)
+        case ["python", "export.py", *arguments]:
+            export.parser().parse_args(arguments)
         case ["python", script, *arguments]:
             assert_accepted(script.removesuffix(".py"), arguments, tmp_path, monkeypatch)
         case ["torchrun", "--nproc-per-node", count, "train.py", *arguments] if count.isdecimal():

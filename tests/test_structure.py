@@ -29,6 +29,7 @@ TOP = {
     "preprocess": {"dataset_and_utils", "sdxl"},
     "train": {"dataset_and_utils", "sdxl", "preprocess"},
     "predict": {"dataset_and_utils", "sdxl"},
+    "export": {"sdxl"},
     "demo": {"dataset_and_utils", "sdxl"},
 }
 """File at the top level → what it may import from this project."""

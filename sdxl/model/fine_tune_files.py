@@ -23,11 +23,11 @@ from sdxl.errors import WeightsError
 from sdxl.files.archives import Limits, in_place, pack_tar, unpack
 from sdxl.files.file_kinds import describe_other_kind, looks_like_safetensors
 from sdxl.files.weight_files import WeightFile
-from sdxl.model.fine_tune_choice import EMBEDDINGS, LORA, UNET, Chosen, belongs, choose
+from sdxl.model.fine_tune_choice import EMBEDDINGS, LORA, UNET, WEB_UI, Chosen, belongs, choose
 from sdxl.model.token_files import read_rows
 from sdxl.workspace import CHECKPOINTS
 
-__all__ = ["EMBEDDINGS", "LORA", "RECORD", "TOKENS", "UNET", "read_rows"]
+__all__ = ["EMBEDDINGS", "LORA", "RECORD", "TOKENS", "UNET", "WEB_UI", "read_rows"]
 
 TOKENS, RECORD = "special_params.json", "training.json"
 _PEFT_CONFIG = "adapter_config.json"
@@ -102,9 +102,9 @@ def pack(folder: Path, target: Path) -> None:
     pack_tar({str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}, target)
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a file in a fine-tune's archive belongs to an earlier training step. `read` ignores such files."""
-    return path.parts[0] == CHECKPOINTS
+def is_left_out(path: Path) -> bool:
+    """Whether `read` ignores a file in a fine-tune's archive: it is of an earlier training step or for other programs."""
+    return path.parts[0] in (CHECKPOINTS, WEB_UI)
 
 
 def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFiles:
@@ -133,11 +133,11 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
         still_packed = {
             path: WeightFile(source, path.name, start, size)
             for path, (start, size) in (in_place(source, limits=LIMITS) or {}).items()
-            if path.suffix == ".safetensors" and size > _LARGE and not is_checkpoint(path)
+            if path.suffix == ".safetensors" and size > _LARGE and not is_left_out(path)
         }
         if len(still_packed) > _MAX_IN_PLACE:
             still_packed = {}
-        unpack(source, folder, limits=LIMITS, skip=lambda path: path in still_packed or is_checkpoint(path))
+        unpack(source, folder, limits=LIMITS, skip=lambda path: path in still_packed or is_left_out(path))
 
     files = {path: file for path, file in still_packed.items() if belongs(path)}
     for path in folder.rglob("*"):

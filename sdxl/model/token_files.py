@@ -123,7 +123,11 @@ def read_rows(
 def _named_rows(
     fine_tune: "FineTuneFiles", bundled: Mapping[str, Tensor], tables: Sequence[Tensor]
 ) -> Iterator[tuple[str, int, Tensor, str]]:
-    """Word, number of the text encoder, its rows, and the file's name for messages."""
+    """Word, number of the text encoder, its rows, and the file's name for messages.
+
+    Programs that read rows inside a LoRA's file are often given the same words as files too: then the files count.
+    """
+    of_files = {Path(file.name).stem for file in fine_tune.token_files}
     for file in fine_tune.token_files:
         tensors = file.read()
         if tensors.keys() & _CLIP.keys():
@@ -138,6 +142,8 @@ def _named_rows(
     for key, rows in bundled.items():
         if key.startswith(BUNDLED):
             word, _, kind = key.removeprefix(BUNDLED).rpartition(".")
+            if word in of_files:
+                continue
             if kind in _CLIP:
                 assert fine_tune.lora is not None
                 yield word, _CLIP[kind], rows, fine_tune.lora.name

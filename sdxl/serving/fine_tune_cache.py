@@ -174,7 +174,7 @@ class FineTuneCache(Generic[T]):
         if fine_tune_files.is_safetensors(archive, name=name):
             shutil.copyfile(archive, content / _file_name(name))
         else:
-            unpack(archive, content, limits=fine_tune_files.LIMITS, skip=fine_tune_files.is_checkpoint)
+            unpack(archive, content, limits=fine_tune_files.LIMITS, skip=fine_tune_files.is_left_out)
         fine_tune_files.read(content, content, name=name)
         sizes = {str(file.relative_to(content)): file.stat().st_size for file in _files(content)}
         checksums = {name: checksum(content / name) for name in sizes}

@@ -7,7 +7,7 @@ pipelines and fine-tunes; does not know requests, or where fine-tunes come from.
 import copy
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,13 @@ class TunedPipeline:
             for part, root in parts.items()
             for name, parameter in root.named_parameters()
         }
+        self.layers = [
+            f"{part}.{name}"
+            for part, root in parts.items()
+            for name, module in root.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        ]
+        """All linear layers and convolutions, such as "unet.mid_block.attentions.0.proj_in"."""
         self._names = LayerNames({name.rpartition(".")[0] for name in self._parameters}, pipeline.unet.config)
         self._kept: dict[str, Tensor] = {}
         """Base values of the parameters that any fine-tune has changed so far, in host memory or on the GPU."""
@@ -121,6 +128,11 @@ class TunedPipeline:
         ]
         self._grown: dict[int, nn.Embedding] = {}
         """Number of an encoder → a copy of the base's table with spare rows."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The current values of the parameters that fine-tunes may change."""
+        return self._parameters
 
     @property
     def _encoders(self) -> tuple[Any, Any]:

@@ -64,6 +64,8 @@ class TrainingOptions:
     """Steps in which the learning rates rise from 0; fewer than the steps of the run."""
     checkpointing_steps: int = limited(0, ge=0)
     """Save the fine-tune after every so many steps. 0: never."""
+    single_file: bool = False
+    """Write a full fine-tune also as a single-file checkpoint."""
     snr_gamma: float = limited(5.0, gt=0)
     """γ of the min-SNR weighting of the loss. A large value such as 1e6 gives all timesteps the same weight."""
     noise_offset: float = limited(0.0, ge=0, le=1)

@@ -62,6 +62,8 @@ def without_effect(options: TrainingOptions) -> Iterator[str]:
             yield f"unet_learning_rate has no effect with is_lora: the LoRA's rate is lora_lr, {options.lora_lr:g}."
         if _changed(options, "precision"):
             yield "precision has no effect with is_lora: it is for full training."
+        if options.single_file:
+            yield "single_file has no effect with is_lora: a LoRA is always written for web UIs, and export.py adds it to a base."
         if options.lora_lr == 0 and options.pivot_fraction < 1:
             yield "lora_lr is 0, so nothing is trained after the pivot: set pivot_fraction to 1."
     if options.pivot_fraction == 0 and _changed(options, "ti_lr"):
