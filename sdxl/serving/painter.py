@@ -129,7 +129,7 @@ class Painter:
         """The refiner, loaded when a request first needs it."""
         if self.refiner is None:
             name = settings.refiner_name()
-            folder = hub.local_folder(name, setting="SDXL_REFINER", parts=["unet"])
+            folder = hub.local_folder(name, setting="SDXL_REFINER", parts=["unet"], weights=["unet"])
             self.refiner = load_refiner(folder, self.tuned.pipeline)
             log.info("Loaded the refiner %s", name)
         return self.refiner

@@ -134,7 +134,7 @@ def load_checker(name: str, device: torch.device) -> CheckerJudge:
     from transformers import CLIPImageProcessorPil
 
     parts = ["safety_checker", "feature_extractor"]
-    folder = Path(hub.local_folder(name, setting="SDXL_SAFETY_CHECKER", parts=parts))
+    folder = Path(hub.local_folder(name, setting="SDXL_SAFETY_CHECKER", parts=parts, weights=parts[:1]))
     try:
         checker = StableDiffusionSafetyChecker.from_pretrained(
             folder,
