@@ -56,7 +56,7 @@ class Predictor(BaseRunner):
 
         self.painter = Painter(weights=str(weights) if weights else None)
         judge = load_judge(self.painter.placement.helper_device, real_base=not self.painter.is_miniature)
-        self.delivery = Delivery(judge, model=pathlib.Path(settings.base_name()).name)
+        self.delivery = Delivery(judge, model=pathlib.Path(self.painter.base.name).name)
         log.info("Pictures are judged by %s", judge.name)
         self.painter.warm_up()
 

@@ -1,12 +1,11 @@
-"""Turn the name of a model into a local folder.
+"""Fetch models, files and fine-tunes from the Hugging Face hub.
 
-The only module that downloads models; does not know how to load them.
+The only module that downloads from the hub; does not know how to load models, or what belongs to an SDXL.
 """
 
 import glob
-import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,11 @@ from huggingface_hub.errors import (
 
 from sdxl import settings
 from sdxl.errors import DownloadError
-from sdxl.files.part_files import present, variants
+from sdxl.files.part_files import present
 from sdxl.files.waiting import wait_for
-from sdxl.settings import SDXL
 
 log = logging.getLogger(__name__)
 
-SDXL_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
-"""The pinned revision of the default base, so that a new commit on the hub cannot change results."""
-WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-PIPELINE = (*WITH_WEIGHTS, "tokenizer", "tokenizer_2", "scheduler")
-"""The parts of an SDXL that have weights, and all that are needed. Repositories have more, such as `vae_1_0`."""
-_CONFIGURATION = (".json", ".txt")
 LARGEST_BASE = 24 << 30
 """Maximum bytes that are fetched of a base. SDXL has 13.9 GB in fp32."""
 LARGEST_FINE_TUNE = 12 << 30
@@ -67,65 +59,6 @@ UPSCALER = Helper(
 )
 
 
-def local_folder(
-    name: str,
-    *,
-    setting: str = "SDXL_BASE",
-    parts: Sequence[str] = PIPELINE,
-    weights: Sequence[str] = WITH_WEIGHTS,
-) -> Path:
-    """Return the folder of the pipeline `name` in diffusers' layout, and fetch it from the hub if necessary.
-
-    Fetches only configuration files and one variant of the weights of each part: fp16 if the part has it. Uses the hub's
-    cache without network if it is complete; `HF_HOME` moves that cache.
-
-    setting: the environment variable or input that errors name.
-    parts: the subfolders to fetch.
-    weights: those of them that must have weights; of the others only configuration files are fetched.
-
-    Raises:
-        DownloadError: the folder is not a pipeline or not complete, the hub cannot be reached, or it does not have `name`.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise DownloadError(
-                f"{setting}={name} has no model_index.json: give a folder in diffusers' layout."
-            )
-        return folder
-
-    def wanted(files: Iterable[str]) -> list[str]:
-        chosen = ["model_index.json"]
-        for part in parts:
-            inside = [file.removeprefix(f"{part}/") for file in files if file.startswith(f"{part}/")]
-            names = [file for file in inside if file.endswith(_CONFIGURATION) and ".index." not in file]
-            if part in weights:
-                names += next((one.names for one in variants(inside)), [])
-            chosen += [f"{part}/{file}" for file in names]
-        return chosen
-
-    def is_complete(folder: Path) -> bool:
-        return _has_configuration(folder, parts) and all(present(folder / part) for part in weights)
-
-    remedy = f"set {setting} to a local folder in diffusers' layout, such as those in base_models"
-    revision = SDXL_REVISION if name == SDXL else None
-    return _fetch_model(name, revision, wanted, is_complete, setting=setting, remedy=remedy)
-
-
-def _has_configuration(folder: Path, parts: Sequence[str]) -> bool:
-    """Whether each of `parts` that the pipeline in `folder` has, has a configuration."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        existing = [part for part in parts if (index.get(part) or [None])[0] is not None]
-    except (OSError, ValueError, AttributeError, TypeError, IndexError, KeyError):
-        return False
-    return all(
-        any((folder / part).glob("*.json"))
-        and ((folder / part / "merges.txt").is_file() or not (folder / part / "vocab.json").is_file())
-        for part in existing
-    )
-
-
 def helper_folder(helper: Helper) -> Path:
     """Return the folder of a helper model in transformers' layout, and fetch it from the hub if necessary.
 
@@ -143,9 +76,9 @@ def helper_folder(helper: Helper) -> Path:
         pinned = helper.revision if name == helper.hub_name else None
 
         def wanted(files: Iterable[str]) -> list[str]:
-            return [file for file in files if file.endswith((*_CONFIGURATION, ".model", ".safetensors"))]
+            return [file for file in files if file.endswith((".json", ".txt", ".model", ".safetensors"))]
 
-        folder = _fetch_model(
+        folder = fetch_model(
             name, revision or pinned, wanted, _is_helper, setting=helper.setting, remedy=remedy
         )
     if not _is_helper(folder):
@@ -159,7 +92,7 @@ def _is_helper(folder: Path) -> bool:
     return (folder / "config.json").is_file() and present(folder) is not None
 
 
-def _fetch_model(
+def fetch_model(
     name: str,
     revision: str | None,
     wanted: Callable[[Iterable[str]], list[str]],

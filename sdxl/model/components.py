@@ -157,6 +157,7 @@ def load_components(
     """
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     with incomplete_base_named(folder):
+        noise_scheduler: Any = DDPMScheduler.from_config(read_schedule(folder, prediction))
         components = Components(
             unet=load_unet(folder, half if is_lora else torch.float32, device),
             vae=load_part(AutoencoderKL, vae or folder / "vae", half, device),
@@ -165,7 +166,7 @@ def load_components(
                 load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", half, device),
             ),
             tokenizers=load_tokenizers(folder),
-            noise_scheduler=DDPMScheduler.from_config(read_schedule(folder, prediction)),
+            noise_scheduler=noise_scheduler,
             device=device,
         )
     for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):

@@ -10,7 +10,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ _LARGE, _MAX_IN_PLACE = 16 << 20, 16
 _WANTED = "a .safetensors file or the trained_model.tar of a training"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes under which other tools save weights as pickles."""
+_LARGEST_RECORD = 1 << 20
+"""Bytes of a training.json that is read."""
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -65,6 +67,8 @@ class FineTuneFiles:
     clip_embeddings: tuple[WeightFile, ...] = ()
     """Embeddings of other tools: token rows under the keys `clip_l` and `clip_g`; the file name is the token."""
     token_map: TokenMap
+    prediction_type: str | None = None
+    """What its base predicts, "epsilon" or "v_prediction"; None if there is no record of that."""
 
 
 def write(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> dict[str, Path]:
@@ -141,7 +145,8 @@ def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFile
         if files:
             tokens = folder / root / TOKENS
             token_map = TokenMap.read(tokens) if tokens.is_file() else TokenMap({})
-            return _classify(name, [files[key] for key in sorted(files)], token_map)
+            found = _classify(name, [files[key] for key in sorted(files)], token_map)
+            return replace(found, prediction_type=_recorded_prediction(folder / root / RECORD))
     for path in sorted(folder.rglob("*")):
         if path.suffix in _PICKLES and (other := describe_other_kind(path, wanted=_WANTED)):
             raise WeightsError(f"{name} holds no .safetensors file, and {path.name} {other}")
@@ -226,6 +231,17 @@ def read_rows(fine_tune: FineTuneFiles) -> tuple[tuple[Tensor, ...], bool, Token
     return tuple(torch.cat([pair[i] for pair in pairs]) for i in range(2)), True, token_map
 
 
+def _recorded_prediction(record: Path) -> str | None:
+    """`prediction_type` in the record of a training; None without a usable record."""
+    try:
+        if record.stat().st_size > _LARGEST_RECORD:
+            return None
+        said = json.loads(record.read_text())["prediction_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return said if said in ("epsilon", "v_prediction") else None
+
+
 def _check_count(rows: int, name: str) -> None:
     if rows > MOST_ROWS:
         raise WeightsError(
@@ -265,11 +281,15 @@ def is_read_in_place(source: Path) -> bool:
     return is_safetensors(source) or in_place(source, limits=LIMITS) is not None
 
 
-def run_record(config: Mapping[str, Any], dataset: Path) -> dict[str, Any]:
-    """The record for reproducing a run: its settings, the dataset folder's digest, the versions and the device."""
+def run_record(config: Mapping[str, Any], dataset: Path, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The record for reproducing a run: its settings, the dataset folder's digest, the versions and the device.
+
+    base: the facts about the base, among them `prediction_type`, which `read` finds in the record.
+    """
     return {
         "format": "sdxl-fine-tune/1",
         "pooled_at": "eos",
+        **base,
         "settings": dict(config),
         "dataset_sha256": digest(dataset),
         "dataset_files": len(list(dataset.iterdir())),

@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from sdxl import settings
-from sdxl.files import hub
+from sdxl.files import pipelines
+from sdxl.model.bases import find_base
 from sdxl.model.components import native_resolution
 from sdxl.serving.fine_tune_cache import FineTuneCache
 from sdxl.serving.generation import draw, generate
@@ -42,18 +43,21 @@ class Painter:
         Raises:
             UserInputError: a setting is wrong, or the base or the fine-tune cannot be fetched or read.
         """
-        base = hub.local_folder(settings.base_name())
-        self.native_resolution = native_resolution(base)
+        self.base = find_base(settings.base_name())
+        self.native_resolution = native_resolution(self.base.folder)
         """Side in pixels of the pictures that the base was made for."""
         self.placement = placement_here()
-        self.tuned = TunedPipeline(load_pipeline(base, self.placement))
+        loaded = load_pipeline(
+            self.base.folder, self.placement, vae=self.base.vae, prediction=self.base.prediction
+        )
+        self.tuned = TunedPipeline(loaded)
         self.refiner: UNet2DConditionModel | None = None
         self.fine_tunes = FineTuneCache(settings.cache_folder(), settings.cache_limits(), self.tuned.load)
         self.default_fine_tune = self.fine_tunes.get(weights) if weights else None
         self.runners = Runners(speed_here(self.placement))
         if self.runners.speed != "eager":
             fuse_blocks(self.tuned.pipeline.vae)
-        log.info("Serving %s: %s", settings.base_name(), self.placement.describe())
+        log.info("Serving %s: %s", self.base.name, self.placement.describe())
 
     @property
     def is_miniature(self) -> bool:
@@ -129,7 +133,7 @@ class Painter:
         """The refiner, loaded when a request first needs it."""
         if self.refiner is None:
             name = settings.refiner_name()
-            folder = hub.local_folder(name, setting="SDXL_REFINER", parts=["unet"], weights=["unet"])
+            folder = pipelines.local_folder(name, setting="SDXL_REFINER", parts=["unet"], weights=["unet"])
             self.refiner = load_refiner(folder, self.tuned.pipeline)
             log.info("Loaded the refiner %s", name)
         return self.refiner

@@ -6,7 +6,7 @@ Knows diffusers' pipelines and their layout on disk; does not know requests, sam
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
@@ -51,6 +51,7 @@ def load_pipeline(
     cpu = torch.device("cpu")
     with incomplete_base_named(folder):
         tokenizers = load_tokenizers(folder)
+        scheduler: Any = EulerDiscreteScheduler.from_config(read_schedule(folder, prediction))
         pipeline = StableDiffusionXLPipeline(
             unet=load_unet(folder, dtype, cpu if placement.offloaded else placement.device),
             vae=load_part(AutoencoderKL, vae or folder / "vae", dtype, cpu),
@@ -58,7 +59,7 @@ def load_pipeline(
             text_encoder_2=load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", dtype, cpu),
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
-            scheduler=EulerDiscreteScheduler.from_config(read_schedule(folder, prediction)),
+            scheduler=scheduler,
             force_zeros_for_empty_prompt=_zeros_for_empty_prompts(folder),
             add_watermarker=False,
         )

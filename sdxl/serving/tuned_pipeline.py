@@ -18,6 +18,7 @@ from dataset_and_utils import TokenMap, add_tokens, eos_id, pool_at_eos
 from sdxl.errors import WeightsError
 from sdxl.model.fine_tune_files import FineTuneFiles, read_rows
 from sdxl.model.lora_formats import LayerNames, LoraLayer, read_lora
+from sdxl.model.noise_schedule import prediction_type
 from sdxl.speed.memory import free_bytes
 
 if TYPE_CHECKING:
@@ -125,6 +126,12 @@ class TunedPipeline:
             WeightsError: the fine-tune does not fit this base.
             ContractError: its embeddings are malformed.
         """
+        predicted = prediction_type(self.pipeline.scheduler.config)
+        if files.prediction_type not in (None, predicted):
+            raise WeightsError(
+                f"{files.name} was trained on a base with {files.prediction_type}, but this base has {predicted}: use the "
+                "base that it was trained on, or set SDXL_PREDICTION if the base's files are wrong."
+            )
         unet, lora = {}, {}
         pinned = self.pipeline._execution_device.type == "cuda"
         if files.unet is not None:
