@@ -127,6 +127,12 @@ class Predictor(BaseRunner):
             ge=1,
             le=50,
         ),
+        guidance_rescale: float = Input(
+            default=0.0,
+            description="Takes back overexposure by guidance: 0 leaves it, 1 removes it. About 0.7 suits bases with v-prediction and zero terminal SNR.",
+            ge=0,
+            le=1,
+        ),
         prompt_strength: float = Input(
             default=0.8,
             description="With image: how much of it to redraw. 1 ignores the image.",

@@ -279,19 +279,15 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
         seed=data_parallel.agreed(inputs.seed),
         base=base.name,
     )
-    chosen = config.as_json() | preprocess_config.as_json()
-    record = fine_tune_files.run_record(chosen, dataset_folder, base.facts())
-    announce(config, default_device(), masks=any(picture.mask for picture in pictures))
+    record = fine_tune_files.run_record(
+        config.as_json() | preprocess_config.as_json(), dataset_folder, base.facts()
+    )
+    device = default_device()
+    announce(config, device, masks=any(picture.mask for picture in pictures))
 
     # Dataset folder and base → fine-tune.
     keep_compiled_kernels()
-    components = load_components(
-        base.folder,
-        is_lora=config.is_lora,
-        device=default_device(),
-        vae=base.vae,
-        prediction=base.prediction,
-    )
+    components = load_components(base.folder, is_lora=config.is_lora, device=device, **base.replaced())
     examples = cache_examples(
         dataset_folder,
         components,

@@ -57,6 +57,10 @@ class Base:
         """The scheduler's configuration."""
         return read_schedule(self.folder, self.prediction)
 
+    def replaced(self) -> dict[str, Any]:
+        """Arguments for loading the base with another autoencoder and prediction than those in `folder`."""
+        return {"vae": self.vae, "prediction": self.prediction}
+
     def facts(self) -> dict[str, Any]:
         """What the record of a training says about its base."""
         return {

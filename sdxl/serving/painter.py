@@ -20,6 +20,7 @@ from sdxl.serving.generation import draw, generate
 from sdxl.serving.pipeline import load_pipeline, load_refiner
 from sdxl.serving.placement import placement_here
 from sdxl.serving.request import FineTuneOptions, GenerationRequest
+from sdxl.serving.samplers import require_known, require_refinable
 from sdxl.serving.tuned_pipeline import ScaledFineTune, TunedPipeline, require_loras
 from sdxl.serving.unet_runner import Runners, speed_here
 from sdxl.speed.compiled_blocks import fuse_blocks
@@ -47,10 +48,7 @@ class Painter:
         self.native_resolution = native_resolution(self.base.folder)
         """Side in pixels of the pictures that the base was made for."""
         self.placement = placement_here()
-        loaded = load_pipeline(
-            self.base.folder, self.placement, vae=self.base.vae, prediction=self.base.prediction
-        )
-        self.tuned = TunedPipeline(loaded)
+        self.tuned = TunedPipeline(load_pipeline(self.base.folder, self.placement, **self.base.replaced()))
         self.refiner: UNet2DConditionModel | None = None
         self.fine_tunes = FineTuneCache(settings.cache_folder(), settings.cache_limits(), self.tuned.load)
         self.default_fine_tune = self.fine_tunes.get(weights) if weights else None
@@ -90,8 +88,9 @@ class Painter:
         """Apply the fine-tunes that `options` name, and return `generation.draw` of the request.
 
         Raises:
-            UserInputError: a fine-tune or the refiner cannot be fetched, or does not fit the base.
+            UserInputError: a fine-tune or the refiner cannot be fetched, or it or the sampler does not fit the base.
         """
+        require_known(request.scheduler, self.tuned.pipeline.scheduler.config)
         refiner = None if request.refine == "no_refiner" else self._refiner()
         self.apply(options)
         return draw(
@@ -131,6 +130,7 @@ class Painter:
 
     def _refiner(self) -> UNet2DConditionModel:
         """The refiner, loaded when a request first needs it."""
+        require_refinable(self.tuned.pipeline.scheduler.config)
         if self.refiner is None:
             name = settings.refiner_name()
             folder = pipelines.local_folder(name, setting="SDXL_REFINER", parts=["unet"], weights=["unet"])
