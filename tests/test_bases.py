@@ -1,6 +1,7 @@
 """Names of bases: folders with mixed variants, single files, other autoencoders, and what is no SDXL."""
 
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from transformers import CLIPTextModelWithProjection
 
 import train
 from sdxl.errors import DownloadError, UserInputError, WeightsError
+from sdxl.files.weight_files import WeightFile
 from sdxl.model.base_checks import tell_of_distillation
 from sdxl.model.bases import Base, digest, find_base
 from sdxl.model.components import load_components
 from sdxl.model.ldm_names import CLIP_G, CLIP_L, UNET, VAE
+from sdxl.model.single_file_base import prediction_of
 from sdxl.serving.pipeline import load_pipeline
 from tests.conftest import REPOSITORY, TINY_BASE, call, write_captioned_zip
 from tests.single_files import EXTRA, checkpoint, weights_of, write
@@ -29,21 +32,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _configuration(named_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDXL_CONFIG", str(named_base))
+def _configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_CONFIG", str(TINY_BASE))
 
 
 @pytest.fixture(scope="module")
-def tensors(named_base: Path) -> dict[str, Tensor]:
-    return checkpoint(named_base)
-
-
-@pytest.fixture(scope="session")
-def single_file(named_base: Path, make_once: Callable[..., Path]) -> Path:
-    def make(folder: Path) -> None:
-        write(folder / "base.safetensors", checkpoint(named_base))
-
-    return make_once("single_file", make) / "base.safetensors"
+def tensors() -> dict[str, Tensor]:
+    """The miniature as a single-file checkpoint."""
+    return checkpoint(TINY_BASE)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -53,47 +49,43 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # Single files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_single_file_becomes_the_folder_that_it_came_from(
-    named_base: Path, tensors: dict[str, Tensor], tmp_path: Path, dtype: torch.dtype
+    named_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    cast = {name: value.to(dtype) for name, value in tensors.items()}
+    monkeypatch.setenv("SDXL_CONFIG", str(named_base))
+    dtypes = {UNET: torch.float32, VAE: torch.bfloat16, CLIP_L: torch.float16, CLIP_G: torch.float32}
+    cast = {
+        name: value.to(next(dtype for prefix, dtype in dtypes.items() if name.startswith(prefix)))
+        for name, value in checkpoint(named_base).items()
+    }
     found = find_base(str(write(tmp_path / "a.safetensors", cast | EXTRA)))
-    for part in PARTS:
-        assert same(
-            weights_of(found.folder / part),
-            {name: value.to(dtype) for name, value in weights_of(named_base / part).items()},
-        )
+    for part, dtype in zip(PARTS, dtypes.values(), strict=True):
+        theirs = {name: value.to(dtype) for name, value in weights_of(named_base / part).items()}
+        assert same(weights_of(found.folder / part), theirs)
     # What diffusers' converters make of the same file.
     unet: Any = UNet2DConditionModel.load_config(named_base / "unet")
     vae: Any = AutoencoderKL.load_config(named_base / "vae")
     assert same(weights_of(found.folder / "unet"), convert_ldm_unet_checkpoint(dict(cast), unet))
     assert same(weights_of(found.folder / "vae"), convert_ldm_vae_checkpoint(dict(cast), vae))
-    loaded = load_components(found.folder, is_lora=True, device=CPU, **found.replaced())
-    assert loaded.text_encoders[1].text_projection.weight.dtype == torch.float32
 
 
 def test_a_training_on_the_single_file_is_that_on_its_folder(
-    named_base: Path, single_file: Path, tmp_path: Path
+    named_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("SDXL_CONFIG", str(named_base))
+    single_file = write(tmp_path / "base.safetensors", checkpoint(named_base))
     archive = write_captioned_zip(tmp_path / "x.zip")
-    quick = {"max_train_steps": 3, "train_batch_size": 1, "seed": 0, "random_views": 0, "lora_lr": 1e-2}
+    quick = {"max_train_steps": 2, "train_batch_size": 1, "seed": 0, "random_views": 0, "resolution": 64}
+    lora = {"is_lora": True, "lora_lr": 1e-2, "lora_rank": 2, "lora_targets": "attention"}
     files = {}
     for name, base in {"file": single_file, "folder": named_base}.items():
-        tar = call(
-            train.train,
-            input_images=archive,
-            base=str(base),
-            is_lora=True,
-            resolution=64,
-            lora_rank=2,
-            **quick,
-        )
+        tar = call(train.train, input_images=archive, base=str(base), **quick, **lora)
         with tarfile.open(tar) as opened:
             files[name] = {
                 member.name: opened.extractfile(member).read()  # type: ignore[union-attr]
                 for member in opened
             }
+    # Equal results of equal steps: so were the losses, to the last bit.
     assert files["file"]["lora.safetensors"] == files["folder"]["lora.safetensors"]
     assert files["file"]["embeddings.pti"] == files["folder"]["embeddings.pti"]
     records = {name: json.loads(of["training.json"]) for name, of in files.items()}
@@ -104,59 +96,56 @@ def test_a_training_on_the_single_file_is_that_on_its_folder(
     assert records["file"]["zero_terminal_snr"] is False
 
 
-def test_a_file_in_8_bits_is_read(named_base: Path, tensors: dict[str, Tensor], tmp_path: Path):
-    cast = {
-        name: value.to(torch.float8_e4m3fn) if name.startswith(UNET) else value
-        for name, value in tensors.items()
-    }
-    found = find_base(str(write(tmp_path / "a.safetensors", cast)))
-    theirs = weights_of(named_base / "unet")
-    assert same(
-        weights_of(found.folder / "unet"), {n: v.to(torch.float8_e4m3fn).half() for n, v in theirs.items()}
-    )
+def test_a_file_in_8_bits_with_marks_is_read(tensors: dict[str, Tensor], tmp_path: Path):
+    eight = torch.float8_e4m3fn
+    cast = {name: value.to(eight) if name.startswith(UNET) else value for name, value in tensors.items()}
+    marks = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    found = find_base(str(write(tmp_path / "a.safetensors", cast | marks)))
+    theirs = weights_of(TINY_BASE / "unet")
+    assert same(weights_of(found.folder / "unet"), {n: v.to(eight).half() for n, v in theirs.items()})
+    assert tuple(found.facts().values())[1:] == ("v_prediction", True)
+    scheduler = load_components(found.folder, is_lora=True, device=CPU, **found.replaced()).noise_scheduler
+    assert float(scheduler.alphas_cumprod[-1]) == 0
 
 
-def test_a_file_is_converted_once(single_file: Path, tmp_path: Path):
-    first = find_base(str(single_file))
+def test_a_file_is_converted_once(tensors: dict[str, Tensor], tmp_path: Path):
+    file = write(tmp_path / "a.safetensors", tensors)
+    first = find_base(str(file))
     state = (first.folder / "unet").stat()
-    assert find_base(str(single_file)).folder == first.folder
+    assert find_base(str(file)).folder == first.folder
     assert (first.folder / "unet").stat() == state
-    copied = shutil.copy(single_file, tmp_path / "other.safetensors")
-    assert find_base(str(copied)).folder != first.folder
+    os.utime(file, (1, 1))
+    assert find_base(str(file)).folder != first.folder
 
 
 @pytest.mark.parametrize(
-    ("marks", "metadata", "facts"),
+    ("marks", "metadata", "prediction"),
     [
-        ([], {}, ("epsilon", False)),
-        (["ztsnr"], {}, ("epsilon", False)),
-        (["v_pred"], {}, ("v_prediction", False)),
-        (["v_pred", "ztsnr"], {}, ("v_prediction", True)),
-        ([], {"modelspec.prediction_type": "v"}, ("v_prediction", False)),
-        ([], {"modelspec.prediction_type": "epsilon"}, ("epsilon", False)),
+        ([], {}, None),
+        (["ztsnr"], {}, None),
+        (["v_pred"], {}, "v_prediction"),
+        (["v_pred", "ztsnr"], {}, "v_prediction_ztsnr"),
+        ([], {"modelspec.prediction_type": "v"}, "v_prediction"),
+        ([], {"modelspec.prediction_type": "epsilon"}, None),
     ],
 )
 def test_marks_in_a_file_say_what_it_predicts(
-    tensors: dict[str, Tensor], tmp_path: Path, marks: list[str], metadata: dict, facts: tuple
+    tmp_path: Path, marks: list[str], metadata: dict, prediction: str | None
 ):
-    marked = tensors | {mark: torch.empty(0) for mark in marks}
-    found = find_base(str(write(tmp_path / "a.safetensors", marked, metadata)))
-    assert tuple(found.facts().values())[1:] == facts
-    scheduler = load_components(
-        found.folder, is_lora=True, device=CPU, prediction=found.prediction
-    ).noise_scheduler
-    assert (float(scheduler.alphas_cumprod[-1]) == 0) == facts[1]
+    marked = {mark: torch.empty(0) for mark in ["other", *marks]}
+    file = write(tmp_path / "a.safetensors", marked, metadata)
+    assert prediction_of(WeightFile(file, file.name)) == prediction
 
 
 @pytest.mark.parametrize("setting", ["epsilon", "v_prediction", "v_prediction_ztsnr"])
-def test_a_setting_says_what_a_base_predicts(named_base: Path, monkeypatch: pytest.MonkeyPatch, setting: str):
+def test_a_setting_says_what_a_base_predicts(monkeypatch: pytest.MonkeyPatch, setting: str):
     monkeypatch.setenv("SDXL_PREDICTION", setting)
-    facts = find_base(str(named_base)).facts()
+    facts = find_base(str(TINY_BASE)).facts()
     assert facts["prediction_type"] == setting.removesuffix("_ztsnr")
     assert facts["zero_terminal_snr"] == setting.endswith("_ztsnr")
     monkeypatch.setenv("SDXL_PREDICTION", "v")
     with pytest.raises(UserInputError, match="SDXL_PREDICTION is 'v', but must be one of epsilon"):
-        find_base(str(named_base))
+        find_base(str(TINY_BASE))
 
 
 def without(tensors: dict[str, Tensor], beginning: str) -> dict[str, Tensor]:
@@ -179,7 +168,7 @@ def without(tensors: dict[str, Tensor], beginning: str) -> dict[str, Tensor]:
         ),
         (lambda t: t | {"edm_mean": torch.zeros(4)}, r"another kind of noise \(EDM\)"),
         (
-            lambda t: t | {UNET + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)},
+            lambda t: t | {UNET + "input_blocks.0.0.weight": torch.zeros(2, 9, 3, 3)},
             "is an inpainting model",
         ),
         (lambda t: without(t, UNET), "no checkpoint with the UNet"),
@@ -213,11 +202,12 @@ def test_files_of_other_stable_diffusions_are_named(tmp_path: Path, width: int, 
         find_base(str(file))
 
 
-def test_a_pickle_and_a_cut_file_are_told(single_file: Path, tmp_path: Path):
+def test_a_pickle_and_a_cut_file_are_told(tensors: dict[str, Tensor], tmp_path: Path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.ckpt")
     with pytest.raises(WeightsError, match="is a pickle"):
         find_base(str(tmp_path / "a.ckpt"))
-    (tmp_path / "b.safetensors").write_bytes(single_file.read_bytes()[:-9])
+    whole = write(tmp_path / "a.safetensors", tensors)
+    (tmp_path / "b.safetensors").write_bytes(whole.read_bytes()[:-9])
     with pytest.raises(WeightsError, match="is damaged, since it has only"):
         find_base(str(tmp_path / "b.safetensors"))
 
@@ -270,7 +260,6 @@ def test_other_folders_are_told(base: Path):
         find_base(str(base))
 
 
-@pytest.mark.usefixtures("named_base")
 def test_training_refuses_before_it_reads_pictures(base: Path, tmp_path: Path):
     edit(base / "unet" / "config.json", in_channels=9)
     with pytest.raises(UserInputError, match="is an inpainting model"):
@@ -367,22 +356,24 @@ def is_used(found: Base, wanted: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("form", ["part", "pipeline", "ldm", "diffusers", "checkpoint"])
 def test_another_autoencoder(
-    named_base: Path, tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ):
-    changed = {name: value + 1 for name, value in weights_of(named_base / "vae").items()}
+    changed = {name: value + 1 for name, value in weights_of(TINY_BASE / "vae").items()}
     in_ldm = {name: value + 1 for name, value in tensors.items() if name.startswith(VAE)}
     source = tmp_path / "vae.safetensors"
     if form in ("part", "pipeline"):
         source = tmp_path / "other"
         part = source / "vae" if form == "pipeline" else source
-        shutil.copytree(named_base / "vae", part)
+        part.mkdir(parents=True)
+        shutil.copy(TINY_BASE / "vae" / "config.json", part)
         write(part / "diffusion_pytorch_model.safetensors", changed)
     elif form == "ldm":
         write(source, {name.removeprefix(VAE): value for name, value in in_ldm.items()})
     else:
         write(source, changed if form == "diffusers" else tensors | in_ldm)
     monkeypatch.setenv("SDXL_VAE", str(source))
-    assert is_used(find_base(str(named_base)), changed)
+    found = find_base(str(TINY_BASE))
+    assert same(weights_of(found.vae), changed)
     if form == "ldm":
         lacking = write(tmp_path / "lacking.safetensors", without(tensors, VAE))
         assert is_used(find_base(str(lacking)), changed)
@@ -392,15 +383,15 @@ def test_another_autoencoder(
 
 
 def test_an_autoencoder_of_another_model_is_refused(
-    named_base: Path, base: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    base: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ):
     edit(base / "vae" / "config.json", scaling_factor=0.18215)
     monkeypatch.setenv("SDXL_VAE", str(base / "vae"))
     with pytest.raises(WeightsError, match=r"makes other latents .*0\.18215.*give an autoencoder of SDXL"):
-        find_base(str(named_base))
+        find_base(str(TINY_BASE))
     monkeypatch.setenv("SDXL_VAE", str(write(base / "x.safetensors", without(tensors, VAE))))
     with pytest.raises(WeightsError, match="holds no autoencoder"):
-        find_base(str(named_base))
+        find_base(str(TINY_BASE))
     monkeypatch.setenv("SDXL_VAE", str(base / "scheduler"))
     with pytest.raises(DownloadError, match=r"SDXL_VAE=.* has no config\.json"):
-        find_base(str(named_base))
+        find_base(str(TINY_BASE))
