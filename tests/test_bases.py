@@ -28,6 +28,7 @@ from tests.conftest import REPOSITORY, TINY_BASE, call, write_captioned_zip
 from tests.single_files import EXTRA, checkpoint, weights_of, write
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_FUSED = "transformer.resblocks.0.attn.in_proj_weight"
 CPU = torch.device("cpu")
 
 
@@ -166,6 +167,9 @@ def without(tensors: dict[str, Tensor], beginning: str) -> dict[str, Tensor]:
             lambda t: t | {UNET + "out.2.bias": torch.zeros(4, dtype=torch.int8)},
             "set SDXL_CONFIG to the base",
         ),
+        (lambda t: t | {CLIP_G + _FUSED: torch.zeros(2, 2)}, "another shape than SDXL's"),
+        (lambda t: t | {VAE + "encoder.mid.attn_1.q.weight": torch.zeros(2)}, "another shape than SDXL's"),
+        (lambda t: t | {CLIP_G + "text_projection": torch.zeros(2, 3)}, "set SDXL_CONFIG to the base"),
         (lambda t: t | {"edm_mean": torch.zeros(4)}, r"another kind of noise \(EDM\)"),
         (
             lambda t: t | {UNET + "input_blocks.0.0.weight": torch.zeros(2, 9, 3, 3)},

@@ -142,8 +142,9 @@ def fetch_model(
 
 
 def _cause(error: Exception) -> BaseException:
-    """What lies behind an error of the hub's library, which hides the reason why it cannot list files."""
-    return (error.__cause__ or error) if isinstance(error, DryRunError) else error
+    """What lies behind an error of the hub's library, which may hide why it cannot reach a file."""
+    hides = isinstance(error, DryRunError | LocalEntryNotFoundError)
+    return (error.__cause__ or error) if hides else error
 
 
 def _explained(error: Exception, name: str, *, what: str, remedy: str = "") -> DownloadError:

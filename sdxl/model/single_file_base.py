@@ -4,8 +4,9 @@ The file holds weights under LDM's names and nothing else. Configuration and tok
 shapes the weights must have. Knows both layouts; does not know where files come from or are kept.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,8 @@ def _write_vae(file: WeightFile, prefix: str, part: Path) -> None:
     if "decoder.mid_block.resnets.0.conv1.weight" in read:
         found = {name: read[name] for name in wanted if name in read}
     else:
-        found = ldm_names.vae_from_ldm(read, wanted, config)
+        with _shapes_of(file.name):
+            found = ldm_names.vae_from_ldm(read, wanted, config)
     _save(found, wanted, part / _DIFFUSION, file.name)
 
 
@@ -160,7 +162,8 @@ def _write_encoder(
 ) -> None:
     with torch.device("meta"):
         wanted = kind(CLIPTextConfig.from_pretrained(part)).state_dict()
-    found = renamed(_read(file, prefix))
+    with _shapes_of(file.name):
+        found = renamed(_read(file, prefix))
     names = [_published(name) for name in wanted]
     _save(
         {_published(name): value for name, value in found.items() if _published(name) in names},
@@ -168,6 +171,17 @@ def _write_encoder(
         part / _TRANSFORMERS,
         file.name,
     )
+
+
+@contextlib.contextmanager
+def _shapes_of(name: str) -> Iterator[None]:
+    """Say that a tensor cannot be cut or turned as the layouts require it."""
+    try:
+        yield
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise WeightsError(
+            f"{name} has weights of another shape than SDXL's: give a base of SDXL."
+        ) from error
 
 
 def _published(name: str) -> str:
