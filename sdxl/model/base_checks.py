@@ -51,7 +51,7 @@ def require_sdxl(folder: Path, name: str) -> None:
         for config in (unet, *encoders, _read(folder / "vae" / "config.json")):
             _require_sane(config, name)
         schedule = read_schedule(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(
             f"{name} is not a complete SDXL in diffusers' layout ({error}): fetch it again."
         ) from error
