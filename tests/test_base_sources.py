@@ -138,6 +138,14 @@ def test_a_url_is_fetched_and_converted_once(site: Site, single_file: Path, tmp_
     assert not list((tmp_path / "cache" / "bases").glob(".*partial"))
 
 
+def test_what_is_no_url_is_told(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(DownloadError, match="base is not a URL"):
+        find_base("http://[", called="base")
+    monkeypatch.setenv("SDXL_VAE", "https://[x")
+    with pytest.raises(DownloadError, match="SDXL_VAE is not a URL"):
+        find_base(str(TINY_BASE))
+
+
 # The hub ----------------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl import settings
-from sdxl.errors import WeightsError
+from sdxl.errors import DownloadError, WeightsError
 from sdxl.files import hub, pipelines
 from sdxl.files.archives import atomic_path
 from sdxl.files.fetching import decode_data_uri, download, existing, is_data_uri, is_remote, shown
@@ -83,7 +83,7 @@ def find_base(source: str, *, called: str = "SDXL_BASE") -> Base:
         WeightsError: it is no SDXL, is damaged or incomplete.
         UserInputError: a setting is wrong, or the source does not exist.
     """
-    prediction, name, vae = settings.prediction(), shown(source), settings.variable("SDXL_VAE")
+    prediction, name, vae = settings.prediction(), _shown(source, called), settings.variable("SDXL_VAE")
     in_use: list[InUse] = []
     if _is_single_file(source):
         like = pipelines.local_folder(settings.config_name(), setting="SDXL_CONFIG", weights=())
@@ -108,6 +108,13 @@ def find_base(source: str, *, called: str = "SDXL_BASE") -> Base:
     return Base(name=name, folder=folder, vae=vae_folder, prediction=prediction, in_use=tuple(in_use))
 
 
+def _shown(source: str, called: str) -> str:
+    try:
+        return shown(source)
+    except ValueError as error:
+        raise DownloadError(f"{called} is not a URL ({error}): check the address.") from error
+
+
 def _require_vae(name: str, is_there: bool) -> None:
     if not is_there:
         raise WeightsError(
@@ -118,6 +125,7 @@ def _require_vae(name: str, is_there: bool) -> None:
 def _find_vae(source: str, own: Path) -> tuple[Path, list[InUse]]:
     """The folder of the autoencoder that `SDXL_VAE` names, checked against the configuration of the base's `own`."""
     in_use: list[InUse] = []
+    name = _shown(source, "SDXL_VAE")
     if _is_single_file(source):
         key = hashlib.sha256(b"vae" + (own / "config.json").read_bytes()).hexdigest()
         folder, held = _converted(
@@ -130,11 +138,11 @@ def _find_vae(source: str, own: Path) -> tuple[Path, list[InUse]]:
         ours, theirs = (_latents(part) for part in (own, folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"SDXL_VAE={shown(source)} is not an autoencoder in diffusers' layout ({error}): give another."
+            f"SDXL_VAE={name} is not an autoencoder in diffusers' layout ({error}): give another."
         ) from error
     if ours != theirs:
         raise WeightsError(
-            f"SDXL_VAE={shown(source)} makes other latents ({theirs}) than the base's autoencoder ({ours}): give an "
+            f"SDXL_VAE={name} makes other latents ({theirs}) than the base's autoencoder ({ours}): give an "
             "autoencoder of SDXL."
         )
     return folder, in_use
