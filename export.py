@@ -71,10 +71,10 @@ def export(request: ExportRequest, output: Path) -> tuple[list[Path], list[str]]
         UserInputError: a fine-tune cannot be read or does not fit the base, or a setting is wrong.
     """
     # Here, after the request is checked: importing these takes seconds.
-    from sdxl.files import hub
     from sdxl.files.archives import pack_tar
     from sdxl.files.hub_upload import check_repository, upload
     from sdxl.model import export_forms
+    from sdxl.model.bases import find_base
     from sdxl.model.components import default_device
     from sdxl.serving.combining import combine, read_all
     from sdxl.serving.pipeline import load_pipeline
@@ -82,10 +82,11 @@ def export(request: ExportRequest, output: Path) -> tuple[list[Path], list[str]]
 
     if request.push:
         check_repository(request.push)
-    base_folder = hub.local_folder(settings.base_name())
-    tuned = TunedPipeline(load_pipeline(base_folder, default_device()))
-    base = export_forms.Base(
-        folder=base_folder,
+    found = find_base(settings.base_name())
+    tuned = TunedPipeline(load_pipeline(found.folder, default_device(), **found.replaced()))
+    base = export_forms.LoadedBase(
+        folder=found.folder,
+        vae=found.vae,
         parameters=tuned.parameters,
         layers=tuned.layers,
         unet_config=tuned.pipeline.unet.config,

@@ -58,7 +58,7 @@ class Predictor(BaseRunner):
 
         self.painter = Painter(weights=str(weights) if weights else None)
         judge = load_judge(self.painter.placement.helper_device, real_base=not self.painter.is_miniature)
-        self.delivery = Delivery(judge, model=pathlib.Path(settings.base_name()).name)
+        self.delivery = Delivery(judge, model=pathlib.Path(self.painter.base.name).name)
         log.info("Pictures are judged by %s", judge.name)
         self.painter.warm_up()
 
@@ -128,6 +128,12 @@ class Predictor(BaseRunner):
             description="How strictly the picture follows the prompt. 1 turns guidance off.",
             ge=1,
             le=50,
+        ),
+        guidance_rescale: float = Input(
+            default=0.0,
+            description="Takes back overexposure by guidance: 0 leaves it, 1 removes it. About 0.7 suits bases with v-prediction and zero terminal SNR.",
+            ge=0,
+            le=1,
         ),
         prompt_strength: float = Input(
             default=0.8,

@@ -6,6 +6,7 @@ when a run starts, so that `--help` and wrong inputs are answered at once.
     python train.py -i input_images=@example_datasets/crowny.zip -i token_map=TOK:2 -o out/
 """
 
+import json
 import logging
 import pathlib
 import shutil
@@ -19,9 +20,10 @@ from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, leave_downloads_to_us
+from sdxl.files.sources import allowed_base
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
 from sdxl.training.config import TrainingConfig
-from sdxl.training.contradictions import without_effect, without_effect_here
+from sdxl.training.contradictions import without_effect
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.torchrun import run_in_each
 from sdxl.workspace import CHECKPOINTS, OUTPUT, RESULT, workspace_of_run
@@ -38,6 +40,10 @@ def train(
     input_images: Optional[Path] = Input(
         default=None,
         description="Your pictures: a .zip, .tar, .tar.gz or .tgz with jpg, png, webp, bmp or heic files. Captions are optional: a csv file (columns image_file and caption), or one .txt file per picture with the same name. Required.",
+    ),
+    base: Optional[str] = Input(
+        default=None,
+        description="The model to fine-tune: a folder in diffusers' layout, a Hugging Face repository, or a single-file checkpoint as a path, a URL or owner/repository/file.safetensors. Default: the base that SDXL_BASE names, else SDXL 1.0.",
     ),
     token_map: str = Input(
         default="TOK:2",
@@ -230,7 +236,9 @@ def train(
 ) -> Path:
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
     settings.set_behind_server(server.active)
-    inputs = train_inputs(as_declared(train, locals()))
+    given = as_declared(train, locals())
+    given["base"] = allowed_base(given["base"], "base")
+    inputs = train_inputs(given)
     repeat_on_cpu()
     configure_logging()
     with workspace_of_run(
@@ -247,12 +255,14 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
     # Here, after the inputs are checked: importing these takes seconds.
     from preprocess import prepare_dataset
     from sdxl.data.dataset_folder import read_dataset_folder
-    from sdxl.files import hub
     from sdxl.files.fetching import fetch
     from sdxl.model import fine_tune_files
+    from sdxl.model.base_checks import tell_of_distillation
+    from sdxl.model.bases import find_base
     from sdxl.model.components import default_device, load_components, native_resolution
     from sdxl.model.trained_web_ui import write_for_web_uis
     from sdxl.training import data_parallel
+    from sdxl.training.announcement import announce
     from sdxl.training.early_check import early_check
     from sdxl.training.examples import cache_examples
     from sdxl.training.recipe import fine_tune
@@ -261,11 +271,12 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
         log.warning("%s", told)
 
     # Pictures → dataset folder.
-    base = hub.local_folder(settings.base_name())
-    resolution = native_resolution(base) if inputs.resolution is None else inputs.resolution
+    base = find_base(inputs.source_of_base, called=inputs.base_is_called)
+    tell_of_distillation(base.folder, base.name)
+    resolution = native_resolution(base.folder) if inputs.resolution is None else inputs.resolution
     archive = fetch(inputs.input_images, workspace / "fetched")
     preprocess_config = inputs.preprocess_config(resolution)
-    check = early_check(inputs, base, resolution)
+    check = early_check(inputs, base.folder, resolution)
     dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config, check=check)
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 
@@ -276,13 +287,17 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
         images=len(pictures),
         processes=data_parallel.world_size(),
         seed=data_parallel.agreed(inputs.seed),
+        base=base.name,
     )
-    record = fine_tune_files.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder)
-    _announce(config, masks=any(picture.mask for picture in pictures))
+    record = fine_tune_files.run_record(
+        config.as_json() | preprocess_config.as_json(), dataset_folder, base.facts()
+    )
+    device = default_device()
+    announce(config, device, masks=any(picture.mask for picture in pictures))
 
     # Dataset folder and base → fine-tune.
     keep_compiled_kernels()
-    components = load_components(base, is_lora=config.is_lora, device=default_device())
+    components = load_components(base.folder, is_lora=config.is_lora, device=device, **base.replaced())
     examples = cache_examples(
         dataset_folder,
         components,
@@ -291,7 +306,7 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
         views=config.random_views,
         flip=config.horizontal_flip,
     )
-    prior = _prior(config, components) if config.prior_prompts else None
+    prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     output = workspace / OUTPUT
 
     def save_checkpoint(step: int, model: fine_tune_files.TrainedFineTune) -> None:
@@ -304,7 +319,7 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
 
     # Fine-tune → tar.
     fine_tune_files.write(trained, output, record)
-    write_for_web_uis(trained, output, record, components, base=base if config.single_file else None)
+    write_for_web_uis(trained, output, record, components, checkpoint_of=base if config.single_file else None)
     fine_tune_files.pack(output, workspace / RESULT)
     shutil.rmtree(dataset_folder)
     shutil.rmtree(output)
@@ -312,31 +327,19 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
     return workspace / RESULT
 
 
-def _prior(config: TrainingConfig, components: "Components") -> "ExampleDataset":
-    """The encoded pictures of the prior. The base in `components` draws them, unless an earlier run has kept them."""
+def _prior(config: TrainingConfig, components: "Components", base: dict[str, Any]) -> "ExampleDataset":
+    """The encoded pictures of the prior. The base in `components` draws them, unless an earlier run has kept them.
+
+    base: what identifies the base.
+    """
     from sdxl.serving.previews import drawer
     from sdxl.training.examples import cache_examples
     from sdxl.training.prior import PriorConfig, prior_dataset
 
     wanted = PriorConfig.parse(
-        config.prior_prompts, base=config.base, images=config.prior_images, resolution=config.resolution
+        config.prior_prompts, base=json.dumps(base), images=config.prior_images, resolution=config.resolution
     )
     return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
-
-
-def _announce(config: TrainingConfig, *, masks: bool) -> None:
-    """Log what is trained, and which settings have no effect. masks: whether any picture has a mask."""
-    from sdxl.model.components import default_device
-
-    for told in without_effect_here(config, masks=masks, cuda=default_device().type == "cuda"):
-        log.warning("%s", told)
-    what = f"a LoRA of rank {config.lora_rank}" if config.is_lora else "the whole UNet"
-    log.info(
-        "Training %s and the tokens of %s on %s: %d steps of %d pictures at %d×%d pixels, with seed %d. "
-        "The tokens freeze after step %d.",
-        *(what, config.token_map, default_device(), config.max_train_steps, config.train_batch_size),
-        *(config.resolution, config.resolution, config.seed, config.pivot_step),
-    )
 
 
 def _record_metrics(report: "StepReport") -> None:

@@ -29,7 +29,7 @@ from transformers import CLIPModel, CLIPTokenizer, ViTModel
 from benchmarks.scores import cosine_of_different
 from benchmarks.subject_job import Method, draw, learn, write_raw
 from sdxl.errors import UserInputError
-from sdxl.files.hub import local_folder
+from sdxl.files.pipelines import local_folder
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.tuned_pipeline import TunedPipeline
 

@@ -17,8 +17,11 @@ from sdxl.errors import UserInputError
 log = logging.getLogger(__name__)
 
 VARIABLES = {
-    "SDXL_BASE": "The base model: a folder in diffusers' layout or the name of a hub repository. Default: SDXL 1.0.",
-    "SDXL_REFINER": "The refiner, in the same form. Default: the refiner of SDXL 1.0.",
+    "SDXL_BASE": "The base model: a folder in diffusers' layout, a hub repository, or a single-file checkpoint as a path, a URL or owner/repository/file.safetensors. Default: SDXL 1.0.",
+    "SDXL_VAE": "Another autoencoder than the base's, in the same forms. Default: the base's.",
+    "SDXL_PREDICTION": "What the base predicts if its files do not say so: epsilon, v_prediction, or v_prediction_ztsnr with zero terminal SNR. Default: what its files say.",
+    "SDXL_CONFIG": "Where a single-file base takes its configuration and tokenizers from: a folder in diffusers' layout or a hub repository. Default: SDXL 1.0.",
+    "SDXL_REFINER": "The refiner: a folder in diffusers' layout or a hub repository. Default: the refiner of SDXL 1.0.",
     "SDXL_CAPTIONER": "The captioning model: a folder in transformers' layout or a hub repository. Default: BLIP.",
     "SDXL_SEGMENTER": "The segmentation model, in the same form. Default: CLIPSeg.",
     "SDXL_UPSCALER": "The upscaling model, in the same form. Default: Swin2SR.",
@@ -39,6 +42,7 @@ VARIABLES = {
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
 
+Prediction = Literal["epsilon", "v_prediction", "v_prediction_ztsnr"]
 Speed = Literal["compiled", "graphs", "eager", "fp8"]
 
 
@@ -49,8 +53,31 @@ def variable(name: str) -> str | None:
 
 
 def base_name() -> str:
-    """The base model: a folder in diffusers' layout or a hub name (`SDXL_BASE`)."""
+    """The base model: a folder in diffusers' layout, a hub name or a single file (`SDXL_BASE`)."""
     return variable("SDXL_BASE") or SDXL
+
+
+def config_name() -> str:
+    """The folder or hub name whose configuration and tokenizers single-file bases use (`SDXL_CONFIG`)."""
+    return variable("SDXL_CONFIG") or SDXL
+
+
+def prediction() -> Prediction | None:
+    """What the base predicts (`SDXL_PREDICTION`); None for what its files say.
+
+    - "epsilon": the noise.
+    - "v_prediction": v (arXiv:2202.00512).
+    - "v_prediction_ztsnr": v, with a noise schedule that ends in pure noise (arXiv:2305.08891).
+
+    Raises:
+        UserInputError: any other value.
+    """
+    setting = variable("SDXL_PREDICTION")
+    if setting is not None and setting not in get_args(Prediction):
+        raise UserInputError(
+            f"SDXL_PREDICTION is {setting!r}, but must be one of {', '.join(get_args(Prediction))}."
+        )
+    return setting  # type: ignore[return-value]
 
 
 def refiner_name() -> str:

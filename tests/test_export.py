@@ -36,10 +36,14 @@ def tuned() -> TunedPipeline:
 
 
 @pytest.fixture(scope="module")
-def base(tuned: TunedPipeline) -> export_forms.Base:
+def base(tuned: TunedPipeline) -> export_forms.LoadedBase:
     parameters = {name: value.detach().clone() for name, value in tuned.parameters.items()}
-    return export_forms.Base(
-        folder=TINY_BASE, parameters=parameters, layers=tuned.layers, unet_config=tuned.pipeline.unet.config
+    return export_forms.LoadedBase(
+        folder=TINY_BASE,
+        vae=TINY_BASE / "vae",
+        parameters=parameters,
+        layers=tuned.layers,
+        unet_config=tuned.pipeline.unet.config,
     )
 
 
@@ -50,7 +54,7 @@ def read(tuned: TunedPipeline, source: Path, folder: Path, scale: float = 1.0) -
 
 def write(
     tuned: TunedPipeline,
-    base: export_forms.Base,
+    base: export_forms.LoadedBase,
     parts: list[ReadFineTune],
     form: str,
     folder: Path,
@@ -122,7 +126,7 @@ def lora_file(
 @pytest.mark.parametrize("form", ["ours", "diffusers", "kohya", "onetrainer"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_a_lora_comes_back_to_the_last_bit(
-    tuned: TunedPipeline, base: export_forms.Base, form: str, dora: bool, tmp_path: Path
+    tuned: TunedPipeline, base: export_forms.LoadedBase, form: str, dora: bool, tmp_path: Path
 ):
     source = lora_file(tmp_path / "source", tuned, rank=3, dora=dora, word="TOK")
     folder, lost = write(tuned, base, [read(tuned, source, tmp_path)], form, tmp_path)
@@ -135,7 +139,11 @@ def test_a_lora_comes_back_to_the_last_bit(
 
 @pytest.mark.parametrize("form", ["ours", "diffusers", "kohya", "single_file"])
 def test_a_trained_lora_draws_the_same(
-    tuned: TunedPipeline, base: export_forms.Base, fine_tunes: dict[str, Path], form: str, tmp_path: Path
+    tuned: TunedPipeline,
+    base: export_forms.LoadedBase,
+    fine_tunes: dict[str, Path],
+    form: str,
+    tmp_path: Path,
 ):
     source = read(tuned, fine_tunes["lora"], tmp_path)
     folder, lost = write(tuned, base, [source], form, tmp_path)
@@ -161,7 +169,11 @@ def test_the_files_for_web_uis_of_a_training_draw_the_same(
 
 @pytest.mark.parametrize("form", ["ours", "single_file"])
 def test_a_whole_unet_comes_back(
-    tuned: TunedPipeline, base: export_forms.Base, fine_tunes: dict[str, Path], form: str, tmp_path: Path
+    tuned: TunedPipeline,
+    base: export_forms.LoadedBase,
+    fine_tunes: dict[str, Path],
+    form: str,
+    tmp_path: Path,
 ):
     source = read(tuned, fine_tunes["full"], tmp_path)
     folder, lost = write(tuned, base, [source], form, tmp_path)
@@ -193,7 +205,7 @@ def draw_checkpoint(folder: Path, tmp_path: Path) -> np.ndarray:
 
 
 def test_a_checkpoint_says_that_its_base_predicts_v(
-    tuned: TunedPipeline, base: export_forms.Base, tmp_path: Path
+    tuned: TunedPipeline, base: export_forms.LoadedBase, tmp_path: Path
 ):
     source = read(tuned, lora_file(tmp_path / "source", tuned, rank=1), tmp_path)
     exported, _ = combine([source], base, tuned, form="single_file")
@@ -211,7 +223,9 @@ def test_a_checkpoint_says_that_its_base_predicts_v(
 # A LoRA from a whole UNet
 
 
-def test_a_lora_is_found_again_in_a_whole_unet(tuned: TunedPipeline, base: export_forms.Base, tmp_path: Path):
+def test_a_lora_is_found_again_in_a_whole_unet(
+    tuned: TunedPipeline, base: export_forms.LoadedBase, tmp_path: Path
+):
     lora = read(tuned, lora_file(tmp_path / "source", tuned, rank=3), tmp_path)
     exported, _ = combine([lora], base, tuned, form="single_file")
     whole = {name: value for name, value in base.parameters.items() if name.startswith("unet.")} | dict(
@@ -225,7 +239,7 @@ def test_a_lora_is_found_again_in_a_whole_unet(tuned: TunedPipeline, base: expor
 
 
 def test_the_error_of_a_rank_is_told(
-    tuned: TunedPipeline, base: export_forms.Base, fine_tunes: dict[str, Path], tmp_path: Path
+    tuned: TunedPipeline, base: export_forms.LoadedBase, fine_tunes: dict[str, Path], tmp_path: Path
 ):
     source = read(tuned, fine_tunes["full"], tmp_path)
     folder, lost = write(tuned, base, [source], "kohya", tmp_path, rank=4)
@@ -254,7 +268,7 @@ def _as_whole(lora: ReadFineTune, whole: dict[str, Tensor]) -> Any:
 
 @pytest.mark.parametrize("rank", [None, 5])
 def test_loras_are_added_exactly(
-    tuned: TunedPipeline, base: export_forms.Base, rank: int | None, tmp_path: Path
+    tuned: TunedPipeline, base: export_forms.LoadedBase, rank: int | None, tmp_path: Path
 ):
     parts = [
         read(tuned, lora_file(tmp_path / "a", tuned, rank=2, seed=0), tmp_path, 0.8),
@@ -267,14 +281,16 @@ def test_loras_are_added_exactly(
     assert np.abs(draw_with(tuned, merged) - draw_with(tuned, *parts)).max() <= 1
 
 
-def test_a_smaller_rank_is_told(tuned: TunedPipeline, base: export_forms.Base, tmp_path: Path):
+def test_a_smaller_rank_is_told(tuned: TunedPipeline, base: export_forms.LoadedBase, tmp_path: Path):
     source = read(tuned, lora_file(tmp_path / "a", tuned, rank=6), tmp_path)
     folder, [lost] = write(tuned, base, [source], "lora", tmp_path, rank=2)
     assert "The rank leaves" in lost
     assert {len(v) for k, v in load_file(folder / "lora.safetensors").items() if "lora_A" in k} == {2}
 
 
-def test_a_dora_becomes_a_lora_if_it_must(tuned: TunedPipeline, base: export_forms.Base, tmp_path: Path):
+def test_a_dora_becomes_a_lora_if_it_must(
+    tuned: TunedPipeline, base: export_forms.LoadedBase, tmp_path: Path
+):
     dora = read(tuned, lora_file(tmp_path / "a", tuned, rank=2, dora=True), tmp_path)
     folder, lost = write(tuned, base, [dora], "kohya", tmp_path, rank=1024)
     assert "became plain LoRA" in lost[0]
@@ -285,7 +301,7 @@ def test_a_dora_becomes_a_lora_if_it_must(tuned: TunedPipeline, base: export_for
 
 
 def test_a_lora_on_a_whole_unet_is_a_whole_unet(
-    tuned: TunedPipeline, base: export_forms.Base, fine_tunes: dict[str, Path], tmp_path: Path
+    tuned: TunedPipeline, base: export_forms.LoadedBase, fine_tunes: dict[str, Path], tmp_path: Path
 ):
     parts = [
         read(tuned, fine_tunes["full"], tmp_path),
@@ -297,7 +313,7 @@ def test_a_lora_on_a_whole_unet_is_a_whole_unet(
 
 
 def test_half_of_a_whole_unet(
-    tuned: TunedPipeline, base: export_forms.Base, fine_tunes: dict[str, Path], tmp_path: Path
+    tuned: TunedPipeline, base: export_forms.LoadedBase, fine_tunes: dict[str, Path], tmp_path: Path
 ):
     half = read(tuned, fine_tunes["full"], tmp_path, 0.5)
     exported, _ = combine([half, half], base, tuned, form="ours")
@@ -305,7 +321,9 @@ def test_half_of_a_whole_unet(
     torch.testing.assert_close(exported.whole[name], half.fine_tune.whole[name].float())
 
 
-def test_a_word_of_two_fine_tunes_is_renamed(tuned: TunedPipeline, base: export_forms.Base, tmp_path: Path):
+def test_a_word_of_two_fine_tunes_is_renamed(
+    tuned: TunedPipeline, base: export_forms.LoadedBase, tmp_path: Path
+):
     sources = [
         lora_file(tmp_path / name, tuned, rank=1, seed=seed, word="TOK") for seed, name in enumerate("ab")
     ]
@@ -323,7 +341,7 @@ def test_a_word_of_two_fine_tunes_is_renamed(tuned: TunedPipeline, base: export_
 
 
 def test_text_encoders_that_a_form_cannot_hold_are_told(
-    tuned: TunedPipeline, base: export_forms.Base, fine_tunes: dict[str, Path], tmp_path: Path
+    tuned: TunedPipeline, base: export_forms.LoadedBase, fine_tunes: dict[str, Path], tmp_path: Path
 ):
     layer = next(name for name in tuned.layers if name.startswith("text_encoder_2."))
     weight = tuned.parameters[f"{layer}.weight"]

@@ -71,6 +71,20 @@ def name_of(url: str) -> str:
     return "download"
 
 
+def shown(source: str) -> str:
+    """`source` as messages and records show it: a URL without its query and its login, which may be secrets.
+
+    Raises:
+        ValueError: it begins like a URL but is none.
+    """
+    if is_data_uri(source):
+        return "The data: URI"
+    if not is_remote(source):
+        return shortened(source)
+    parts = urllib.parse.urlsplit(source)
+    return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+
+
 def fetch(source: str, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:
     """Return a local file for `source`: the path itself, or the content of a `data:` URI or http(s) URL in `folder`.
 
@@ -164,10 +178,8 @@ def download(
         DownloadError: the URL cannot be fetched or is not allowed, its content is larger than `max_bytes`, or it takes
             too long.
     """
-    # Messages omit the query and the login, which may be secrets.
     try:
-        parts = urllib.parse.urlsplit(url)
-        shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+        name = shown(url)
     except ValueError as error:
         raise DownloadError(f"{shortened(url)} is not a URL ({error}): check the address.") from error
 
@@ -178,28 +190,28 @@ def download(
             fetched = wait_for(
                 lambda abandoned: _receive(opened, url, target, max_bytes, earlier, abandoned),
                 seconds=settings.download_seconds(),
-                what=f"The download of {shown}",
+                what=f"The download of {name}",
             )
     except _TooLargeError:
         raise DownloadError(
-            f"{shown} is larger than {max_bytes / 2**30:.1f} GiB: give a smaller file."
+            f"{name} is larger than {max_bytes / 2**30:.1f} GiB: give a smaller file."
         ) from None
     except requests.RequestException as error:
         if validators is not None and isinstance(error, requests.ConnectionError | requests.Timeout):
-            log.warning("%s cannot be reached; using the earlier download", shown)
+            log.warning("%s cannot be reached; using the earlier download", name)
             return None
         reason = f"HTTP {error.response.status_code}" if error.response is not None else type(error).__name__
         raise DownloadError(
-            f"{shown} could not be fetched ({reason}): check the address and that it is public."
+            f"{name} could not be fetched ({reason}): check the address and that it is public."
         ) from error
     except UserInputError:
         raise
     except ValueError as error:  # errors of urllib3 and of the standard library that requests does not wrap
         raise DownloadError(
-            f"{shown} is not a URL, or leads to something that is none: check the address."
+            f"{name} is not a URL, or leads to something that is none: check the address."
         ) from error
     if fetched is not None:
-        log.info("Fetched %s (%.1f MB)", shown, fetched.path.stat().st_size / 1e6)
+        log.info("Fetched %s (%.1f MB)", name, fetched.path.stat().st_size / 1e6)
     return fetched
 
 

@@ -1,19 +1,20 @@
-"""Turn the name of a model into a local folder.
+"""Fetch models, files and fine-tunes from the Hugging Face hub.
 
-The only module that downloads models; does not know how to load them.
+The only module that downloads from the hub; does not know how to load models, or what belongs to an SDXL.
 """
 
-import contextlib
 import glob
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     DryRunError,
+    EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -22,13 +23,13 @@ from huggingface_hub.errors import (
 
 from sdxl import settings
 from sdxl.errors import DownloadError
+from sdxl.files.part_files import present
 from sdxl.files.waiting import wait_for
-from sdxl.settings import SDXL
 
 log = logging.getLogger(__name__)
 
-SDXL_REVISION = "462165984030d82259a11f4367a4eed129e94a7b"
-"""The pinned revision of the default base, so that a new commit on the hub cannot change results."""
+LARGEST_BASE = 24 << 30
+"""Maximum bytes that are fetched of a base. SDXL has 13.9 GB in fp32."""
 LARGEST_FINE_TUNE = 12 << 30
 """Maximum bytes of a fine-tune's repository, since downloads stay in the hub's cache. SDXL's UNet has 10.3 GB in fp32."""
 
@@ -58,36 +59,6 @@ UPSCALER = Helper(
 )
 
 
-def local_folder(name: str, *, setting: str = "SDXL_BASE", parts: Sequence[str] = ()) -> Path:
-    """Return the folder of the pipeline `name` in diffusers' layout, and fetch it from the hub if necessary.
-
-    Fetches only half-precision safetensors weights and configuration files. Uses the hub's cache without network if it is
-    complete; `HF_HOME` moves that cache.
-
-    setting: the environment variable that errors name.
-    parts: the subfolders to fetch, such as "unet", the one with the weights first; by default all.
-
-    Raises:
-        DownloadError: the folder is not a pipeline, the hub cannot be reached, or it does not have `name`.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise DownloadError(
-                f"{setting}={name} has no model_index.json: give a folder in diffusers' layout."
-            )
-        return folder
-    kinds: list[str] = ["*.json", "*.txt", "*.fp16*.safetensors"]
-    patterns = (
-        [f"{part}/{kind}" for part in parts for kind in kinds] + ["model_index.json"] if parts else kinds
-    )
-    revision = SDXL_REVISION if name == SDXL else None
-    remedy = f"set {setting} to a local folder in diffusers' layout, such as those in base_models"
-    parts_with_weights = parts[:1] or ("unet", "vae", "text_encoder", "text_encoder_2")
-    required = [f"{part}/*.safetensors" for part in parts_with_weights]
-    return _fetch_model(name, revision, patterns, required, setting=setting, remedy=remedy)
-
-
 def helper_folder(helper: Helper) -> Path:
     """Return the folder of a helper model in transformers' layout, and fetch it from the hub if necessary.
 
@@ -101,70 +72,147 @@ def helper_folder(helper: Helper) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         name, _, revision = name.partition("@")
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
         remedy = f"set {helper.setting} to a local folder in transformers' layout"
         pinned = helper.revision if name == helper.hub_name else None
-        required = ["config.json", "*.safetensors"]
-        folder = _fetch_model(
-            name, revision or pinned, patterns, required, setting=helper.setting, remedy=remedy
+
+        def wanted(files: Iterable[str]) -> list[str]:
+            return [file for file in files if file.endswith((".json", ".txt", ".model", ".safetensors"))]
+
+        folder = fetch_model(
+            name, revision or pinned, wanted, _is_helper, setting=helper.setting, remedy=remedy
         )
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    if not _is_helper(folder):
         raise DownloadError(
             f"{helper.setting}={name} has no config.json with safetensors weights: give a model in transformers' layout."
         )
     return folder
 
 
-def _fetch_model(
-    name: str, revision: str | None, patterns: list[str], required: list[str], *, setting: str, remedy: str
+def _is_helper(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and present(folder) is not None
+
+
+def fetch_model(
+    name: str,
+    revision: str | None,
+    wanted: Callable[[Iterable[str]], list[str]],
+    is_complete: Callable[[Path], bool],
+    *,
+    setting: str,
+    remedy: str,
 ) -> Path:
-    """Return the folder of the hub model `name` with the files that match `patterns`.
+    """Return the folder of the hub model `name` with the files that `wanted` chooses from all of them.
 
-    Uses the cache if each pattern of `required` matches a file there. After an interrupted download, some match none.
+    Uses the cache if it `is_complete`; after an interrupted download it is not.
     """
-
-    def is_complete(folder: Path) -> bool:
-        return all(any(folder.glob(pattern)) for pattern in required)
-
-    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
+    try:
+        # Only the folder is asked for: we ourselves check what is in it.
         cached = Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
+            snapshot_download(name, revision=revision, ignore_patterns=["*"], local_files_only=True)
         )
         if is_complete(cached):
             return cached
+    except (LocalEntryNotFoundError, HFValidationError):
+        cached = None
 
     log.info("Fetching %s from the hub (once)", name)
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise DownloadError(
-            f"{setting}={name} is neither an existing folder nor a model on the hub: check the spelling."
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise DownloadError(
-            f"The model {name} could not be fetched from the hub ({type(error).__name__}): connect this machine, "
-            f"or {remedy}."
-        ) from error
-    if not is_complete(
-        folder
-    ):  # without network, the hub's library returns an incomplete folder without an error
-        raise DownloadError(
-            f"The model {name} is incomplete in the hub's cache, or has no safetensors weights: connect this machine, "
-            f"or {remedy}."
+        listed: Any = snapshot_download(name, revision=revision, dry_run=True)
+        files = {file.filename: file.file_size or 0 for file in listed}
+        chosen = wanted(files)
+        _check_size(name, sum(files.get(file, 0) for file in chosen), LARGEST_BASE, "a base")
+        folder = wait_for(
+            lambda abandoned: snapshot_download(
+                name, revision=revision, allow_patterns=[glob.escape(file) for file in chosen]
+            ),
+            seconds=settings.download_seconds(),
+            what=f"The download of {name}",
         )
-    return folder
-
-
-def _check_download_size(name: str, filters: Mapping[str, Any]) -> None:
-    """Raise `DownloadError` if the files of repository `name` that pass `filters` exceed `LARGEST_FINE_TUNE`."""
-    with contextlib.suppress(DryRunError):  # no network: the download itself then reports that
-        files: Any = snapshot_download(name, **filters, dry_run=True)
-        size = sum(file.file_size or 0 for file in files)
-        if size > LARGEST_FINE_TUNE:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if cached is not None and not isinstance(_cause(error), RepositoryNotFoundError):
             raise DownloadError(
-                f"{name} on the hub holds {size / 2**30:.0f} GiB of weights, more than a fine-tune: give the repository of "
-                "a single LoRA or UNet."
+                f"The model {name} is incomplete in the hub's cache: connect this machine, or {remedy}."
+            ) from error
+        raise _explained(error, name, what=f"{setting}={name}", remedy=f", or {remedy}") from error
+    if not is_complete(Path(folder)):
+        raise DownloadError(
+            f"The model {name} is incomplete on the hub, or has no safetensors weights: {remedy}."
+        )
+    return Path(folder)
+
+
+def _cause(error: Exception) -> BaseException:
+    """What lies behind an error of the hub's library, which may hide why it cannot reach a file."""
+    hides = isinstance(error, DryRunError | LocalEntryNotFoundError)
+    return (error.__cause__ or error) if hides else error
+
+
+def _explained(error: Exception, name: str, *, what: str, remedy: str = "") -> DownloadError:
+    """The error of a download from the repository `name` as a sentence for users.
+
+    what: how the user named it.
+    remedy: what else helps if the hub cannot be reached.
+    """
+    cause = _cause(error)
+    if isinstance(cause, GatedRepoError):
+        return DownloadError(
+            f"The model {name} is gated: accept its licence at https://huggingface.co/{name}, and set HF_TOKEN to an "
+            "access token of your account."
+        )
+    if isinstance(cause, RepositoryNotFoundError | HFValidationError):
+        return DownloadError(
+            f"{what} is neither an existing path nor a repository on the hub: check the spelling, or set HF_TOKEN if it is "
+            "private."
+        )
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+        return DownloadError(
+            f"The hub refuses {name} (HTTP {cause.response.status_code}): check HF_TOKEN, and accept the licence at "
+            f"https://huggingface.co/{name} if there is one."
+        )
+    return DownloadError(
+        f"{what} could not be fetched from the hub ({type(cause).__name__}): check the spelling and the connection{remedy}."
+    )
+
+
+def _check_size(name: str, size: int, limit: int, kind: str) -> None:
+    if size > limit:
+        raise DownloadError(
+            f"{name} on the hub holds {size / 2**30:.0f} GiB of weights, more than {kind}: give the repository of "
+            "a single model."
+        )
+
+
+def single_file(source: str, *, setting: str) -> Path:
+    """Return the file `owner/repository/path` of the hub, and fetch it if necessary.
+
+    setting: the environment variable or input that errors name.
+
+    Raises:
+        DownloadError: the hub cannot be reached, does not have the file, or it is larger than `LARGEST_BASE`.
+    """
+    owner, repository, path = source.split("/", 2)
+    name = f"{owner}/{repository}"
+    try:
+        return Path(hf_hub_download(name, path, local_files_only=True))
+    except LocalEntryNotFoundError:
+        log.info("Fetching %s from the hub (once)", source)
+    except HFValidationError as error:
+        raise _explained(error, name, what=f"{setting}={source}") from error
+    try:
+        _check_size(source, hf_hub_download(name, path, dry_run=True).file_size or 0, LARGEST_BASE, "a base")
+        return Path(
+            wait_for(
+                lambda abandoned: hf_hub_download(name, path),
+                seconds=settings.download_seconds(),
+                what=f"The download of {source}",
             )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise DownloadError(
+                f"{name} on the hub has no file {path}: check the spelling, with upper and lower case."
+            ) from error
+        raise _explained(error, name, what=f"{setting}={source}") from error
 
 
 def fine_tune_folder(name: str) -> Path:
@@ -205,19 +253,13 @@ def _fetch_fine_tune(name: str, filters: dict[str, Any], file: str = "") -> Path
         except LocalEntryNotFoundError:
             is_new = True
         if is_new:
-            _check_download_size(name, filters)
+            files: Any = snapshot_download(name, **filters, dry_run=True)
+            _check_size(name, sum(one.file_size or 0 for one in files), LARGEST_FINE_TUNE, "a fine-tune")
         folder = wait_for(
             lambda abandoned: snapshot_download(name, **filters),
             seconds=settings.download_seconds(),
             what=f"The download of {name}",
         )
         return Path(folder)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise DownloadError(
-            f"{name} is neither an existing path nor a repository on the hub: check the spelling."
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise DownloadError(
-            f"{name} is not an existing path and could not be fetched from the hub ({type(error).__name__}): check the "
-            "spelling and the connection."
-        ) from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise _explained(error, name, what=name) from error

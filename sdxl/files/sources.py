@@ -15,6 +15,21 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILE = re.compile(rf"{HUB_NAME.pattern}(?:/(?!\.)[^/\\]+)*/(?!\.)[^/\\]+\.safetensors")
 """A file in such a repository, also in a folder there."""
 
+HUB_FILE = re.compile(
+    HUB_NAME.pattern + r"(?:/[A-Za-z0-9_][^/\x00-\x1f]*)*/[A-Za-z0-9_][^/\x00-\x1f]*\.safetensors"
+)
+"""The name of a safetensors file in such a repository."""
+
+
+def allowed_base(source: str | None, name: str) -> str | None:
+    """The source of a base as the server may use it, by the rules of `allowed_fine_tune`.
+
+    It may also be the name of a safetensors file in a hub repository.
+    """
+    if source and HUB_FILE.fullmatch(source) and existing(source) is None:
+        return source
+    return allowed_fine_tune(source, name)
+
 
 def allowed_fine_tune(source: str | None, name: str) -> str | None:
     """The source of a fine-tune as the server may use it; None and an empty text, which stand for none, as they are.

@@ -12,6 +12,7 @@ import mmap
 import os
 import struct
 import weakref
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,25 +162,56 @@ class WeightFile:
         return set(self._header[1])
 
     @property
-    def shapes(self) -> dict[str, list[int]]:
-        """Name → shape of each tensor. Raises like `keys`."""
-        return {name: shape for name, (_, shape, *_) in self._header[1].items()}
-
-    @property
     def metadata(self) -> dict[str, str]:
         """The header's `__metadata__`, without values that are not text."""
         return self._header[2]
 
-    def read(self, *, pinned: bool = False) -> dict[str, Tensor]:
-        """Read all tensors into memory.
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor.
 
+        Raises:
+            WeightsError: not a safetensors file, or damaged.
+        """
+        return {name: tuple(shape) for name, (_, shape, *_) in self._header[1].items()}
+
+    def beginnings(self, count: int) -> dict[str, tuple[torch.dtype, list[int], bytes]]:
+        """The dtype, the shape and the first `count` bytes of each tensor; no more is read.
+
+        Raises:
+            WeightsError: not a safetensors file, or damaged.
+        """
+        data_start, entries, _ = self._header
+        with self.path.open("rb") as file:
+            return {
+                name: (dtype, shape, os.pread(file.fileno(), min(count, stop - start), data_start + start))
+                for name, (dtype, shape, start, stop) in entries.items()
+            }
+
+    def read(self, names: Collection[str] | None = None, *, pinned: bool = False) -> dict[str, Tensor]:
+        """Read tensors into memory.
+
+        names: which ones; by default all.
         pinned: pin that memory if CUDA is available.
 
         Raises:
             WeightsError: not a safetensors file, or damaged.
         """
         data_start, entries, _ = self._header
-        length = max((stop for *_, stop in entries.values()), default=0)
+        if names is not None:
+            entries = {name: entry for name, entry in entries.items() if name in names}
+
+        # What lies together in the file is read together.
+        runs: list[tuple[int, int]] = []
+        places: dict[str, int] = {}
+        length = 0
+        for name, (*_, start, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+            if runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], stop)
+            else:
+                runs.append((start, stop))
+            places[name] = length
+            length += stop - start
         if not length:
             return {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, *_) in entries.items()}
 
@@ -188,32 +220,39 @@ class WeightFile:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):
                 block.madvise(mmap.MADV_HUGEPAGE)
-        self._fill(block, data_start, length)
+        self._fill(block, [(data_start + start, data_start + stop) for start, stop in runs])
 
         data = torch.frombuffer(block, dtype=torch.uint8)
         if pinned and torch.cuda.is_available():
             _pin(data, block)
         return {
-            name: _view(data[start:stop], dtype, shape)
+            name: _view(data[places[name] : places[name] + stop - start], dtype, shape)
             for name, (dtype, shape, start, stop) in entries.items()
         }
 
-    def _fill(self, block: mmap.mmap, data_start: int, length: int) -> None:
-        """Read `length` bytes from `data_start` into `block`, in pieces on several threads."""
+    def _fill(self, block: mmap.mmap, runs: list[tuple[int, int]]) -> None:
+        """Read the parts `runs` of the file (first byte, byte after the last) into `block`, in pieces on several threads."""
         file = os.open(self.path, os.O_RDONLY)
         target = memoryview(block)
+        pieces: list[tuple[int, int, int]] = []
+        place = 0
+        for first, end in runs:
+            for start in range(first, end, _PIECE):
+                stop = min(start + _PIECE, end)
+                pieces.append((start, stop, place))
+                place += stop - start
 
-        def read_piece(start: int) -> None:
-            stop = min(start + _PIECE, length)
+        def read_piece(piece: tuple[int, int, int]) -> None:
+            start, stop, place = piece
             while start < stop:
-                count = os.preadv(file, [target[start:stop]], data_start + start)
+                count = os.preadv(file, [target[place : place + stop - start]], start)
                 if not count:
                     raise WeightsError(f"{self.name} is damaged: download it again.")
-                start += count
+                start, place = start + count, place + count
 
         try:
             with ThreadPoolExecutor(_THREADS) as threads:
-                list(threads.map(read_piece, range(0, length, _PIECE)))
+                list(threads.map(read_piece, pieces))
         finally:
             os.close(file)
             target.release()

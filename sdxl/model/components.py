@@ -18,7 +18,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from dataset_and_utils import TokenMap, add_tokens, eos_id, pool_at_eos
 from sdxl.errors import WeightsError
+from sdxl.files.part_files import present
 from sdxl.files.weight_files import WeightFile
+from sdxl.model.noise_schedule import read_schedule
+from sdxl.settings import Prediction
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +70,10 @@ def native_resolution(folder: Path) -> int:
         return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def weights_variant(folder: Path) -> str | None:
-    """diffusers' `variant` for the pipeline in `folder`: "fp16" if its UNet's files are named so, else None."""
-    return weights_variant_of(folder / "unet")
-
-
 def weights_variant_of(part: Path) -> str | None:
-    """diffusers' `variant` for one component's folder: "fp16" if its files are named so, else None."""
-    return "fp16" if any(part.glob("*.fp16*.safetensors")) else None
+    """diffusers' `variant` for one component's folder, such as "fp16", or None: that of the best complete one."""
+    files = present(part)
+    return files.variant if files else None
 
 
 def load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
@@ -96,7 +95,7 @@ def load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> UNet2DC
 
 
 def _load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
-    variant = weights_variant(folder)
+    variant = weights_variant_of(folder / "unet")
     path = folder / "unet" / f"diffusion_pytorch_model.{f'{variant}.' if variant else ''}safetensors"
     file = WeightFile(path, str(path))
     with torch.device("meta"):
@@ -121,38 +120,50 @@ def _load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> UNet2D
     )
 
 
-def load_components(folder: Path, *, is_lora: bool, device: torch.device) -> Components:
+def load_part(kind: Any, part: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a text encoder or an autoencoder of the class `kind` from the folder `part`, frozen and in eval mode.
+
+    Raises:
+        OSError, ValueError: its files are missing or damaged.
+    """
+    model = kind.from_pretrained(
+        part,
+        variant=weights_variant_of(part),
+        use_safetensors=True,
+        dtype=dtype,
+        device_map={"": str(device)},  # directly onto the device, which also converts dtypes faster
+    )
+    return model.requires_grad_(False).eval()
+
+
+def load_components(
+    folder: Path,
+    *,
+    is_lora: bool,
+    device: torch.device,
+    vae: Path | None = None,
+    prediction: Prediction | None = None,
+) -> Components:
     """Load every component from `folder` onto `device`, frozen and in eval mode.
 
     Precision: a UNet that trains in full is fp32, because updates of 1e-6 vanish in half precision. On CUDA all frozen
     components are bf16, also the autoencoder, because SDXL's overflows in fp16. On a CPU everything is fp32.
 
+    vae: folder of another autoencoder.
+    prediction: what the base predicts, instead of what its files say.
+
     Raises:
         WeightsError: a component is missing or does not belong to an SDXL.
     """
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    variant = weights_variant(folder)
-
-    def load(kind, name: str, dtype: torch.dtype):
-        model = kind.from_pretrained(
-            folder,
-            subfolder=name,
-            variant=variant,
-            use_safetensors=True,
-            dtype=dtype,
-            device_map={"": str(device)},  # directly onto the device, which also converts dtypes faster
-        )
-        return model.requires_grad_(False).eval()
-
     with incomplete_base_named(folder):
-        noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-        assert isinstance(noise_scheduler, DDPMScheduler)
+        noise_scheduler: Any = DDPMScheduler.from_config(read_schedule(folder, prediction))
         components = Components(
             unet=load_unet(folder, half if is_lora else torch.float32, device),
-            vae=load(AutoencoderKL, "vae", half),
+            vae=load_part(AutoencoderKL, vae or folder / "vae", half, device),
             text_encoders=(
-                load(CLIPTextModel, "text_encoder", half),
-                load(CLIPTextModelWithProjection, "text_encoder_2", half),
+                load_part(CLIPTextModel, folder / "text_encoder", half, device),
+                load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", half, device),
             ),
             tokenizers=load_tokenizers(folder),
             noise_scheduler=noise_scheduler,

@@ -29,10 +29,13 @@ DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class LoadedBase:
     """The base to which a fine-tune belongs."""
 
     folder: Path
+    """In diffusers' layout."""
+    vae: Path
+    """Folder of the autoencoder."""
     parameters: Mapping[str, Tensor]
     """Parameter, such as "unet.conv_in.weight" → its value."""
     layers: Sequence[str]
@@ -62,7 +65,7 @@ class Exported:
         return web_ui_files.rows_by_word(self.rows, self.token_map)
 
 
-def ours(folder: Path, exported: Exported, base: Base) -> list[str]:
+def ours(folder: Path, exported: Exported, base: LoadedBase) -> list[str]:
     """What a training writes: the files of `trained_model.tar`, with those for web UIs."""
     lost = []
     if exported.whole:
@@ -77,7 +80,7 @@ def ours(folder: Path, exported: Exported, base: Base) -> list[str]:
     return lost
 
 
-def diffusers(folder: Path, exported: Exported, base: Base) -> list[str]:
+def diffusers(folder: Path, exported: Exported, base: LoadedBase) -> list[str]:
     """A LoRA as diffusers saves it, and the token rows for both ways to load them."""
     if exported.lora:
         write_weights(folder / DIFFUSERS_LORA, peft_tensors(exported.lora), {"format": "pt"})
@@ -86,12 +89,12 @@ def diffusers(folder: Path, exported: Exported, base: Base) -> list[str]:
     return []
 
 
-def kohya(folder: Path, exported: Exported, base: Base) -> list[str]:
+def kohya(folder: Path, exported: Exported, base: LoadedBase) -> list[str]:
     """A LoRA for web UIs, and one file of token rows for each word."""
     return _write_kohya(folder, exported, base.unet_config)
 
 
-def onetrainer(folder: Path, exported: Exported, base: Base) -> list[str]:
+def onetrainer(folder: Path, exported: Exported, base: LoadedBase) -> list[str]:
     """The same with the names that OneTrainer reads: diffusers' block numbers."""
     return _write_kohya(folder, exported, None)
 
@@ -105,19 +108,25 @@ def _write_kohya(folder: Path, exported: Exported, unet_config: Mapping[str, Any
     return _lost_for_web_uis(exported) + ([DORA_ELSEWHERE] if is_dora else [])
 
 
-def single_file(folder: Path, exported: Exported, base: Base) -> list[str]:
+def single_file(folder: Path, exported: Exported, base: LoadedBase) -> list[str]:
     """A whole SDXL in one file, and one file of token rows for each word."""
     words = exported.words
     path = folder / f"{web_ui_files.weights_stem(list(words), 'checkpoint')}.safetensors"
     encoders = {name: value for name, value in exported.whole.items() if not name.startswith("unet.")}
     write_checkpoint(
-        path, _unet(exported, base), base.unet_config, base.folder, exported.about, encoders=encoders
+        path,
+        _unet(exported, base),
+        base.unet_config,
+        base.folder,
+        exported.about,
+        vae=base.vae,
+        encoders=encoders,
     )
     web_ui_files.write_embeddings(folder, words, exported.about)
     return _lost_for_web_uis(exported)
 
 
-FORMS: dict[str, Callable[[Path, Exported, Base], list[str]]] = {
+FORMS: dict[str, Callable[[Path, Exported, LoadedBase], list[str]]] = {
     "ours": ours,
     "diffusers": diffusers,
     "kohya": kohya,
@@ -151,7 +160,7 @@ def _diffusers_name(layer: str) -> str:
     return f"{part}.text_model.{name}"
 
 
-def _unet(exported: Exported, base: Base) -> dict[str, Tensor]:
+def _unet(exported: Exported, base: LoadedBase) -> dict[str, Tensor]:
     """Every parameter of the UNet, with diffusers' names."""
     own = {name: value for name, value in base.parameters.items() if name.startswith("unet.")}
     return {name.removeprefix("unet."): exported.whole.get(name, value) for name, value in own.items()}

@@ -141,7 +141,7 @@ def _one_form(loras: list[WeightFile]) -> list[WeightFile]:
     return ours + [file for file in loras if file is not ours[0] and _sizes(file) != _sizes(ours[0])]
 
 
-def _sizes(file: WeightFile) -> list[list[int]]:
+def _sizes(file: WeightFile) -> list[tuple[int, ...]]:
     return sorted(shape for key, shape in file.shapes.items() if key.endswith(".weight"))
 
 

@@ -39,6 +39,8 @@ _LARGE, _MAX_IN_PLACE = 16 << 20, 16
 _WANTED = "a .safetensors file or the trained_model.tar of a training"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes under which other tools save weights as pickles."""
+_LARGEST_RECORD = 1 << 20
+"""Bytes of a training.json that is read."""
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -72,6 +74,8 @@ class FineTuneFiles:
     token_files: tuple[WeightFile, ...] = ()
     """Embeddings of other tools (token_files.py)."""
     token_map: TokenMap
+    prediction_type: str | None = None
+    """What its base predicts, "epsilon" or "v_prediction"; None if there is no record of that."""
 
 
 def write(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> dict[str, Path]:
@@ -164,7 +168,19 @@ def _opened(name: str, chosen: Chosen, folder: Path) -> FineTuneFiles:
         embeddings=None if chosen.embeddings is None else chosen.embeddings.path,
         token_files=chosen.token_files,
         token_map=TokenMap.read(tokens) if tokens.is_file() else TokenMap({}),
+        prediction_type=_recorded_prediction(folder / chosen.root / RECORD),
     )
+
+
+def _recorded_prediction(record: Path) -> str | None:
+    """`prediction_type` in the record of a training; None without a usable record."""
+    try:
+        if record.stat().st_size > _LARGEST_RECORD:
+            return None
+        said = json.loads(record.read_text())["prediction_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return said if said in ("epsilon", "v_prediction") else None
 
 
 def is_safetensors(path: Path, *, name: str | None = None) -> bool:
@@ -199,11 +215,15 @@ def is_read_in_place(source: Path) -> bool:
     return is_safetensors(source) or in_place(source, limits=LIMITS) is not None
 
 
-def run_record(config: Mapping[str, Any], dataset: Path) -> dict[str, Any]:
-    """The record for reproducing a run: its settings, the dataset folder's digest, the versions and the device."""
+def run_record(config: Mapping[str, Any], dataset: Path, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The record for reproducing a run: its settings, the dataset folder's digest, the versions and the device.
+
+    base: the facts about the base, among them `prediction_type`, which `read` finds in the record.
+    """
     return {
         "format": "sdxl-fine-tune/1",
         "pooled_at": "eos",
+        **base,
         "settings": dict(config),
         "dataset_sha256": digest(dataset),
         "dataset_files": len(list(dataset.iterdir())),

@@ -25,13 +25,15 @@ def write_checkpoint(
     base: Path,
     about: About,
     *,
+    vae: Path,
     encoders: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the checkpoint `path`, in fp16, atomically. Token rows have no place in it.
 
     unet: every parameter of the UNet, under diffusers' names.
     unet_config: the UNet's configuration in diffusers.
-    base: folder in diffusers' layout, from which all other parts are taken as they are stored.
+    base: folder in diffusers' layout, from which the text encoders are taken as they are stored.
+    vae: folder of the autoencoder.
     encoders: parameters of text encoders that differ from the base's, such as
         "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.weight" → value.
 
@@ -40,13 +42,15 @@ def write_checkpoint(
     """
     changed = encoders or {}
     with incomplete_base_named(base):
-        vae = _part(AutoencoderKL, base, "vae")
-        first = _part(CLIPTextModel, base, "text_encoder")
-        second = _part(CLIPTextModelWithProjection, base, "text_encoder_2")
+        autoencoder = _part(AutoencoderKL, vae)
+        first = _part(CLIPTextModel, base / "text_encoder")
+        second = _part(CLIPTextModelWithProjection, base / "text_encoder_2")
     aliases = unet_names(unet, unet_config)
     assert aliases.keys() == unet.keys(), "every parameter of SDXL's UNet has a name in LDM"
     tensors = {UNET + alias: unet[name] for name, alias in aliases.items()}
-    tensors |= {VAE + name: value for name, value in vae_to_ldm(vae.state_dict(), vae.config).items()}
+    tensors |= {
+        VAE + name: value for name, value in vae_to_ldm(autoencoder.state_dict(), autoencoder.config).items()
+    }
     tensors |= {CLIP_L + name: value for name, value in _encoder(first, "text_encoder", changed).items()}
     tensors |= {
         CLIP_G + name: value
@@ -62,12 +66,11 @@ def write_checkpoint(
     write_weights(path, tensors, checkpoint_metadata(about))
 
 
-def _part(kind: Any, base: Path, name: str) -> Any:
+def _part(kind: Any, folder: Path) -> Any:
     """One part of the base, on the CPU in half precision."""
     return kind.from_pretrained(
-        base,
-        subfolder=name,
-        variant=weights_variant_of(base / name),
+        folder,
+        variant=weights_variant_of(folder),
         dtype=torch.float16,
         use_safetensors=True,
     )

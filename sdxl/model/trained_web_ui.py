@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sdxl.model import web_ui_files
+from sdxl.model.bases import Base
 from sdxl.model.components import Components
 from sdxl.model.export_forms import DORA_ELSEWHERE
 from sdxl.model.fine_tune_files import WEB_UI, TrainedFineTune
@@ -29,13 +30,13 @@ def write_for_web_uis(
     record: Mapping[str, Any],
     components: Components,
     *,
-    base: Path | None = None,
+    checkpoint_of: Base | None = None,
 ) -> None:
     """Write the token rows, and a LoRA in fp16, into the folder `web_ui` of a training's `output`.
 
     record: the record of the run.
     components: those that were trained.
-    base: write a whole UNet too, as a single-file checkpoint with the other parts of this folder.
+    checkpoint_of: write a whole UNet too, as a single-file checkpoint with the other parts of this base.
     """
     words = web_ui_files.rows_by_word(trained.token_rows, trained.token_map)
     resolution, folder = record["settings"]["resolution"], output / WEB_UI
@@ -47,9 +48,10 @@ def write_for_web_uis(
         if any(change.magnitude is not None for change in layers.values()):
             log.info("%s", DORA_ELSEWHERE)
         web_ui_files.write_lora(folder, layers, words, components.unet.config, about)
-    elif base is not None:
+    elif checkpoint_of is not None:
         path = folder / f"{web_ui_files.weights_stem(list(words), 'checkpoint')}.safetensors"
-        write_checkpoint(path, trained.weights, components.unet.config, base, about)
+        base = checkpoint_of
+        write_checkpoint(path, trained.weights, components.unet.config, base.folder, about, vae=base.vae)
 
 
 def trained_layers(trained: TrainedFineTune, about: About) -> dict[str, LoraMatrices]:

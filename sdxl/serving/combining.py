@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sdxl import settings
-from sdxl.model.export_forms import ONLY_LORA, Base, Exported
+from sdxl.model.export_forms import ONLY_LORA, Exported, LoadedBase
 from sdxl.model.fine_tune_files import RECORD, FineTuneFiles
 from sdxl.model.low_rank import LoraMatrices
 from sdxl.model.merging import (
@@ -81,7 +81,7 @@ def _record_beside(embeddings: Path | None) -> dict[str, Any]:
 @torch.no_grad()
 def combine(
     read: Sequence[ReadFineTune],
-    base: Base,
+    base: LoadedBase,
     tuned: TunedPipeline,
     *,
     form: str,

@@ -26,6 +26,7 @@ class Prompts:
     negative_prompt: str
     """May be empty."""
     guidance_scale: float
+    guidance_rescale: float
     count: int
     """Pictures in the batch."""
     size: tuple[int, int]
@@ -80,4 +81,5 @@ def _encode(
         pooled=torch.cat([negative_pooled, pooled]) if guided else pooled,
         time_ids=rows.repeat_interleave(count, 0),
         guidance_scale=prompts.guidance_scale,
+        guidance_rescale=prompts.guidance_rescale,
     )

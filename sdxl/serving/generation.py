@@ -170,6 +170,7 @@ def _prepare(
         prompt=texts[0],
         negative_prompt=texts[1],
         guidance_scale=request.guidance_scale,
+        guidance_rescale=request.guidance_rescale,
         count=len(seeds),
         size=(height, width),
         device=device,

@@ -27,6 +27,8 @@ def without_effect(
         yield "refine_steps has no effect without refine=base_image_refiner."
     if drawing.guidance_scale == 1 and drawing.negative_prompt:
         yield "negative_prompt has no effect, because guidance_scale is 1."
+    if drawing.guidance_scale == 1 and _changed(drawing, "guidance_rescale"):
+        yield "guidance_rescale has no effect, because guidance_scale is 1."
     if delivery.output_format == "png" and _changed(delivery, "output_quality"):
         yield "output_quality has no effect on png, which is lossless."
 

@@ -14,13 +14,15 @@ from PIL import Image
 
 from sdxl import settings
 from sdxl.errors import NotEnoughMemoryError
-from sdxl.files import hub
+from sdxl.files import pipelines
+from sdxl.model.bases import find_base
 from sdxl.model.components import native_resolution
 from sdxl.serving.fine_tune_cache import FineTuneCache
 from sdxl.serving.generation import draw, generate
 from sdxl.serving.pipeline import load_pipeline, load_refiner
 from sdxl.serving.placement import in_tiles, placement_here, ways_to_draw
 from sdxl.serving.request import FineTuneOptions, GenerationRequest
+from sdxl.serving.samplers import require_known, require_refinable
 from sdxl.serving.tuned_pipeline import ScaledFineTune, TunedPipeline, require_loras
 from sdxl.serving.unet_runner import Runners, speed_here
 from sdxl.speed.compiled_blocks import fuse_blocks
@@ -44,18 +46,18 @@ class Painter:
         Raises:
             UserInputError: a setting is wrong, or the base or the fine-tune cannot be fetched or read.
         """
-        base = hub.local_folder(settings.base_name())
-        self.native_resolution = native_resolution(base)
+        self.base = find_base(settings.base_name())
+        self.native_resolution = native_resolution(self.base.folder)
         """Side in pixels of the pictures that the base was made for."""
         self.placement = placement_here()
-        self.tuned = TunedPipeline(load_pipeline(base, self.placement))
+        self.tuned = TunedPipeline(load_pipeline(self.base.folder, self.placement, **self.base.replaced()))
         self.refiner: UNet2DConditionModel | None = None
         self.fine_tunes = FineTuneCache(settings.cache_folder(), settings.cache_limits(), self.tuned.load)
         self.default_fine_tune = self.fine_tunes.get(weights) if weights else None
         self.runners = Runners(speed_here(self.placement))
         if self.runners.speed != "eager":
             fuse_blocks(self.tuned.pipeline.vae)
-        log.info("Serving %s: %s", settings.base_name(), self.placement.describe())
+        log.info("Serving %s: %s", self.base.name, self.placement.describe())
 
     @property
     def is_miniature(self) -> bool:
@@ -88,8 +90,9 @@ class Painter:
         """Apply the fine-tunes that `options` name, and return the pictures, drawn one after another.
 
         Raises:
-            UserInputError: a fine-tune or the refiner cannot be fetched, or does not fit the base.
+            UserInputError: a fine-tune or the refiner cannot be fetched, or it or the sampler does not fit the base.
         """
+        require_known(request.scheduler, self.tuned.pipeline.scheduler.config)
         refiner = None if request.refine == "no_refiner" else self._refiner()
         self.apply(options)
         return self._drawn(request, refiner)
@@ -156,9 +159,10 @@ class Painter:
 
     def _refiner(self) -> UNet2DConditionModel:
         """The refiner, loaded when a request first needs it."""
+        require_refinable(self.tuned.pipeline.scheduler.config)
         if self.refiner is None:
             name = settings.refiner_name()
-            folder = hub.local_folder(name, setting="SDXL_REFINER", parts=["unet"])
+            folder = pipelines.local_folder(name, setting="SDXL_REFINER", parts=["unet"], weights=["unet"])
             self.refiner = load_refiner(folder, self.tuned.pipeline)
             log.info("Loaded the refiner %s", name)
         return self.refiner

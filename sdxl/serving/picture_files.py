@@ -93,6 +93,8 @@ def describe(request: GenerationRequest, index: int, *, model: str) -> str:
         "Size": f"{request.width}x{request.height}",
         "Model": f'"{model}"' if any(mark in model for mark in ",:") else model,
     }
+    if request.guidance_rescale:
+        facts["CFG Rescale"] = f"{request.guidance_rescale:g}"
     if request.image is not None:
         facts["Denoising strength"] = f"{request.prompt_strength:g}"
     if request.refine == "expert_ensemble_refiner":

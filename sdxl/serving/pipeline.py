@@ -3,16 +3,20 @@
 Knows diffusers' pipelines and their layout on disk; does not know requests, samplers or fine-tunes.
 """
 
+import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dataset_and_utils import eos_id, pool_at_eos
-from sdxl.model.components import incomplete_base_named, load_unet, weights_variant
+from sdxl.model.components import incomplete_base_named, load_part, load_tokenizers, load_unet
+from sdxl.model.noise_schedule import read_schedule
 from sdxl.serving.placement import Placement, place
+from sdxl.settings import Prediction
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -20,11 +24,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiffusionXLPipeline":
+def load_pipeline(
+    folder: Path,
+    device: torch.device | Placement,
+    *,
+    vae: Path | None = None,
+    prediction: Prediction | None = None,
+) -> "StableDiffusionXLPipeline":
     """The text-to-image pipeline of the base in `folder`: fp16 on CUDA, fp32 on a CPU.
 
     Prompts are pooled at the end of the text, whatever the encoders' configuration says. If the autoencoder's
     configuration says `force_upcast`, it encodes and decodes in bf16 on CUDA.
+
+    vae: folder of another autoencoder.
+    prediction: what the base predicts, instead of what its files say.
 
     Raises:
         WeightsError: a part is missing or is not from an SDXL.
@@ -35,13 +48,19 @@ def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiff
 
     placement = device if isinstance(device, Placement) else Placement(name=device.type, device=device)
     dtype = torch.float16 if placement.device.type == "cuda" else torch.float32
+    cpu = torch.device("cpu")
     with incomplete_base_named(folder):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            folder,
-            unet=load_unet(folder, dtype, torch.device("cpu") if placement.offloaded else placement.device),
-            variant=weights_variant(folder),
-            dtype=dtype,
-            use_safetensors=True,
+        tokenizers = load_tokenizers(folder)
+        scheduler: Any = EulerDiscreteScheduler.from_config(read_schedule(folder, prediction))
+        pipeline = StableDiffusionXLPipeline(
+            unet=load_unet(folder, dtype, cpu if placement.offloaded else placement.device),
+            vae=load_part(AutoencoderKL, vae or folder / "vae", dtype, cpu),
+            text_encoder=load_part(CLIPTextModel, folder / "text_encoder", dtype, cpu),
+            text_encoder_2=load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", dtype, cpu),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            scheduler=scheduler,
+            force_zeros_for_empty_prompt=_zeros_for_empty_prompts(folder),
             add_watermarker=False,
         )
     for encoder, tokenizer in (
@@ -52,6 +71,13 @@ def load_pipeline(folder: Path, device: torch.device | Placement) -> "StableDiff
     pipeline.set_progress_bar_config(desc="Sampling", unit="step", mininterval=0.5)
     place(pipeline, placement)
     return pipeline
+
+
+def _zeros_for_empty_prompts(folder: Path) -> bool:
+    """Whether an empty negative prompt becomes zeros, as SDXL was trained."""
+    return bool(
+        json.loads((folder / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", True)
+    )
 
 
 def load_refiner(folder: Path, like: "StableDiffusionXLPipeline") -> UNet2DConditionModel:

@@ -55,6 +55,7 @@ RANGES = {
     "num_outputs": (1, 4),
     "num_inference_steps": (1, 500),
     "guidance_scale": (1, 50),
+    "guidance_rescale": (0, 1),
     "prompt_strength": (0, 1),
     "seed": (0, 2**32 - 1),
     "high_noise_frac": (0, 1),
@@ -83,6 +84,8 @@ class DrawingOptions:
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     """Strength of classifier-free guidance (arXiv:2207.12598); 1 turns it off."""
+    guidance_rescale: float = 0.0
+    """Share of the guided prediction that gets back its natural spread (arXiv:2305.08891, section 3.4)."""
     prompt_strength: float = 0.8
     """With an input picture: the share of the steps to run on it; 1 ignores the picture."""
     seed: int

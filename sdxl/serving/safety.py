@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdxl import settings
 from sdxl.errors import DownloadError, WeightsError
-from sdxl.files import hub
+from sdxl.files import pipelines
 from sdxl.model.components import weights_variant_of
 from sdxl.speed.cuda_graphs import WARM_UP_CALLS, GraphedWork
 
@@ -134,7 +134,7 @@ def load_checker(name: str, device: torch.device) -> CheckerJudge:
     from transformers import CLIPImageProcessorPil
 
     parts = ["safety_checker", "feature_extractor"]
-    folder = Path(hub.local_folder(name, setting="SDXL_SAFETY_CHECKER", parts=parts))
+    folder = Path(pipelines.local_folder(name, setting="SDXL_SAFETY_CHECKER", parts=parts, weights=parts[:1]))
     try:
         checker = StableDiffusionSafetyChecker.from_pretrained(
             folder,

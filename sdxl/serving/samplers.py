@@ -1,12 +1,15 @@
 """The samplers by name. To add one, add a row to `SCHEDULERS` and its name to the choices in predict.py.
 
-Knows diffusers' schedulers by name; does not know requests. `sampling.course` holds the one special rule that a sampler
+Knows diffusers' schedulers by name; does not know requests. `denoising.course` holds the one special rule that a sampler
 may need: how many calls of the UNet an interval takes. Imports diffusers only when it makes a sampler.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from sdxl.errors import UserInputError
+from sdxl.model.noise_schedule import has_zero_snr, prediction_type
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionXLPipeline
@@ -22,21 +25,30 @@ class Sampler:
     """Its name in AUTOMATIC1111's web UI, for the metadata of files."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings that differ from the base's scheduler configuration."""
+    zero_snr: Sequence[str] = ("epsilon", "v_prediction")
+    """What a base with zero terminal SNR may predict for this sampler. Some ignore that the noise is complete, and DDIM
+    divides epsilon by zero."""
 
 
 SCHEDULERS = {
     "DDIM": Sampler(
-        kind="DDIMScheduler", label="DDIM", settings={"clip_sample": False, "set_alpha_to_one": False}
+        kind="DDIMScheduler",
+        label="DDIM",
+        settings={"clip_sample": False, "set_alpha_to_one": False},
+        zero_snr=("v_prediction",),
     ),
     "DPMSolverMultistep": Sampler(kind="DPMSolverMultistepScheduler", label="DPM++ 2M"),
-    "HeunDiscrete": Sampler(kind="HeunDiscreteScheduler", label="Heun"),
+    "HeunDiscrete": Sampler(kind="HeunDiscreteScheduler", label="Heun", zero_snr=()),
     "KarrasDPM": Sampler(
         kind="DPMSolverMultistepScheduler", label="DPM++ 2M Karras", settings={"use_karras_sigmas": True}
     ),
     "K_EULER_ANCESTRAL": Sampler(kind="EulerAncestralDiscreteScheduler", label="Euler a"),
     "K_EULER": Sampler(kind="EulerDiscreteScheduler", label="Euler"),
     "PNDM": Sampler(
-        kind="PNDMScheduler", label="PLMS", settings={"skip_prk_steps": True, "set_alpha_to_one": False}
+        kind="PNDMScheduler",
+        label="PLMS",
+        settings={"skip_prk_steps": True, "set_alpha_to_one": False},
+        zero_snr=(),
     ),
 }
 """Public name → sampler.
@@ -50,5 +62,37 @@ def make_scheduler(name: str, pipeline: "StableDiffusionXLPipeline") -> "Schedul
     """A fresh sampler of the public `name`, with the noise schedule of the pipeline's base."""
     import diffusers
 
-    sampler = SCHEDULERS[name]
-    return getattr(diffusers, sampler.kind).from_config(pipeline.scheduler.config, **sampler.settings)
+    sampler, config = SCHEDULERS[name], pipeline.scheduler.config
+    # With zero terminal SNR the first step must be the one of complete noise (arXiv:2305.08891, section 3.3).
+    spacing = {"timestep_spacing": "trailing"} if has_zero_snr(config) else {}
+    return getattr(diffusers, sampler.kind).from_config(config, **sampler.settings, **spacing)
+
+
+def require_known(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a sampler that cannot draw with the noise schedule `config` of a base.
+
+    Raises:
+        UserInputError: names the samplers that can.
+    """
+
+    def can(sampler: Sampler) -> bool:
+        return not has_zero_snr(config) or prediction_type(config) in sampler.zero_snr
+
+    if not can(SCHEDULERS[name]):
+        others = ", ".join(other for other, sampler in SCHEDULERS.items() if can(sampler))
+        raise UserInputError(
+            f"scheduler is {name}, which cannot draw with this base's zero terminal SNR: use one of {others}."
+        )
+
+
+def require_refinable(config: Mapping[str, Any]) -> None:
+    """Refuse the refiner for a base with another noise schedule `config`: the two work on the same noisy latents.
+
+    Raises:
+        UserInputError: the base predicts v or has zero terminal SNR, which no refiner of SDXL does.
+    """
+    if prediction_type(config) != "epsilon" or has_zero_snr(config):
+        raise UserInputError(
+            "refine is set, but SDXL's refiner does not fit a base with v-prediction or zero terminal SNR: set refine to "
+            "no_refiner."
+        )

@@ -20,6 +20,7 @@ from sdxl.model.fine_tune_files import FineTuneFiles
 from sdxl.model.layer_names import LayerNames
 from sdxl.model.lora_formats import read_lora
 from sdxl.model.lora_metadata import read_config
+from sdxl.model.noise_schedule import prediction_type
 from sdxl.model.other_models import looks_like
 from sdxl.model.token_files import read_rows
 from sdxl.model.weight_changes import WeightChange
@@ -145,6 +146,12 @@ class TunedPipeline:
             WeightsError: the fine-tune does not fit this base.
             ContractError: its embeddings are malformed.
         """
+        predicted = prediction_type(self.pipeline.scheduler.config)
+        if files.prediction_type not in (None, predicted):
+            raise WeightsError(
+                f"{files.name} was trained on a base with {files.prediction_type}, but this base has {predicted}: use the "
+                "base that it was trained on, or set SDXL_PREDICTION if the base's files are wrong."
+            )
         pinned = self.pipeline._execution_device.type == "cuda"
         whole: dict[str, Tensor] = {}
         for part, file in files.whole:

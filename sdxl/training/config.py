@@ -111,7 +111,7 @@ class TrainingConfig(TrainingOptions):
     """Everything that decides a training run. Two runs with equal configs and datasets give equal results."""
 
     base: str
-    """Folder or hub name of the base model."""
+    """The base's name: a folder, a hub repository or a single file, without the secrets of a URL."""
     resolution: int = limited(ge=64, le=2048)
     """Side of the training pictures in pixels; a multiple of 8."""
     max_train_steps: int = limited(ge=1)

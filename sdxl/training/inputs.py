@@ -28,6 +28,8 @@ class TrainInputs:
 
     input_images: str
     """Path, http(s) URL or data: URI of the archive."""
+    base: str | None
+    """The base: a folder, a hub repository or a single file. None: the one that `SDXL_BASE` names."""
     resolution: int | None
     """Side of the training pictures in pixels. None: the base's own."""
     num_train_epochs: int | None = limited(ge=1)
@@ -56,6 +58,16 @@ class TrainInputs:
         self.training_config(resolution=resolution, images=_MANY_PICTURES)
 
     @property
+    def source_of_base(self) -> str:
+        """What names the base."""
+        return self.base or settings.base_name()
+
+    @property
+    def base_is_called(self) -> str:
+        """The input or setting that names the base, for messages."""
+        return "base" if self.base else "SDXL_BASE"
+
+    @property
     def token_map(self) -> TokenMap:
         """The tokens to learn."""
         return TokenMap.parse(self.options.token_map)
@@ -79,11 +91,18 @@ class TrainInputs:
         )
 
     def training_config(
-        self, *, resolution: int, images: int, processes: int = 1, seed: int | None = None
+        self,
+        *,
+        resolution: int,
+        images: int,
+        processes: int = 1,
+        seed: int | None = None,
+        base: str = "",
     ) -> TrainingConfig:
         """How to train on `images` prepared pictures, in `processes` that train together.
 
         seed: replaces this process's own.
+        base: the base's name for the record.
 
         Raises:
             UserInputError: a setting is wrong.
@@ -97,7 +116,7 @@ class TrainInputs:
         )
         return TrainingConfig(
             **vars(options),
-            base=settings.base_name(),
+            base=base,
             resolution=resolution,
             max_train_steps=steps,
             seed=self.seed if seed is None else seed,

@@ -87,8 +87,9 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps_b: Tensor, gamma: float)
     Source: Hang et al., min-SNR-γ (arXiv:2303.09556), section 3.4.
     """
     snr = compute_snr(scheduler, timesteps_b)
-    extra = 1 if scheduler.config["prediction_type"] == "v_prediction" else 0
-    return snr.clamp(max=gamma) / (snr + extra)
+    if scheduler.config["prediction_type"] == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1)  # min(SNR, γ) / SNR, which is 1 in the limit of zero SNR
 
 
 def masked_mse(

@@ -38,7 +38,7 @@ class PriorConfig:
     """Which pictures are drawn, and how. Its values are the key of the cache."""
 
     base: str
-    """Folder or hub name of the base model."""
+    """What identifies the base, whatever its name is."""
     prompts: tuple[str, ...]
     """Used in turn, one for each picture."""
     images: int
