@@ -252,7 +252,7 @@ def test_the_error_of_a_rank_is_told(
     # The same, computed from the file.
     layer = "unet.mid_block.resnets.0.conv2"
     change = source.fine_tune.whole[f"{layer}.weight"].float() - base.parameters[f"{layer}.weight"]
-    kept = read(tuned, folder, tmp_path).fine_tune.lora[layer].delta(change)
+    kept = read(tuned, folder, tmp_path).fine_tune.lora[f"{layer}.weight"].delta(change)
     assert by_layer[layer] == pytest.approx(float((change - kept).norm() / change.norm()), abs=1e-3)
     best = torch.linalg.svdvals(change.flatten(1))
     assert by_layer[layer] == pytest.approx(float(best[4:].norm() / best.norm()), abs=1e-3)

@@ -391,9 +391,7 @@ def test_a_repository_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert cache.get("someone/style/more/style [v2].safetensors").value == 6.0
     with pytest.raises(UserInputError, match="fetched from the hub"):
         cache.get("someone/else")
-    with pytest.raises(
-        UserInputError, match=r"someone/style on the hub has no file more/b\.safetensors: copy"
-    ):
+    with pytest.raises(UserInputError, match="fetched from the hub"):  # without network nobody knows
         cache.get("someone/style/more/b.safetensors")
     for wrong in ("someone/style/../b.safetensors", "someone/style/b.bin", "someone/style//b.safetensors"):
         with pytest.raises(UserInputError, match="does not exist: give an existing file"):
