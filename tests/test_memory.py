@@ -123,4 +123,5 @@ def test_a_neighbour_takes_the_gpus_memory(
             torch.equal(parameters[name], value)
             for name, value in predictor.painter.tuned.pipeline.unet.state_dict().items()
         )
-    assert [np.array_equal(a, b) for a, b in zip(draw(predictor, **many), four, strict=True)] == [True] * 4
+    again = draw(predictor, **many)  # libraries may choose other kernels now, which round differently
+    assert max(abs(a.astype(int) - b).mean() for a, b in zip(again, four, strict=True)) < 1
