@@ -16,11 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 OUTPUT = Path("runs/check-real")
-MINIATURE = Path("base_models/tiny-sdxl")
 RANDOM = "random"
 """A base of SDXL's size with random weights."""
-FEWER = {"sampling_steps": 10}
-"""What a miniature needs less of."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps=arguments.steps,
             checkpoint=arguments.checkpoint,
         )
-        if Path(os.environ.get("SDXL_BASE", "")) == MINIATURE:
-            setup.sampling_steps = FEWER["sampling_steps"]
         told = about(photo.name) | {"date": datetime.now(UTC).date().isoformat()}
         findings = []
         for name in arguments.only or CHECKS:

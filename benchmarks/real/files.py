@@ -168,7 +168,7 @@ def _weights(notes: Notes, part: str, folder: Path, numbers: int, is_sdxl: bool)
                 count += tensor.numel()
                 dtypes.add(str(tensor.dtype).removeprefix("torch."))
                 bad += int((~torch.isfinite(tensor)).sum())
-    notes.equal(f"{part}: numbers", numbers, count, applies=is_sdxl)
+    notes.equal(f"{part}: numbers", f"{numbers:,}", f"{count:,}", applies=is_sdxl)
     notes.equal(f"{part}: precision", "float16", ", ".join(sorted(dtypes)), applies=is_sdxl)
     notes.equal(f"{part}: numbers that are not finite", 0, bad)
 

@@ -22,6 +22,8 @@ from sdxl.files.archives import atomic_path
 PAGE, FACTS = "findings.html", "findings.json"
 LONGEST_SIDE = 448
 """Pixels of a picture on the page."""
+MOST_OPEN = 12
+"""A table with more lines is folded if nothing in it differs."""
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5f6670; --paper: #fff; --card: #f5f6f8; --rule: #d9dce1;
   --ok: #1a7f37; --differs: #c0261c; --run: #9a6700; --none: #5f6670; }
@@ -33,10 +35,11 @@ body { margin: 0 auto; max-width: 62rem; padding: 1rem; font: 16px/1.5 system-ui
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 0; }
 a { color: inherit; } .soft { color: var(--soft); }
 section { background: var(--card); border-radius: .6rem; padding: .9rem 1rem; margin: 1rem 0; }
-table { width: 100%; border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-top: 1px solid var(--rule); }
 th { color: var(--soft); font-weight: 600; border: 0; }
-td:first-child { width: 38%; } td:last-child { white-space: nowrap; padding-right: 0; }
+th:first-child { width: 36%; } th:nth-child(2), th:nth-child(3) { width: 25%; } td:last-child { padding-right: 0; }
+summary { cursor: pointer; color: var(--soft); }
 .ok { color: var(--ok); } .differs { color: var(--differs); font-weight: 700; } .could-not-run { color: var(--run);
   font-weight: 700; } .not-for-this-base, .fact { color: var(--none); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .7rem; }
@@ -44,9 +47,9 @@ figure { margin: 0; } img { width: 100%; height: auto; border-radius: .4rem; dis
 figcaption { font-size: .82rem; color: var(--soft); }
 pre { overflow-x: auto; white-space: pre-wrap; background: var(--paper); padding: .6rem; border-radius: .4rem;
   font-size: .8rem; }
-ul { list-style: none; padding: 0; columns: 2 18rem; } li { break-inside: avoid; }
+ul { list-style: none; padding: 0; columns: 2 18rem; } li { break-inside: avoid; } ul.one { columns: 1; }
 @media (max-width: 36rem) { thead { display: none; } tr { display: block; border-top: 1px solid var(--rule);
-  padding: .35rem 0; } td, td:first-child { display: block; width: auto; border: 0; padding: 0; }
+  padding: .35rem 0; } td { display: block; border: 0; padding: 0; }
   td[data-name]:before { content: attr(data-name) ": "; color: var(--soft); } td:empty { display: none; } }
 """
 
@@ -71,7 +74,7 @@ def summary(findings: Sequence[Finding]) -> str:
 
 def page(about: Mapping[str, str], findings: Sequence[Finding]) -> str:
     """The page as one HTML document that needs no other file."""
-    rows = "".join(_row((name, "", value, "")) for name, value in about.items())
+    rows = "".join(f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in about.items())
     links = "".join(
         f'<li><a href="#{finding.name}">{_text(finding.name)}</a> {_badge(finding.status)}</li>'
         for finding in findings
@@ -82,9 +85,22 @@ def page(about: Mapping[str, str], findings: Sequence[Finding]) -> str:
         f"<title>Findings: {_text(summary(findings))}</title><style>{_STYLE}</style></head><body>"
         f"<h1>Findings on {_text(about.get('base', 'the base'))}</h1><p>{_text(summary(findings))}</p>"
         f"<section><table><tbody>{rows}</tbody></table><ul>{links}</ul></section>"
+        + _differences(findings)
         + "".join(map(_section, findings))
         + "</body></html>\n"
     )
+
+
+def _differences(findings: Sequence[Finding]) -> str:
+    """What a reader should look at first: every line that differs, under its check."""
+    rows = "".join(
+        f'<li><a href="#{finding.name}">{_text(finding.name)}</a>: {_text(line.what)}: '
+        f'<span class="differs">{_text(line.found)}</span>, expected {_text(line.expected)}</li>'
+        for finding in findings
+        for line in finding.lines
+        if line.verdict == "differs"
+    )
+    return f'<section><h2>What differs</h2><ul class="one">{rows}</ul></section>' if rows else ""
 
 
 def _section(finding: Finding) -> str:
@@ -97,8 +113,12 @@ def _section(finding: Finding) -> str:
         parts.append(f"<pre>{_text(finding.error)}</pre>")
     if finding.lines:
         heads = "".join(f"<th>{head}</th>" for head in ("what", "expected", "found", ""))
-        rows = "".join(_row(_cells(line), line.verdict) for line in finding.lines)
-        parts.append(f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>")
+        ordered = sorted(finding.lines, key=lambda line: line.verdict != "differs")
+        rows = "".join(_row(_cells(line), line.verdict) for line in ordered)
+        table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        if len(ordered) > MOST_OPEN and finding.status != "differs":
+            table = f"<details><summary>{len(ordered)} lines</summary>{table}</details>"
+        parts.append(table)
     if finding.pictures:
         parts.append(f'<div class="pictures">{"".join(map(_figure, finding.pictures))}</div>')
     return "".join([*parts, "</section>"])

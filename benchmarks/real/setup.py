@@ -90,7 +90,8 @@ class Setup:
     """Side of all pictures in pixels. None: the base's own."""
     steps: int | None = None
     """Training steps. None: 200, and fewer on a miniature."""
-    sampling_steps: int = 25
+    drawing_steps: int | None = None
+    """Steps of each picture. None: 25, and fewer on a miniature."""
     checkpoint: str | None = None
     """A single-file checkpoint to convert: a path, a URL or a file on the hub."""
     _painter: Painter | None = field(default=None, repr=False)
@@ -123,6 +124,11 @@ class Setup:
         return self.native < SMALLEST_REAL_BASE
 
     @property
+    def sampling_steps(self) -> int:
+        """Steps of each picture."""
+        return self.drawing_steps or (10 if self.is_miniature else 25)
+
+    @property
     def is_sdxl(self) -> bool:
         """Whether expectations of SDXL 1.0 apply."""
         return not self.is_miniature if self.expects_sdxl is None else self.expects_sdxl
@@ -148,6 +154,7 @@ class Setup:
             self._training_failed = True
             self._trained = self.train(self)
             self._training_failed = False
+            free_memory()
         return self._trained
 
     def release(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from benchmarks.real.drawing import conditioning, plain_picture, request
+from benchmarks.real.drawing import PROMPT, conditioning, plain_picture, request
 from benchmarks.real.findings import Notes, check
 from benchmarks.real.setup import Setup, Trained, level_difference
 from dataset_and_utils import TokenEmbeddingsHandler, TokenMap, read_embeddings
@@ -34,7 +34,6 @@ TOKEN_PROMPTS = (
     "a photo of TOK in the middle on a red background",
     "a painting of TOK in a forest",
 )
-OTHER_PROMPT = "a photo of a blue car on a green background"
 LEARNED = 3
 """Training pictures whose loss is measured."""
 TIMESTEPS = (200, 400, 600, 800)
@@ -79,7 +78,7 @@ def train_lora(setup: Setup, **changes: Any) -> Trained:
     peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
     folder = setup.folder / "trained"
     unpack(tar, folder)
-    pivot = round(wanted.options.pivot_fraction * steps)
+    pivot = round(wanted.options.pivot_fraction * len(losses))
     return Trained(tar=tar, folder=folder, losses=losses, ends=ends, pivot=pivot, peak_gib=peak)
 
 
@@ -94,7 +93,7 @@ def training(setup: Setup, notes: Notes) -> None:
     found = {}
     for name, options in (("before", FineTuneOptions()), ("after", tuned)):
         setup.painter.apply(options)
-        prompts = (*TOKEN_PROMPTS, OTHER_PROMPT)
+        prompts = (*TOKEN_PROMPTS, PROMPT)
         drawn = [next(iter(setup.painter.draw(request(setup, prompt), options))) for prompt in prompts]
         found[name] = (mean_loss(setup, pictures[:LEARNED], captions[:LEARNED]), drawn)
     (loss, old), (new_loss, new) = found["before"], found["after"]
