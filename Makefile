@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 K ?= 3
 ALL_METHODS := untuned ti lora lora_class full full_class lora_pivotal full_pivotal
 
-.PHONY: env demo test test-gpu check format schema quality serve serve-train serve-preprocess clean
+.PHONY: env demo test test-gpu check check-real format schema quality serve serve-train serve-preprocess clean
 .DEFAULT_GOAL := env
 
 env: .venv/.complete
@@ -33,6 +33,10 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m tools.cog_schema --check
+
+# For people with a GPU and the hub. Options go into ARGS, such as ARGS="--only latents --steps 500".
+check-real: env
+	$(BIN)/python -m benchmarks.check_real $(ARGS)
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ import logging
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
 from cog import Input, Path, current_scope
@@ -250,8 +251,13 @@ def train(
 leave_downloads_to_us(train)
 
 
-def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
-    """The stages of a training, one line each. All files of the run are in `workspace`. Returns the tar."""
+def run(
+    inputs: TrainInputs, workspace: pathlib.Path, on_step: Optional[Callable[["StepReport"], None]] = None
+) -> pathlib.Path:
+    """The stages of a training, one line each. All files of the run are in `workspace`. Returns the tar.
+
+    on_step: takes the report of each step; without it, the numbers go to Cog.
+    """
     # Here, after the inputs are checked: importing these takes seconds.
     from preprocess import prepare_dataset
     from sdxl.data.dataset_folder import read_dataset_folder
@@ -314,7 +320,12 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
         fine_tune_files.write_atomically(model, folder, record)
 
     trained = fine_tune(
-        components, examples, config, prior=prior, on_step=_record_metrics, on_checkpoint=save_checkpoint
+        components,
+        examples,
+        config,
+        prior=prior,
+        on_step=on_step or _record_metrics,
+        on_checkpoint=save_checkpoint,
     )
 
     # Fine-tune → tar.
