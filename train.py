@@ -191,6 +191,15 @@ def train(
         description="Weight of these pictures in the loss. Yours have 1. Needs prior_prompts.",
         ge=0,
     ),
+    preservation: float = Input(
+        default=0.0,
+        description="Keep what the base draws for other prompts: the weight of that in the loss, where your pictures have 1. 1 is right if a fine-tune changes other prompts, or learned from few pictures. A third slower; full training keeps a second UNet in memory. 0: off.",
+        ge=0,
+    ),
+    preservation_prompts: str = Input(
+        default="",
+        description="What preservation keeps beside your own captions without the new tokens: prompts, separated by |. Default: common things, places and styles.",
+    ),
     mask_target_prompts: Optional[str] = Input(
         default=None,
         description='What matters in the pictures, such as "a dog" or "a dog, a red ball". The rest is masked and counts less. Pictures that come with a mask keep it.',

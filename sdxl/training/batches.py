@@ -41,13 +41,21 @@ class Batches:
     """
 
     def __init__(
-        self, dataset: ExampleDataset, size: int, *, micro_batches: int = 1, seed: int, weight: float = 1.0
+        self,
+        dataset: ExampleDataset,
+        size: int,
+        *,
+        micro_batches: int = 1,
+        seed: int,
+        weight: float = 1.0,
+        taught_by_base: bool = False,
     ) -> None:
         """Batches of `micro_batches` × `size` examples of one shape.
 
         weight: factor of their loss, for steps that add the losses of several datasets.
+        taught_by_base: whether their target is what the base predicts, instead of what their pictures show.
         """
-        self.weight = weight
+        self.weight, self.taught_by_base = weight, taught_by_base
         self.generator = torch.Generator().manual_seed(seed)
         self.buckets: list[Bucket] = []
         for indices in _by_shape(dataset):

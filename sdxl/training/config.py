@@ -87,6 +87,10 @@ class TrainingOptions:
     """How many pictures the base draws for these prompts."""
     prior_weight: float = limited(1.0, ge=0)
     """Weight of the loss on these pictures. The loss on the subject's pictures has 1."""
+    preservation: float = limited(0.0, ge=0)
+    """Weight of the loss that keeps what the base predicts under other captions. The subject's loss has 1; 0: off."""
+    preservation_prompts: str = ""
+    """Such captions, separated by |, beside the pictures' own ones without the new tokens; empty for common ones."""
     gradient_accumulation_steps: int = limited(1, ge=1)
     """Batches whose gradients are averaged in one optimizer step."""
     pivot_fraction: float = limited(0.5, ge=0, le=1)
@@ -102,8 +106,9 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         check_limits(self)
         TokenMap.parse(self.token_map).parse_init(self.token_init)
-        if self.prior_prompts:
-            prior_prompts_of(self.prior_prompts)
+        for name in ("prior_prompts", "preservation_prompts"):
+            if text := getattr(self, name):
+                prompts_of(text, name=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,21 +179,21 @@ def check_limits(config: Any) -> None:
         raise UserInputError(f"{entry.name} is {value}, but must be {wanted}{example}.")
 
 
-def prior_prompts_of(text: str) -> tuple[str, ...]:
-    """The prompts of `prior_prompts`, which are separated by |.
+def prompts_of(text: str, *, name: str = "prior_prompts") -> tuple[str, ...]:
+    """The prompts of the setting `name`, which are separated by |.
 
     Raises:
-        UserInputError: there is no prompt in the text.
+        UserInputError: there is no prompt in the text, or too many, or one is too long.
     """
     prompts = tuple(part.strip() for part in text.split("|") if part.strip())
     if not prompts:
-        raise UserInputError("prior_prompts contains no prompt: write some, such as 'a photo of a dog'.")
+        raise UserInputError(f"{name} contains no prompt: write some, such as 'a photo of a dog'.")
     if len(prompts) > MOST_PRIOR_PROMPTS:
         raise UserInputError(
-            f"prior_prompts has {len(prompts)} prompts, but may have at most {MOST_PRIOR_PROMPTS}: give fewer."
+            f"{name} has {len(prompts)} prompts, but may have at most {MOST_PRIOR_PROMPTS}: give fewer."
         )
     for prompt in prompts:
-        require_short(prompt, "A prompt of prior_prompts")
+        require_short(prompt, f"A prompt of {name}")
     return prompts
 
 

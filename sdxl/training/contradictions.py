@@ -40,11 +40,15 @@ def refuse_contradictions(
             f"{name} is {getattr(options, name)}, but without prior_prompts the base draws no pictures to repeat: give "
             f"prior_prompts, or leave out {name}."
         )
+    if options.preservation_prompts and not options.preservation:
+        raise UserInputError(
+            "preservation_prompts is given, but preservation is 0: set it to 1, or leave out preservation_prompts."
+        )
     token_map = TokenMap.parse(options.token_map)
-    for prompt in options.prior_prompts.split("|"):
+    for name, prompt in _prompts(options):
         if token_map.named_in(prompt):
             raise UserInputError(
-                f'prior_prompts contains "{prompt.strip()}", but the base, which draws it, does not know the new tokens: '
+                f'{name} contains "{prompt.strip()}", but the base, which draws it, does not know the new tokens: '
                 "name what it knows, such as a photo of a dog."
             )
     if options.is_lora and options.lora_lr == 0 and options.pivot_fraction == 0:
@@ -53,6 +57,13 @@ def refuse_contradictions(
         raise UserInputError(
             f"optimizer {options.optimizer} would lose small updates of bf16 weights: use adamw_8bit, or precision fp32."
         )
+
+
+def _prompts(options: TrainingOptions) -> Iterator[tuple[str, str]]:
+    """The prompts that are for the base, each with its setting."""
+    for name in ("prior_prompts", "preservation_prompts"):
+        for prompt in getattr(options, name).split("|"):
+            yield name, prompt
 
 
 def without_effect(options: TrainingOptions) -> Iterator[str]:

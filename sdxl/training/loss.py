@@ -26,6 +26,10 @@ from sdxl.training.diffusion import (
     training_target,
 )
 
+BELOW = 0.7
+"""With `preservation` the subject is learned in this share of the timesteps, those with less noise. Above it a picture's
+composition is decided, which few pictures over-train first (T-LoRA, arXiv:2507.05964, lowers the rank there)."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenoisingLoss:
@@ -39,11 +43,16 @@ class DenoisingLoss:
     generator: torch.Generator
     """Draws noise, timesteps and dropped captions."""
     base_unet: Callable[..., Any] | None
-    """Called like the base's UNet. If given, it teaches outside masks what the base would predict there."""
+    """Called like the base's UNet; None if nothing needs it."""
+    base_outside_masks: bool = False
+    """Whether the base teaches outside masks what it would predict there."""
 
-    def __call__(self, batch: Example, prompts: tuple[Tensor, Tensor] | None) -> Tensor:
+    def __call__(
+        self, batch: Example, prompts: tuple[Tensor, Tensor] | None, taught_by_base: bool = False
+    ) -> Tensor:
         """The loss of `batch`, a scalar.
 
+        taught_by_base: the target is what the base predicts, instead of what the pictures show.
         prompts: text conditioning [b, t, d] and [b, d]; None encodes the captions, so that token rows get gradients.
         """
         components, config, generator = self.components, self.config, self.generator
@@ -56,6 +65,8 @@ class DenoisingLoss:
         # Noise at a random time: x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (DDPM, eq. 4).
         noise = sample_noise(batch.latents.shape, config.noise_offset, generator)
         timesteps = sample_timesteps(scheduler, len(batch.latents), generator)
+        if config.preservation and not taught_by_base:
+            timesteps = (timesteps * BELOW).long()
         noisy = scheduler.add_noise(batch.latents, noise, timesteps)  # type: ignore[arg-type]
         target = training_target(scheduler, batch.latents, noise, timesteps)
 
@@ -69,11 +80,12 @@ class DenoisingLoss:
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch.time_ids},
         }
 
-        # Outside masks the base is the teacher: the fine-tune must not learn the background of the pictures.
-        if self.base_unet is not None:
+        # The base is the teacher of other captions. It is outside masks too: the fine-tune must not learn the background.
+        if taught_by_base or self.base_outside_masks:
+            assert self.base_unet is not None
             with torch.no_grad():
                 from_base = self.base_unet(noisy, timesteps, **condition).sample.to(target.dtype)
-            target = torch.lerp(from_base, target, batch.mask)
+            target = from_base if taught_by_base else torch.lerp(from_base, target, batch.mask)
 
         prediction = components.unet(noisy, timesteps, **condition).sample
         weights = min_snr_weights(scheduler, timesteps, config.snr_gamma)

@@ -22,7 +22,7 @@ from sdxl.data.dataset_folder import TABLE, picture_file, write_captions
 from sdxl.data.framing import Framing
 from sdxl.errors import UserInputError
 from sdxl.settings import cache_folder
-from sdxl.training.config import prior_prompts_of
+from sdxl.training.config import prompts_of
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class PriorConfig:
         Raises:
             UserInputError: there is no prompt in the text, or a setting is wrong.
         """
-        return cls(prompts=prior_prompts_of(text), **settings)
+        return cls(prompts=prompts_of(text), **settings)
 
 
 def prior_dataset(config: PriorConfig, draw: Draw) -> Path:

@@ -20,10 +20,11 @@ from sdxl.model.components import Components
 from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.training.batches import Batches
 from sdxl.training.caption_encoding import encode_captions
-from sdxl.training.config import Schedule, TrainingConfig
+from sdxl.training.config import Schedule, TrainingConfig, prompts_of
 from sdxl.training.data_parallel import rank, world_size
 from sdxl.training.loss import DenoisingLoss
 from sdxl.training.optimizers import Group, Optimizers
+from sdxl.training.preservation import PROMPTS, kept_examples
 from sdxl.training.step import TrainingStep
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import Trainable, as_base, full_unet, lora
@@ -68,21 +69,24 @@ def fine_tune(
 
     # What trains: the new token rows up to the pivot, the UNet's weights or LoRA matrices in every step. Processes that
     # train together start from equal weights. From then on each draws its own noise.
-    base_unet = as_base(components.unet, config) if _uses_base_outside_masks(dataset, config) else None
+    outside_masks = _uses_base_outside_masks(dataset, config)
+    base_unet = as_base(components.unet, config) if outside_masks or config.preservation else None
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
     trainable = (lora if config.is_lora else full_unet)(components.unet, config)
     weights, rows = trainable.weights, Group(params=tokens.parameters, lr=config.ti_lr)
     optimizers = Optimizers(trainable.optimizer, weights=weights, rows=rows, device=components.device)
 
-    # What a step sees: a batch of the subject, and one of the prior. No caption of the prior names a new token, so
-    # these are encoded once.
-    sources = [_batches(dataset, config, seed=config.seed + rank())]
-    if prior is not None:
-        seed = config.seed + world_size() + rank()
-        sources.append(_batches(prior, config, seed=seed, weight=config.prior_weight))
-        encode_captions(components, sources[1])
-    loss = DenoisingLoss(components=components, config=config, generator=generator, base_unet=base_unet)
+    # What a step sees: a batch of the subject, one of the prior, and one that the base teaches. Their captions name no new
+    # token, so these are encoded once.
+    sources = _sources(components, dataset, prior, config)
+    loss = DenoisingLoss(
+        components=components,
+        config=config,
+        generator=generator,
+        base_unet=base_unet,
+        base_outside_masks=outside_masks,
+    )
     mixed = trainable.mixed_precision
     step = TrainingStep(loss, sources, optimizers, tokens, config, generator, mixed_precision=mixed)
 
@@ -133,9 +137,40 @@ def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: in
     return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
-def _batches(dataset: ExampleDataset, config: TrainingConfig, *, seed: int, weight: float = 1.0) -> Batches:
-    micro_batches = config.gradient_accumulation_steps
-    return Batches(dataset, config.train_batch_size, micro_batches=micro_batches, seed=seed, weight=weight)
+def _sources(
+    components: Components, dataset: ExampleDataset, prior: ExampleDataset | None, config: TrainingConfig
+) -> list[Batches]:
+    """The batches of a step: the subject's first, then those of captions without new tokens, which are encoded here.
+
+    Of these, the prior's pictures are learned like the subject's. `preservation` takes the subject's pictures again, half as
+    many, and learns what the base predicts for them under other captions.
+    """
+
+    def batches(
+        examples: ExampleDataset, number: int, size: int, weight: float, *, taught: bool = False
+    ) -> Batches:
+        return Batches(
+            examples,
+            size,
+            micro_batches=config.gradient_accumulation_steps,
+            seed=config.seed + number * world_size() + rank(),
+            weight=weight,
+            taught_by_base=taught,
+        )
+
+    size = config.train_batch_size
+    sources = [batches(dataset, 0, size, 1.0)]
+    if prior is not None:
+        sources.append(batches(prior, 1, size, config.prior_weight))
+    if config.preservation:
+        named = config.preservation_prompts
+        prompts = prompts_of(named, name="preservation_prompts") if named else PROMPTS
+        token_map = TokenMap.parse(config.token_map)
+        kept = kept_examples(dataset, components, token_map, token_init=config.token_init, prompts=prompts)
+        sources.append(batches(kept, 2, max(size // 2, 1), config.preservation, taught=True))
+    for source in sources[1:]:
+        encode_captions(components, source)
+    return sources
 
 
 def _uses_base_outside_masks(dataset: ExampleDataset, config: TrainingConfig) -> bool:

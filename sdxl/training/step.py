@@ -24,8 +24,8 @@ from sdxl.training.token_rows import NewTokens
 MAX_GRAD_NORM = 1.0
 """Gradients are clipped to this norm."""
 
-Loss = Callable[[Example, tuple[Tensor, Tensor] | None], Tensor]
-"""A batch and, if already encoded, its prompts → the loss, a scalar."""
+Loss = Callable[[Example, tuple[Tensor, Tensor] | None, bool], Tensor]
+"""A batch, its prompts if already encoded, and whether the base teaches it → the loss, a scalar."""
 
 
 class TrainingStep:
@@ -89,7 +89,8 @@ class TrainingStep:
             bucket = batches.buckets[number]
             for batch, prompts in bucket.micro_batches():
                 with autocast(self._device, self._mixed_precision):
-                    loss = self._loss(batch, prompts) * (batches.weight / len(bucket.chosen))
+                    loss = self._loss(batch, prompts, batches.taught_by_base)
+                    loss = loss * (batches.weight / len(bucket.chosen))
                 loss.backward()
                 total += loss.detach()
 

@@ -1,0 +1,110 @@
+"""The base teaches captions without the new tokens: which captions, and that they stay as they were."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset_and_utils import ExampleDataset, TokenMap
+from preprocess import PreprocessConfig, prepare_dataset
+from sdxl.errors import UserInputError
+from sdxl.model.components import Components, load_components
+from sdxl.training.contradictions import refuse_contradictions
+from sdxl.training.diffusion import encode_prompt
+from sdxl.training.examples import cache_examples
+from sdxl.training.preservation import kept_examples
+from sdxl.training.recipe import fine_tune
+from tests.conftest import TINY_BASE, png, write_zip
+from tests.test_training import CONFIG
+
+CAPTIONS = ("a photo of TOK on the left", "a small TOK and a house")
+
+
+def ids_of(text: str, components: Components) -> list[list[int]]:
+    return [
+        tokenizer(text, padding="max_length", max_length=77, truncation=True).input_ids
+        for tokenizer in components.tokenizers
+    ]
+
+
+@pytest.fixture(scope="module")
+def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kept")
+    files: dict[str, bytes | str] = {f"{i}.png": png(i) for i in range(2)}
+    archive = write_zip(folder / "set.zip", files | {f"{i}.txt": text for i, text in enumerate(CAPTIONS)})
+    return prepare_dataset(archive, folder / "dataset", config=PreprocessConfig(target_size=64))
+
+
+def encoded(folder: Path, *, is_lora: bool, token_map: str = "TOK:2") -> tuple[Components, ExampleDataset]:
+    components = load_components(TINY_BASE, is_lora=is_lora, device=torch.device("cpu"))
+    return components, cache_examples(folder, components, TokenMap.parse(token_map), seed=0)
+
+
+@pytest.mark.parametrize(("init", "word"), [("TOK:fish", "fish"), ("", "")])
+def test_captions_without_the_new_tokens(dataset_folder: Path, init: str, word: str):
+    components, examples = encoded(dataset_folder, is_lora=True)
+    prompts = ("a red house", "a green cup")
+    kept = kept_examples(examples, components, TokenMap.parse("TOK:2"), token_init=init, prompts=prompts)
+    texts = [
+        text
+        for own, other in zip(CAPTIONS, prompts, strict=True)
+        for text in (own.replace("TOK", word), other)
+    ]
+    for example, text in zip(kept.examples, texts, strict=True):
+        assert [ids.tolist() for ids in example.token_ids] == ids_of(text, components), text
+    assert all(torch.equal(kept[2 * i].latents, examples[i].latents) for i in range(2))
+
+
+@pytest.mark.parametrize("is_lora", [True, False])
+def test_other_captions_keep_what_they_mean(dataset_folder: Path, is_lora: bool):
+    """The change of the prediction for a caption without the token, with and without preservation."""
+    changes = []
+    for preservation in (0.0, 1.0):
+        components, examples = encoded(dataset_folder, is_lora=is_lora)
+        config = dataclasses.replace(
+            CONFIG,
+            is_lora=is_lora,
+            max_train_steps=12,
+            lora_lr=1e-2,
+            unet_learning_rate=3e-4,
+            pivot_fraction=0.5,
+            token_init="TOK:fish",
+            preservation=preservation,
+            preservation_prompts="a red house|a green cup",
+        )
+        before = predicted(components)
+        fine_tune(components, examples, config)
+        changes.append(float((predicted(components) - before).square().mean()))
+    assert changes[1] < 0.8 * changes[0], changes
+
+
+@torch.no_grad()
+def predicted(components: Components) -> torch.Tensor:
+    """The UNet's predictions for prompts that no training saw."""
+    texts = ("a photo of a yellow star on a blue background", "a fish")
+    first, second = (
+        torch.tensor(rows) for rows in zip(*(ids_of(text, components) for text in texts), strict=True)
+    )
+    hidden, pooled = encode_prompt(components.text_encoders, (first, second))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    told = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+    return torch.cat(
+        [
+            components.unet(noise, time, encoder_hidden_states=hidden, added_cond_kwargs=told).sample
+            for time in (250, 600, 950)
+        ]
+    )
+
+
+def test_settings_that_contradict_each_other():
+    def refuse(**changes) -> None:
+        options = dataclasses.replace(CONFIG, is_lora=True, **changes)
+        refuse_contradictions(options, max_train_steps=6, num_train_epochs=None)
+
+    with pytest.raises(UserInputError, match="preservation_prompts is given, but preservation is 0"):
+        refuse(preservation_prompts="a dog")
+    with pytest.raises(UserInputError, match='preservation_prompts contains "a TOK"'):
+        refuse(preservation=1.0, preservation_prompts="a dog|a TOK")
+    with pytest.raises(UserInputError, match="preservation_prompts contains no prompt"):
+        refuse(preservation=1.0, preservation_prompts=" | ")
