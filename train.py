@@ -140,9 +140,9 @@ def train(
         default=None,
         description="Save GPU memory by recomputing parts of each step; a third slower. Default: only if memory requires it.",
     ),
-    random_views: int = Input(
-        default=15,
-        description="How many random crops of each picture, enlarged by up to 1.3, to learn in addition to the whole picture. They teach sizes and positions that your pictures do not show. 0: none.",
+    random_views: Optional[int] = Input(
+        default=None,
+        description="How many random crops of each picture to learn in addition to the whole picture. They teach sizes and positions that your pictures do not show. Pictures without pixels to spare have none. 0: none. Default: as many as suit the steps and the number of pictures.",
         ge=0,
         le=63,
     ),
@@ -303,7 +303,7 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
         components,
         inputs.token_map,
         seed=config.seed,
-        views=config.random_views,
+        views=config.random_views or 0,
         flip=config.horizontal_flip,
     )
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
