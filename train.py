@@ -307,6 +307,7 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
         flip=config.horizontal_flip,
     )
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
+    components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     output = workspace / OUTPUT
 
     def save_checkpoint(step: int, model: fine_tune_files.TrainedFineTune) -> None:

@@ -300,7 +300,9 @@ def draw(
             height=side,
             width=side,
             generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))],
-            output_type="pt",
+            output_type="latent",
         )
-        images.append(output.images.float().cpu())
+        vae = tuned.pipeline.vae
+        decoded = vae.decode(output.images.to(vae.dtype) / vae.config.scaling_factor).sample
+        images.append((decoded * 0.5 + 0.5).clamp(0, 1).float().cpu())
     return torch.cat(images)

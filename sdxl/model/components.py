@@ -146,8 +146,9 @@ def load_components(
 ) -> Components:
     """Load every component from `folder` onto `device`, frozen and in eval mode.
 
-    Precision: a UNet that trains in full is fp32, because updates of 1e-6 vanish in half precision. On CUDA all frozen
-    components are bf16, also the autoencoder, because SDXL's overflows in fp16. On a CPU everything is fp32.
+    Precision: a UNet that trains in full is fp32, because updates of 1e-6 vanish in half precision. The autoencoder is
+    fp32: it encodes each picture once, and its rounding errors would be learned. On CUDA all other frozen components are
+    bf16. On a CPU everything is fp32.
 
     vae: folder of another autoencoder.
     prediction: what the base predicts, instead of what its files say.
@@ -160,7 +161,7 @@ def load_components(
         noise_scheduler: Any = DDPMScheduler.from_config(read_schedule(folder, prediction))
         components = Components(
             unet=load_unet(folder, half if is_lora else torch.float32, device),
-            vae=load_part(AutoencoderKL, vae or folder / "vae", half, device),
+            vae=load_part(AutoencoderKL, vae or folder / "vae", torch.float32, device),
             text_encoders=(
                 load_part(CLIPTextModel, folder / "text_encoder", half, device),
                 load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", half, device),

@@ -26,7 +26,7 @@ from sdxl.training.random_views import View, views_of
 
 T = TypeVar("T")
 
-PIXELS_AT_ONCE = 2 * 1024 * 1024
+PIXELS_AT_ONCE = 1024 * 1024
 """Most pixels in one batch of the autoencoder, so that its activations fit in memory together with the model."""
 
 
