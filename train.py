@@ -293,7 +293,13 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
         config.as_json() | preprocess_config.as_json(), dataset_folder, base.facts()
     )
     device = default_device()
-    announce(config, device, masks=any(picture.mask for picture in pictures))
+    announce(
+        config,
+        device,
+        images=len(pictures),
+        masks=any(picture.mask for picture in pictures),
+        processes=data_parallel.world_size(),
+    )
 
     # Dataset folder and base → fine-tune.
     keep_compiled_kernels()

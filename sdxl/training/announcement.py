@@ -4,6 +4,7 @@ Knows settings and devices; does not know how training works.
 """
 
 import logging
+from collections.abc import Iterator
 
 import torch
 
@@ -12,15 +13,44 @@ from sdxl.training.contradictions import without_effect_here
 
 log = logging.getLogger(__name__)
 
+_FEWEST, _MOST = 150, 300
+"""Repeats of a picture that suit most subjects, as guides to SDXL fine-tuning name them."""
 
-def announce(config: TrainingConfig, device: torch.device, *, masks: bool) -> None:
-    """Log what is trained, and which settings have no effect. masks: whether any picture has a mask."""
+
+def announce(
+    config: TrainingConfig, device: torch.device, *, images: int, masks: bool, processes: int = 1
+) -> None:
+    """Log what is trained, how often each picture is seen, and which settings have no effect.
+
+    images: how many pictures are learned. masks: whether any of them has a mask. processes: how many train together.
+    """
     for told in without_effect_here(config, masks=masks, cuda=device.type == "cuda"):
         log.warning("%s", told)
     what = f"a LoRA of rank {config.lora_rank}" if config.is_lora else "the whole UNet"
     log.info(
         "Training %s of %s and the tokens of %s on %s: %d steps of %d pictures at %d×%d pixels, with seed %d. "
         "The tokens freeze after step %d.",
-        *(what, config.base, config.token_map, device, config.max_train_steps, config.train_batch_size),
+        *(what, config.base, config.token_map, device, config.max_train_steps, _seen_in_a_step(config)),
         *(config.resolution, config.resolution, config.seed, config.pivot_step),
     )
+    for told in seen(config, images=images, processes=processes):
+        log.info("%s", told)
+
+
+def seen(config: TrainingConfig, *, images: int, processes: int) -> Iterator[str]:
+    """Sentences on how often each of `images` pictures is seen."""
+    draws = config.max_train_steps * _seen_in_a_step(config) * processes
+    if processes > 1:
+        yield (
+            f"{processes} GPUs see {processes} times as many pictures in a step as one: for as many in all as one GPU would "
+            f"see, set max_train_steps to {-(-config.max_train_steps // processes)}."
+        )
+    times = round(draws / images)
+    views = f", {config.random_views} random crops of it included" if config.random_views else ""
+    advice = "" if _FEWEST <= times <= _MOST else f": {_FEWEST} to {_MOST} times suit most subjects"
+    yield f"Each picture is seen {times} times{views}{advice}."
+
+
+def _seen_in_a_step(config: TrainingConfig) -> int:
+    """Pictures of a step in one process."""
+    return config.train_batch_size * config.gradient_accumulation_steps
