@@ -299,6 +299,7 @@ def run(inputs: TrainInputs, workspace: pathlib.Path) -> pathlib.Path:
         images=len(pictures),
         masks=any(picture.mask for picture in pictures),
         processes=data_parallel.world_size(),
+        by_epochs=inputs.num_train_epochs is not None,
     )
 
     # Dataset folder and base → fine-tune.

@@ -43,3 +43,4 @@ from tests.test_training import CONFIG
 def test_the_log_says_how_often_pictures_are_seen(changes: dict, images: int, processes: int, told: list):
     config = dataclasses.replace(CONFIG, **changes)
     assert list(seen(config, images=images, processes=processes)) == told
+    assert list(seen(config, images=images, processes=processes, by_epochs=True)) == told[-1:]

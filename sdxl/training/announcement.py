@@ -18,11 +18,18 @@ _FEWEST, _MOST = 150, 300
 
 
 def announce(
-    config: TrainingConfig, device: torch.device, *, images: int, masks: bool, processes: int = 1
+    config: TrainingConfig,
+    device: torch.device,
+    *,
+    images: int,
+    masks: bool,
+    processes: int = 1,
+    by_epochs: bool = False,
 ) -> None:
     """Log what is trained, how often each picture is seen, and which settings have no effect.
 
     images: how many pictures are learned. masks: whether any of them has a mask. processes: how many train together.
+    by_epochs: whether the steps follow from epochs, and so from the number of processes.
     """
     for told in without_effect_here(config, masks=masks, cuda=device.type == "cuda"):
         log.warning("%s", told)
@@ -33,14 +40,14 @@ def announce(
         *(what, config.base, config.token_map, device, config.max_train_steps, _seen_in_a_step(config)),
         *(config.resolution, config.resolution, config.seed, config.pivot_step),
     )
-    for told in seen(config, images=images, processes=processes):
+    for told in seen(config, images=images, processes=processes, by_epochs=by_epochs):
         log.info("%s", told)
 
 
-def seen(config: TrainingConfig, *, images: int, processes: int) -> Iterator[str]:
+def seen(config: TrainingConfig, *, images: int, processes: int, by_epochs: bool = False) -> Iterator[str]:
     """Sentences on how often each of `images` pictures is seen."""
     draws = config.max_train_steps * _seen_in_a_step(config) * processes
-    if processes > 1:
+    if processes > 1 and not by_epochs:
         yield (
             f"{processes} GPUs see {processes} times as many pictures in a step as one: for as many in all as one GPU would "
             f"see, set max_train_steps to {-(-config.max_train_steps // processes)}."
