@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sdxl.gpu import capability_of, told_of_fp32
 from sdxl.training.config import TrainingConfig
 from sdxl.training.contradictions import without_effect_here
 
@@ -32,6 +33,8 @@ def announce(
     by_epochs: whether the steps follow from epochs, and so from the number of processes.
     """
     for told in without_effect_here(config, masks=masks, cuda=device.type == "cuda"):
+        log.warning("%s", told)
+    if told := told_of_fp32(capability_of(device)):
         log.warning("%s", told)
     what = f"a LoRA of rank {config.lora_rank}" if config.is_lora else "the whole UNet"
     log.info(
