@@ -303,6 +303,8 @@ class Example:
     """Ids of the caption, with its placeholder tokens, for each text encoder: [77] each."""
     time_ids: Tensor
     """SDXL's size conditioning [6]: original height and width, crop top and left, target height and width, in pixels."""
+    share: float = 1.0
+    """How often the example is drawn, compared with others. Stacked examples do not have it."""
 
     def take(self, rows: Tensor) -> Example:
         """Select the examples at `rows` [B], an integer tensor on their device, from stacked examples."""

@@ -141,9 +141,9 @@ def train(
         default=None,
         description="Save GPU memory by recomputing parts of each step; a third slower. Default: only if memory requires it.",
     ),
-    random_views: int = Input(
-        default=15,
-        description="How many random crops of each picture, enlarged by up to 1.3, to learn in addition to the whole picture. They teach sizes and positions that your pictures do not show. 0: none.",
+    random_views: Optional[int] = Input(
+        default=None,
+        description="How many random crops of each picture to learn in addition to the whole picture. They teach sizes and positions that your pictures do not show. Pictures without pixels to spare have none. 0: none. Default: as many as suit the steps and the number of pictures.",
         ge=0,
         le=63,
     ),
@@ -308,7 +308,14 @@ def run(
         config.as_json() | preprocess_config.as_json(), dataset_folder, base.facts()
     )
     device = default_device()
-    announce(config, device, masks=any(picture.mask for picture in pictures))
+    announce(
+        config,
+        device,
+        images=len(pictures),
+        masks=any(picture.mask for picture in pictures),
+        processes=data_parallel.world_size(),
+        by_epochs=inputs.num_train_epochs is not None,
+    )
 
     # Dataset folder and base → fine-tune.
     keep_compiled_kernels()
@@ -318,10 +325,11 @@ def run(
         components,
         inputs.token_map,
         seed=config.seed,
-        views=config.random_views,
+        views=config.random_views or 0,
         flip=config.horizontal_flip,
     )
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
+    components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     output = workspace / OUTPUT
 
     def save_checkpoint(step: int, model: fine_tune_files.TrainedFineTune) -> None:

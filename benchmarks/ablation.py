@@ -44,6 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "twice the steps": {"steps": 2.0},
     "four times the steps": {"steps": 4.0},
     "no views": {"views": 0},
+    "no pixels for views": {"raw_side": 256},
     "7 views": {"views": 7},
     "31 views": {"views": 31},
     "masks": {"masks": True},

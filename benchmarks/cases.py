@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks import prompts as P
 from benchmarks.quality import METHODS, about, add_job_arguments
 from benchmarks.scores import cosine_of_different, fidelity
-from benchmarks.subject_job import BASE, Method, draw, learn, real_pictures, write_renders
+from benchmarks.subject_job import BASE, RAW_SIDE, Method, draw, learn, real_pictures, write_renders
 from benchmarks.workers import in_processes
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.tuned_pipeline import TunedPipeline
@@ -45,9 +45,9 @@ class Case:
 
     token_map: str
     pictures: Tensor
-    """[n, 3, 256, 256] in 0..1."""
+    """[n, 3, s, s] in 0..1, where s is `RAW_SIDE`."""
     masks: Tensor
-    """[n, 1, 256, 256] in 0..1."""
+    """[n, 1, s, s] in 0..1."""
     captions: list[str]
     prompts: list[str]
     judge: Callable[[Tensor, Scorer], Numbers]
@@ -66,7 +66,7 @@ def two_subjects(seed: int) -> Case:
         shown += parts
         captions += [text.replace(P.NAME, name) for text in P.training_captions()]
         asked += [(text.replace(P.NAME, name), scene, name) for text, scene in P.subject_prompts()[:8]]
-    rendered = render(pad(shown))
+    rendered = render(pad(shown), size=RAW_SIDE)
 
     def judge(drawn: Tensor, scorer: Scorer) -> Numbers:
         real = {name: scorer.identity(real_pictures(number)) for name, number in cast.items()}
@@ -120,7 +120,9 @@ def cluttered(seed: int, clutter: tuple = CLUTTER) -> Case:
         for kind, colour, relation, background, texture in clutter
     ]
     cast = {P.NAME: subject(seed)}
-    rendered = render(pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(scenes)]))
+    rendered = render(
+        pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(scenes)]), size=RAW_SIDE
+    )
     asked = P.subject_prompts()
 
     def judge(drawn: Tensor, scorer: Scorer) -> Numbers:
@@ -166,23 +168,20 @@ def style(seed: int) -> Case:
     pairs = P.prior_prompts(16)
     learnt, asked = pairs[:6], pairs[6:]
 
-    def of(scenes: list[Scene]) -> Tensor:
-        return inked(
-            render(
-                pad([scene_parts(s, np.random.default_rng((seed, i))) for i, s in enumerate(scenes)])
-            ).images
-        )
+    def of(scenes: list[Scene], side: int = 256) -> Tensor:
+        table = pad([scene_parts(s, np.random.default_rng((seed, i))) for i, s in enumerate(scenes)])
+        return inked(render(table, size=side).images)
 
     def judge(drawn: Tensor, scorer: Scorer) -> Numbers:
         scenes = [scene for _, scene in asked]
         kinds = [shares(following(scorer.attributes(p), scenes))["kind"] for p in (drawn, of(scenes))]
         return {"style": share_in_ink(drawn), "content": kinds[0], "content_of_real": kinds[1]}
 
-    pictures = of([scene for _, scene in learnt])
+    pictures = of([scene for _, scene in learnt], RAW_SIDE)
     return Case(
         token_map=f"{P.NAME}:2",
         pictures=pictures,
-        masks=torch.ones(len(pictures), 1, 256, 256),
+        masks=torch.ones(len(pictures), 1, RAW_SIDE, RAW_SIDE),
         captions=[f"{prompt} in the style of {P.NAME}" for prompt, _ in learnt],
         prompts=[f"{prompt} in the style of {P.NAME}" for prompt, _ in asked],
         judge=judge,

@@ -96,7 +96,7 @@ def components(*, is_lora: bool) -> Components:
     made = parts(torch.bfloat16, torch.bfloat16 if is_lora else torch.float32)
     return Components(
         unet=made["unet"],
-        vae=made["vae"],
+        vae=made["vae"].float(),
         text_encoders=(made["text_encoder"], made["text_encoder_2"]),
         tokenizers=(made["tokenizer"], made["tokenizer_2"]),
         noise_scheduler=DDPMScheduler(**SCHEDULE),

@@ -37,6 +37,9 @@ from tiny_world.subjects import random_shot, shot_parts, subject
 
 BASE = Path("base_models/tiny-sdxl")
 GUIDANCE = 3.0
+RAW_SIDE = 512
+"""Side in pixels of training pictures as users would upload them. They are prepared at 256 pixels, so that there are pixels
+for views. Edges are as soft as at 256, in shares of the picture, so that the whole picture looks as it does at 256."""
 REAL_SHOTS = 16
 PRIOR_IMAGES = 24
 
@@ -56,6 +59,8 @@ class Method:
     """Number of the token's rows."""
     views: int = 0
     """Random views of each picture, learned in addition to the whole picture."""
+    raw_side: int = RAW_SIDE
+    """Side in pixels of the training pictures before they are prepared at 256. 256 leaves no pixels for views."""
     masks: bool = False
     """Whether the pictures have masks of the subject."""
     prior: str = ""
@@ -101,10 +106,11 @@ def run_job(
     return {"seed": seed, "method": method.name, **numbers, "pictures": pictures}
 
 
-def training_pictures(seed: int) -> Rendered:
-    """The six training pictures of subject `seed`, of 256×256 pixels, with masks of the subject."""
+def training_pictures(seed: int, side: int = 256) -> Rendered:
+    """The six training pictures of subject `seed`, of side×side pixels, with masks of the subject."""
     cast = {P.NAME: subject(seed)}
-    return render(pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(P.TRAINING)]))
+    table = pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(P.TRAINING)])
+    return render(table, size=side)
 
 
 def real_pictures(seed: int, n: int = REAL_SHOTS) -> Tensor:
@@ -200,7 +206,7 @@ def write_renders(folder: Path, images: Tensor, captions: list[str], masks: Tens
 def _learn(
     seed: int, method: Method, folder: Path, steps: int, batch_size: int, device: str
 ) -> fine_tune_files.FineTuneFiles:
-    shown = training_pictures(seed)
+    shown = training_pictures(seed, method.raw_side)
     write_renders(
         folder / "raw",
         shown.images,
@@ -220,8 +226,9 @@ def _learn(
     )
 
 
-def _grown(mask: Tensor, by: int = 4) -> Tensor:
-    """A mask [1, h, w], grown by `by` pixels."""
+def _grown(mask: Tensor) -> Tensor:
+    """A mask [1, h, w], grown by a 64th of its width."""
+    by = mask.shape[-1] // 64
     return torch.nn.functional.max_pool2d(mask[None], 2 * by + 1, 1, by)[0]
 
 
@@ -293,7 +300,9 @@ def draw(
             height=side,
             width=side,
             generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))],
-            output_type="pt",
+            output_type="latent",
         )
-        images.append(output.images.float().cpu())
+        vae = tuned.pipeline.vae
+        decoded = vae.decode(output.images.to(vae.dtype) / vae.config.scaling_factor).sample
+        images.append((decoded * 0.5 + 0.5).clamp(0, 1).float().cpu())
     return torch.cat(images)

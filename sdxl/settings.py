@@ -6,6 +6,7 @@ Knows every `SDXL_*` variable, its default and its range; does not know the inpu
 import logging
 import os
 import random
+import sys
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Literal, get_args
 from sdxl.errors import UserInputError
 
 log = logging.getLogger(__name__)
+
+if sys.platform == "win32":  # here, because every entry point imports this module first
+    sys.exit("This runs on Linux only, because it locks files as Linux does: on Windows, use WSL 2.")
 
 VARIABLES = {
     "SDXL_BASE": "The base model: a folder in diffusers' layout, a hub repository, or a single-file checkpoint as a path, a URL or owner/repository/file.safetensors. Default: SDXL 1.0.",

@@ -56,6 +56,17 @@ def test_batches_hold_one_shape_and_show_every_picture_equally_often():
     assert all(seen[i] == pytest.approx(400, rel=0.12) for i in range(8))
 
 
+def test_batches_show_examples_as_often_as_their_shares_say():
+    shares = [0.25, *[0.75 / 5] * 5, 1.0]
+    data = ExampleDataset([dataclasses.replace(example(8, 8, i), share=s) for i, s in enumerate(shares)])
+    batches = Batches(data, 4, seed=0)
+    seen: Counter[int] = Counter()
+    for _ in range(2000):
+        batches.draw()
+        seen.update(batches.buckets[0].chosen.flatten().tolist())
+    assert [seen[i] / 4000 for i in range(7)] == pytest.approx(shares, rel=0.05)
+
+
 def test_a_run_over_two_shapes_learns_from_both(run):  # noqa: F811
     _, dataset, _ = run()
     wide = [
@@ -81,13 +92,13 @@ def cache_examples_tokens(components) -> None:
 
 @pytest.fixture
 def striped(tmp_path: Path) -> Path:
-    """One picture of 64 columns, each brighter than the last, with a mask of its left half."""
+    """One picture of 96 columns, each brighter than the last, with a mask of its left half, prepared at 64."""
     raw = tmp_path / "raw"
     raw.mkdir()
-    ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))
+    ramp = np.tile(np.arange(96, dtype=np.uint8) * 2, (96, 1))
     Image.fromarray(np.stack([ramp] * 3, 2)).save(raw / "0.src.png")
-    mask = np.zeros((64, 64), np.uint8)
-    mask[:, :32] = 255
+    mask = np.zeros((96, 96), np.uint8)
+    mask[:, :48] = 255
     Image.fromarray(mask).save(raw / "0.mask.png")
     return prepare_dataset(
         raw, tmp_path / "dataset", config=PreprocessConfig(target_size=64, global_caption="TOK")
@@ -99,9 +110,9 @@ def test_views_tell_where_they_were_cut(striped: Path):
     data = cache_examples(striped, components, TokenMap.parse("TOK:2"), seed=0, views=20)
     assert len(data) == 21
     whole, *views = (e.time_ids.tolist() for e in data.examples)
-    assert whole == [64, 64, 0, 0, 64, 64]
+    assert whole == [96, 96, 0, 0, 64, 64]
     for height, width, top, left, *target in views:
-        assert (height, width, target) == (64, 64, [64, 64])
+        assert (height, width, target) == (96, 96, [64, 64])
         assert 0 <= top <= (LARGEST_ZOOM - 1) * 64 and 0 <= left <= (LARGEST_ZOOM - 1) * 64
     # The further right a view was cut, the brighter the ramp at its left edge and the narrower its mask.
     by_left = sorted(

@@ -12,16 +12,17 @@ ENTRY_POINTS = {"train", "predict", "preprocess"}
 ROOMS = {
     "errors": {"dataset_and_utils"},
     "settings": {"errors"},
+    "gpu": {"errors"},
     "process": {"settings"},
     "workspace": {"errors", "settings"},
     "declared_inputs": {"errors", "settings", "files"},
     "command_line": {"declared_inputs", "errors", "files"},
     "files": {"errors", "settings"},
-    "speed": {"errors", "settings"},
-    "model": {"dataset_and_utils", "errors", "settings", "workspace", "files"},
+    "speed": {"errors", "settings", "gpu"},
+    "model": {"dataset_and_utils", "errors", "settings", "workspace", "files", "gpu"},
     "data": {"dataset_and_utils", "errors", "settings", "files"},
-    "training": {"dataset_and_utils", "errors", "settings", "files", "model", "data", "speed"},
-    "serving": {"dataset_and_utils", "errors", "settings", "files", "model", "data", "speed"},
+    "training": {"dataset_and_utils", "errors", "settings", "gpu", "files", "model", "data", "speed"},
+    "serving": {"dataset_and_utils", "errors", "settings", "gpu", "files", "model", "data", "speed"},
 }
 """Room, or module directly in `sdxl` → what it may import from this project besides itself."""
 TOP = {

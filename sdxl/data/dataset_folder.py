@@ -1,4 +1,5 @@
-"""The dataset folder, written by preprocessing and read by training: `N.src.png`, `N.mask.png`, `captions.csv`.
+"""The dataset folder, written by preprocessing and read by training: `N.src.png`, `N.mask.png`, `N.large.png`,
+`captions.csv`.
 
 The only module that knows these names and the table's columns. Does not know how pictures are prepared or learned.
 """
@@ -24,7 +25,7 @@ FRAMING_COLUMNS = ["original_height", "original_width", "crop_top", "crop_left"]
 FramingNumbers = tuple[int, int, int, int]
 """The values of `FRAMING_COLUMNS` for one picture."""
 
-_PICTURE, _MASK = ".src.png", ".mask.png"
+_PICTURE, _MASK, _LARGE = ".src.png", ".mask.png", ".large.png"
 _LARGEST = 1_000_000
 """Largest number in the framing columns, in pixels."""
 
@@ -37,6 +38,8 @@ class PreparedPicture:
     """`N.src.png`: RGB, upright, of its final size."""
     mask: Path | None
     """`N.mask.png`: grey, of the picture's size, white where the picture matters. None: all of it matters."""
+    large: Path | None
+    """`N.large.png`: RGB, what the picture shows with more of the original's pixels. None: there are no more."""
     caption: str
     framing: Framing
     """How the original was resized and cropped to this picture."""
@@ -50,6 +53,16 @@ def picture_file(folder: Path, index: int) -> Path:
 def mask_file(picture: Path) -> Path:
     """The file of a picture's mask; pictures without a mask have no such file."""
     return picture.with_name(picture.name.removesuffix(_PICTURE) + _MASK)
+
+
+def large_file(picture: Path) -> Path:
+    """The file of a picture's large copy. Readers that do not know it need only the picture."""
+    return picture.with_name(picture.name.removesuffix(_PICTURE) + _LARGE)
+
+
+def is_large_file(path: Path) -> bool:
+    """Whether `path` has the name of a large copy."""
+    return path.name.endswith(_LARGE)
 
 
 def is_picture_file(path: Path) -> bool:
@@ -72,11 +85,12 @@ def read_dataset_folder(folder: Path) -> list[PreparedPicture]:
             raise DatasetError(f"{table} needs the columns {', '.join(FRAMING_COLUMNS)}: prepare it again.")
         original_height, original_width, top, left = numbers
         picture = folder / row.file
-        mask = mask_file(picture)
+        mask, large = mask_file(picture), large_file(picture)
         pictures.append(
             PreparedPicture(
                 picture=picture,
                 mask=mask if mask.is_file() else None,
+                large=large if large.is_file() else None,
                 caption=row.caption,
                 framing=Framing(
                     original_size=(original_height, original_width),

@@ -32,6 +32,7 @@ from sdxl.data.framing import (
     nearest_bucket,
     place_crop,
 )
+from sdxl.data.large_pictures import keep_large, most_detail, pixels_of_large, write_large
 from sdxl.data.mask_reader import mostly_grey, read_mask
 from sdxl.data.picture_reader import MAX_PIXELS, is_plain_png, on_white, read_header, read_layered
 from sdxl.data.pixel_budget import PixelBudget
@@ -127,11 +128,11 @@ def frame_all(
 
 
 def _needed(config: PreprocessConfig) -> Size:
-    """The (height, width) that every crop comes from; larger JPEGs are decoded at a fraction of their size."""
+    """The (height, width) that every crop and its large copy come from; larger JPEGs are decoded at a fraction of their size."""
     longest = config.target_size
     if config.bucketing:
         longest = max(max(size) for size in buckets(config.target_size))
-    return longest, longest
+    return most_detail((longest, longest))
 
 
 def _pixels_to_decode(source: _SourcePicture, config: PreprocessConfig) -> int:
@@ -142,7 +143,7 @@ def _pixels_to_decode(source: _SourcePicture, config: PreprocessConfig) -> int:
     for name, header in headers:
         if told := header.told(name):
             log.warning("%s", told)
-    return sum(header.pixels for _, header in headers)
+    return sum(header.pixels for _, header in headers) + pixels_of_large(source.file)
 
 
 def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> FramedPicture:
@@ -187,6 +188,7 @@ def _frame(source: _SourcePicture, target: Path, config: PreprocessConfig) -> Fr
     framed.save(target, compress_level=PNG_LEVEL)
 
     framing = earlier.followed_by(crop) if earlier is not None else crop
+    write_large(image, crop, framing, target)
     facts = _measure(framed, framing, source, transparent=_transparent(layered))
     return FramedPicture(file=target, source=source.file, crop=crop, framing=framing, facts=facts)
 
@@ -205,6 +207,7 @@ def _copy(
         shutil.copyfile(source.mask, mask_file(target))
     elif mask is not None:
         _crop_mask(mask, unchanged).save(mask_file(target), compress_level=PNG_LEVEL)
+    keep_large(source.file, source.name, image, target)
     facts = _measure(image, framing, source)
     return FramedPicture(file=target, source=source.file, crop=unchanged, framing=framing, facts=facts)
 

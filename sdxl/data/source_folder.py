@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl.data.dataset_folder import ADVICE, SHEET
+from sdxl.data.dataset_folder import ADVICE, SHEET, is_large_file, is_picture_file
 from sdxl.data.mask_names import find_masks
 from sdxl.data.picture_reader import IMAGE_SUFFIXES, is_picture_content
 from sdxl.errors import DatasetError
@@ -61,6 +61,9 @@ def open_source(source: Path, folder: Path) -> Source:
     else:
         found = unpack(source, root)
     files = sorted({path for path in found if not _is_litter(path.relative_to(root))})
+    prepared = {path.parent for path in files if is_picture_file(path)}
+    # The large copies of a dataset folder belong to its pictures, like masks.
+    files = [path for path in files if not (is_large_file(path) and path.parent in prepared)]
 
     pictures = [path for path in files if _is_picture(path)]
     masks = find_masks(pictures, root)

@@ -20,6 +20,7 @@ from dataset_and_utils import TokenMap, add_tokens, eos_id, pool_at_eos
 from sdxl.errors import WeightsError
 from sdxl.files.part_files import present
 from sdxl.files.weight_files import WeightFile
+from sdxl.gpu import require_runnable, training_half
 from sdxl.model.noise_schedule import read_schedule
 from sdxl.settings import Prediction
 
@@ -52,9 +53,16 @@ def incomplete_base_named(folder: Path) -> Iterator[None]:
 
 
 def default_device() -> torch.device:
-    """The first CUDA device, else the CPU."""
+    """The first CUDA device, else the CPU.
+
+    Raises:
+        UserInputError: the installed PyTorch does not run on this GPU.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", torch.cuda.current_device())
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        require_runnable(capability, torch.cuda.get_arch_list(), name)
+        return device
     return torch.device("cpu")
 
 
@@ -146,8 +154,9 @@ def load_components(
 ) -> Components:
     """Load every component from `folder` onto `device`, frozen and in eval mode.
 
-    Precision: a UNet that trains in full is fp32, because updates of 1e-6 vanish in half precision. On CUDA all frozen
-    components are bf16, also the autoencoder, because SDXL's overflows in fp16. On a CPU everything is fp32.
+    Precision: a UNet that trains in full is fp32, because updates of 1e-6 vanish in half precision. The autoencoder is
+    fp32: it encodes each picture once, and its rounding errors would be learned. On CUDA all other frozen components are
+    bf16. On a CPU, and on a GPU without bf16, everything is fp32.
 
     vae: folder of another autoencoder.
     prediction: what the base predicts, instead of what its files say.
@@ -155,12 +164,12 @@ def load_components(
     Raises:
         WeightsError: a component is missing or does not belong to an SDXL.
     """
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    half = training_half(device)
     with incomplete_base_named(folder):
         noise_scheduler: Any = DDPMScheduler.from_config(read_schedule(folder, prediction))
         components = Components(
             unet=load_unet(folder, half if is_lora else torch.float32, device),
-            vae=load_part(AutoencoderKL, vae or folder / "vae", half, device),
+            vae=load_part(AutoencoderKL, vae or folder / "vae", torch.float32, device),
             text_encoders=(
                 load_part(CLIPTextModel, folder / "text_encoder", half, device),
                 load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", half, device),

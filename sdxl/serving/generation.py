@@ -76,9 +76,6 @@ def draw(
     """
     texts = texts_to_encode(request, token_map, pipeline)
 
-    if pipeline.vae.config["force_upcast"] and pipeline.vae.dtype == torch.float16:
-        pipeline.vae.to(dtype=torch.bfloat16)  # SDXL's autoencoder overflows in fp16 and gives black pictures
-
     try:
         for start in range(first, request.num_outputs, at_once):
             seeds = [request.seed_of(i) for i in range(start, min(start + at_once, request.num_outputs))]
@@ -221,9 +218,9 @@ def _encode(
     """The latents [count, 4, h, w] of a picture: the mean of the autoencoder's posterior, scaled."""
     vae = pipeline.vae
     pixels = pipeline.image_processor.preprocess(image).to(device, vae.dtype)
-    return (
-        (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).to(dtype).repeat(count, 1, 1, 1)
-    )
+    with _own_precision(device):
+        latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    return latents.to(dtype).repeat(count, 1, 1, 1)
 
 
 def _decode(pipeline: Any, latents: Tensor) -> Iterator[Image.Image]:
@@ -233,16 +230,23 @@ def _decode(pipeline: Any, latents: Tensor) -> Iterator[Image.Image]:
         raise WeightsError(
             "These weights give no picture, only overflowing numbers: lower lora_scale, or train with lower rates."
         )
-    under_way = (
-        _to_host(vae.decode(one, return_dict=False)[0])
-        for one in (latents.to(vae.dtype) / vae.config.scaling_factor).split(1)
-    )
+
+    def decode(one: Tensor) -> tuple[Tensor, Callable[[], object]]:
+        with _own_precision(latents.device):
+            return _to_host(vae.decode(one, return_dict=False)[0])
+
+    under_way = (decode(one) for one in (latents.to(vae.dtype) / vae.config.scaling_factor).split(1))
     # On a GPU, queue all pictures at once: it decodes the next ones while the caller works on the first.
     if latents.is_cuda:
         under_way = list(under_way)
     for levels, wait in under_way:
         wait()
         yield Image.fromarray(levels.numpy())
+
+
+def _own_precision(device: torch.device) -> torch.autocast:
+    """The autoencoder computes in the precision of its weights, also where training draws under autocast."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _to_host(decoded: Tensor) -> tuple[Tensor, Callable[[], object]]:

@@ -34,7 +34,7 @@ def load_pipeline(
     """The text-to-image pipeline of the base in `folder`: fp16 on CUDA, fp32 on a CPU.
 
     Prompts are pooled at the end of the text, whatever the encoders' configuration says. If the autoencoder's
-    configuration says `force_upcast`, it encodes and decodes in bf16 on CUDA.
+    configuration says `force_upcast`, it is fp32 on CUDA too, because it overflows in fp16.
 
     vae: folder of another autoencoder.
     prediction: what the base predicts, instead of what its files say.
@@ -54,7 +54,9 @@ def load_pipeline(
         scheduler: Any = EulerDiscreteScheduler.from_config(read_schedule(folder, prediction))
         pipeline = StableDiffusionXLPipeline(
             unet=load_unet(folder, dtype, cpu if placement.offloaded else placement.device),
-            vae=load_part(AutoencoderKL, vae or folder / "vae", dtype, cpu),
+            vae=load_part(
+                AutoencoderKL, vae or folder / "vae", _vae_dtype(vae or folder / "vae", dtype), cpu
+            ),
             text_encoder=load_part(CLIPTextModel, folder / "text_encoder", dtype, cpu),
             text_encoder_2=load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", dtype, cpu),
             tokenizer=tokenizers[0],
@@ -71,6 +73,15 @@ def load_pipeline(
     pipeline.set_progress_bar_config(desc="Sampling", unit="step", mininterval=0.5)
     place(pipeline, placement)
     return pipeline
+
+
+def _vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
+    """The precision of the autoencoder in `folder` when the other parts have `dtype`.
+
+    SDXL's own overflows in fp16. bf16 would not, but it shows: its eight bits are as coarse as the levels of a picture.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    return torch.float32 if config.get("force_upcast", True) else dtype
 
 
 def _zeros_for_empty_prompts(folder: Path) -> bool:

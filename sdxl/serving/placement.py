@@ -12,6 +12,7 @@ import torch
 
 from sdxl import settings
 from sdxl.errors import UserInputError
+from sdxl.model.components import default_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,18 @@ def choose_placement(gpu_gib: float | None, setting: str = "auto") -> Placement:
 
 
 def placement_here() -> Placement:
-    """`choose_placement` for this machine and its `SDXL_MEMORY`."""
+    """`choose_placement` for this machine and its `SDXL_MEMORY`.
+
+    Raises:
+        UserInputError: as `choose_placement`, or the installed PyTorch does not run on this GPU.
+    """
     gib = None
     if torch.cuda.is_available():
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return choose_placement(gib, settings.variable("SDXL_MEMORY") or "auto")
+    placement = choose_placement(gib, settings.variable("SDXL_MEMORY") or "auto")
+    if placement.device.type == "cuda":
+        default_device()  # refuses a GPU on which torch does not run
+    return placement
 
 
 def place(pipeline: Any, placement: Placement) -> None:

@@ -6,13 +6,13 @@ point hands `drawer` to a training, which never imports serving.
 
 from collections.abc import Callable
 
-import torch
 from PIL import Image
 
 from dataset_and_utils import TokenMap
 from sdxl.model.components import Components
 from sdxl.serving.generation import generate
 from sdxl.serving.request import GenerationRequest
+from sdxl.speed.autocast import autocast
 
 SAMPLER = "K_EULER"
 
@@ -52,7 +52,7 @@ def drawer(components: Components, token_map: TokenMap | None = None) -> Callabl
             seed=seed,
         )
         # Training holds some parts in fp32 and others in bf16; autocast lets them work together.
-        with torch.autocast("cuda", torch.bfloat16, enabled=components.device.type == "cuda"):
+        with autocast(components.device):
             return generate(pipeline, request, tokens)[0]
 
     return draw

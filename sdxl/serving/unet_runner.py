@@ -27,6 +27,7 @@ from sdxl.settings import Speed
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.speed.cuda_graphs import GraphedWork
 from sdxl.speed.fp8 import Fp8Layers, is_supported
+from sdxl.speed.triton_here import triton_runs
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def speed_here(placement: Placement) -> Speed:
     if setting == "fp8" and placement.device.type == "cuda" and not is_supported(placement.device):
         log.warning("This GPU does not support fp8: using SDXL_SPEED=compiled.")
         setting = "compiled"
+    if setting in ("compiled", "fp8") and placement.device.type == "cuda":
+        setting = setting if not torch.cuda.is_available() or triton_runs() else "graphs"
     return setting if placement.device.type == "cuda" and not placement.offloaded else "eager"
 
 

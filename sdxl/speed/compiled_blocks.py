@@ -4,11 +4,11 @@ The transformer blocks repeat, so compiling only them takes seconds instead of m
 torch.compile; does not know training or requests.
 """
 
-import importlib.util
-
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+
+from sdxl.speed.triton_here import triton_runs
 
 
 def compile_blocks(unet: UNet2DConditionModel, *, fullgraph: bool = True) -> None:
@@ -23,8 +23,8 @@ def compile_blocks(unet: UNet2DConditionModel, *, fullgraph: bool = True) -> Non
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Call `fused_blocks.fuse` if the model is on CUDA and Triton is installed, as it is with torch for CUDA on Linux."""
-    if next(model.parameters()).is_cuda and importlib.util.find_spec("triton"):
+    """Call `fused_blocks.fuse` if the model is on CUDA and Triton's kernels run there."""
+    if next(model.parameters()).is_cuda and triton_runs():
         from sdxl.speed.fused_blocks import fuse
 
         fuse(model)

@@ -20,6 +20,8 @@ class Bucket:
     """Stacked: latents [n, 4, h, w], mask [n, 1, h, w], ids 2×[n, 77], time ids [n, 6]."""
     chosen: Tensor
     """Rows of `examples` [micro-batches, b]. Every step overwrites them in place, where a captured step reads them."""
+    shares: Tensor
+    """How often each example is drawn, compared with all others [n], on the CPU."""
     prompts: tuple[Tensor, Tensor] | None = None
     """Text conditioning of every example, [n, t, d] and [n, d], once it no longer changes."""
 
@@ -36,8 +38,8 @@ class Bucket:
 class Batches:
     """Endless batches of one dataset.
 
-    Each draw picks a bucket in proportion to its number of pictures, then takes the next pictures of a shuffled pass
-    through that bucket. So every picture is seen equally often.
+    Each draw picks a bucket in proportion to the shares of its examples, then takes the next ones of a shuffled pass
+    through that bucket. So every example is seen as often as its share says.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Batches:
         for indices in _by_shape(dataset):
             examples = dataset.collate(indices)
             chosen = torch.zeros(micro_batches, size, dtype=torch.long, device=examples.latents.device)
-            self.buckets.append(Bucket(examples=examples, chosen=chosen))
+            shares = torch.tensor([dataset.examples[index].share for index in indices], dtype=torch.float64)
+            self.buckets.append(Bucket(examples=examples, chosen=chosen, shares=shares))
         self._queues = [torch.empty(0, dtype=torch.long) for _ in self.buckets]
-        self._shares = torch.tensor([float(len(bucket)) for bucket in self.buckets])
+        self._shares = torch.stack([bucket.shares.sum() for bucket in self.buckets])
 
     def draw(self) -> int:
         """Choose the next batch. Returns the number of its bucket, which then holds the choice."""
@@ -73,10 +76,21 @@ class Batches:
         bucket, queue = self.buckets[number], self._queues[number]
         wanted = bucket.chosen.numel()
         while len(queue) < wanted:
-            queue = torch.cat([queue, torch.randperm(len(bucket), generator=self.generator)])
+            queue = torch.cat([queue, self._shuffled_pass(bucket.shares)])
         bucket.chosen.copy_(queue[:wanted].view_as(bucket.chosen))
         self._queues[number] = queue[wanted:]
         return number
+
+    def _shuffled_pass(self, shares: Tensor) -> Tensor:
+        """As many rows as there are examples, in random order.
+
+        An example that should occur 1.3 times in a pass occurs once or twice. Source: systematic sampling, Madow, "On
+        the theory of systematic sampling" (Annals of Mathematical Statistics, 1949).
+        """
+        ends = (shares / shares.mean()).cumsum(0) + torch.rand((), generator=self.generator)
+        times = ends.floor().diff(prepend=torch.zeros(1, dtype=ends.dtype)).long()
+        rows = torch.arange(len(shares)).repeat_interleave(times)
+        return rows[torch.randperm(len(rows), generator=self.generator)]
 
 
 def _by_shape(dataset: ExampleDataset) -> list[list[int]]:

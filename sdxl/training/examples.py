@@ -26,7 +26,7 @@ from sdxl.training.random_views import View, views_of
 
 T = TypeVar("T")
 
-PIXELS_AT_ONCE = 2 * 1024 * 1024
+PIXELS_AT_ONCE = 1024 * 1024
 """Most pixels in one batch of the autoencoder, so that its activations fit in memory together with the model."""
 
 
@@ -44,7 +44,7 @@ def cache_examples(
 
     Each picture becomes one sample of the autoencoder's posterior, multiplied by its `scaling_factor`.
 
-    views: how many random crops of each enlarged picture to learn, in addition to the whole picture.
+    views: how many random crops of each picture to learn, in addition to the whole picture.
     flip: learn every view mirrored too.
 
     Raises:
@@ -76,6 +76,7 @@ def cache_examples(
                         mask=_latent_mask(view.mask, latents),
                         token_ids=ids,
                         time_ids=torch.tensor(view.time_ids, dtype=torch.float32, device=components.device),
+                        share=view.share,
                     )
                 )
     return ExampleDataset(examples)

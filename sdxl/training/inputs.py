@@ -11,7 +11,14 @@ from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.data.config import PreprocessConfig
 from sdxl.errors import UserInputError
-from sdxl.training.config import TrainingConfig, TrainingOptions, check_limits, limited, resolve_steps
+from sdxl.training.config import (
+    TrainingConfig,
+    TrainingOptions,
+    check_limits,
+    limited,
+    resolve_steps,
+    resolve_views,
+)
 from sdxl.training.contradictions import refuse_contradictions
 
 _ANY_RESOLUTION = 1024
@@ -108,14 +115,16 @@ class TrainInputs:
             UserInputError: a setting is wrong.
         """
         options, speed = self.options, settings.speed()
+        at_once = options.train_batch_size * options.gradient_accumulation_steps * processes
         steps = resolve_steps(
             max_train_steps=self.max_train_steps,
             epochs=self.num_train_epochs,
             images=images,
-            batch_size=options.train_batch_size * options.gradient_accumulation_steps * processes,
+            batch_size=at_once,
         )
+        views = resolve_views(options.random_views, draws=steps * at_once, images=images)
         return TrainingConfig(
-            **vars(options),
+            **{**vars(options), "random_views": views},
             base=base,
             resolution=resolution,
             max_train_steps=steps,

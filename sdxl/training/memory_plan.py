@@ -89,6 +89,7 @@ def choose_plan(
     resolution: int,
     precision: str = "auto",
     checkpointing: bool | None = True,
+    bf16: bool = True,
 ) -> MemoryPlan:
     """The best plan that fits in memory, with the reason in one sentence.
 
@@ -103,6 +104,7 @@ def choose_plan(
         resolution: side of the pictures in pixels.
         precision: "auto", or "fp32" or "bf16" to force that precision even if it may not fit.
         checkpointing: whether the backward pass recomputes activations; None: only if memory requires it.
+        bf16: whether the GPU computes in bf16. If not, weights, gradients and activations are fp32.
 
     Raises:
         UserInputError: an unknown name, or the optimizer does not support the precision.
@@ -114,7 +116,11 @@ def choose_plan(
         )
     if optimizer not in _PLANS:
         raise UserInputError(f"optimizer is {optimizer!r}, but must be one of {', '.join(_PLANS)}.")
+    if precision == "bf16" and not bf16:
+        raise UserInputError("precision is bf16, which this GPU cannot compute: use fp32, or is_lora.")
     plans = [plan for plan in _PLANS[optimizer] if precision in ("auto", name_of(plan.weights))]
+    if not bf16:
+        plans = [_without_bf16(plan) for plan in plans if plan.weights is torch.float32]
     if not plans:
         raise UserInputError(
             f"optimizer {optimizer} would lose small updates of bf16 weights: use adamw_8bit, or precision fp32."
@@ -126,7 +132,7 @@ def choose_plan(
     for plan in plans:
         for recompute in ways:
             activations = activation_bytes(
-                parameters, batch=batch, resolution=resolution, checkpointing=recompute
+                parameters, batch=batch, resolution=resolution, checkpointing=recompute, bf16=bf16
             )
             need = int(plan.bytes_per_weight * parameters) + activations
             if need <= free_bytes:
@@ -136,7 +142,9 @@ def choose_plan(
     plan = replace(plans[-1], checkpointing=ways[-1])
     state = int(plan.bytes_per_weight * parameters)
     if state > free_bytes:
-        smaller = ", or precision auto with optimizer adamw_8bit" if plan.bytes_per_weight > 7 else ""
+        smaller = (
+            ", or precision auto with optimizer adamw_8bit" if plan.bytes_per_weight > 7 and bf16 else ""
+        )
         raise NotEnoughMemoryError(
             f"Full training of {parameters / 1e9:.2f} billion weights needs {_gib(state)} for weights, gradients and "
             f"optimizer state alone, but {_gib(free_bytes)} are free: use is_lora or a larger GPU{smaller}."
@@ -144,9 +152,17 @@ def choose_plan(
     return _explained(plan, optimizer, state + activations, free_bytes, tight=True)
 
 
-def activation_bytes(weights: int, *, batch: int, resolution: int, checkpointing: bool) -> int:
+def _without_bf16(plan: MemoryPlan) -> MemoryPlan:
+    """`plan` with fp32 gradients."""
+    more = torch.float32.itemsize - plan.gradients.itemsize
+    return replace(plan, gradients=torch.float32, bytes_per_weight=plan.bytes_per_weight + more)
+
+
+def activation_bytes(
+    weights: int, *, batch: int, resolution: int, checkpointing: bool, bf16: bool = True
+) -> int:
     """An estimate of a step's memory beyond weights, gradients and optimizer state, for a UNet with `weights` weights."""
-    per_picture = _CHECKPOINTED_BYTES if checkpointing else _ACTIVATION_BYTES
+    per_picture = (_CHECKPOINTED_BYTES if checkpointing else _ACTIVATION_BYTES) * (1 if bf16 else 2)
     # Activations grow with a UNet's width, weights with its square.
     narrower = min(weights / _SDXL_WEIGHTS, 1.0) ** 0.5
     return _RESERVE_BYTES + int(per_picture * narrower * batch * (resolution / 1024) ** 2)

@@ -26,6 +26,7 @@ from torchao.optim.adam import single_param_adam
 from transformers.optimization import Adafactor
 
 from sdxl.errors import UserInputError
+from sdxl.speed.triton_here import triton_runs
 
 CAPTURABLE = frozenset({"adamw", "adamw_8bit"})
 """Optimizers whose step never waits for the GPU: a CUDA graph may contain it, and still reads new learning rates."""
@@ -146,10 +147,10 @@ def adamw_8bit(groups: Iterable[Group], device: torch.device) -> Optimizer:
     """AdamW with 8-bit state in blocks of 256, computed in fp32. bf16 weights are rounded stochastically.
 
     Accepts bf16 gradients. Tensors with fewer than 4096 values, or not made of whole blocks, keep state in their own
-    dtype. Capturable once a first step has compiled its few kernels, which needs a C compiler. On a CPU the same
-    operations run uncompiled, several times slower than AdamW.
+    dtype. Capturable once a first step has compiled its few kernels, which needs a C compiler. On a CPU, and
+    where Triton does not run, the same operations run uncompiled, several times slower than AdamW.
     """
-    return (_AdamW8bit if device.type == "cuda" else _UncompiledAdamW8bit)(
+    return (_AdamW8bit if device.type == "cuda" and triton_runs() else _UncompiledAdamW8bit)(
         _as_dicts(groups, device), bf16_stochastic_round=True
     )
 

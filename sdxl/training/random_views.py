@@ -4,7 +4,7 @@ Knows pixels and SDXL's size conditioning; does not know captions, models or how
 
 SDXL is conditioned on the original size of a picture and on where it was cropped (arXiv:2307.01952, section 2.2). So a
 crop can be learned as a crop: the fine-tune sees the subject at other sizes and places, but does not learn to draw it
-cut off.
+cut off. Crops are cut from the picture's large copy, so that they are as sharp as the picture itself.
 """
 
 from dataclasses import dataclass, replace
@@ -16,21 +16,27 @@ from sdxl.data.dataset_folder import PreparedPicture
 from sdxl.data.framing import Size
 
 LARGEST_ZOOM = 1.3
-"""Views are cropped from the picture enlarged by at most this factor."""
+"""Crops show the subject at most this many times larger than the whole picture does. Where the original has fewer
+pixels, its pixels are the limit."""
+WHOLE_SHARE = 0.25
+"""Share of the draws of a picture that show all of it, if it has crops. The whole picture is what prompts ask for, so it
+must not be one of many. More of it would bring back what crops prevent: pictures that are alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
     """Pixels to learn, with their size conditioning."""
 
+    share: float
+    """How often this view is drawn: the shares of a picture's views add up to 1."""
     picture: Image.Image
     mask: Image.Image | None
     original_size: Size
     """(height, width) of the original file in pixels."""
     crop_top_left: tuple[float, float]
-    """(top, left) of this view in the enlarged original, in pixels of `picture`."""
-    enlarged_width: float
-    """Width of the whole enlarged original, in pixels of `picture`."""
+    """(top, left) of this view in the resized original, in pixels of `picture`."""
+    resized_width: float
+    """Width of the whole resized original, in pixels of `picture`."""
 
     @property
     def time_ids(self) -> list[float]:
@@ -39,11 +45,20 @@ class View:
 
 
 def views_of(prepared: PreparedPicture, rng: np.random.Generator, *, crops: int, flip: bool) -> list[View]:
-    """All views of a prepared picture, of one size: the whole picture, `crops` random crops, and with `flip` all of
-    these mirrored."""
+    """All views of a prepared picture, of one size: the whole picture, `crops` random crops if the original has the
+    pixels for any, and with `flip` all of these mirrored."""
     whole = _whole(prepared)
-    views = [whole, *(_crop(whole, *shares) for shares in _spread_out(crops, rng))]
-    return views + [_mirrored(view) for view in views] if flip else views
+    views = [whole]
+    if crops and prepared.large is not None:
+        with Image.open(prepared.large) as opened:
+            large = opened.convert("RGB")
+        share = (1 - WHOLE_SHARE) / crops
+        cut = [_crop(whole, large, share, *place) for place in _spread_out(crops, rng)]
+        views = [replace(whole, share=WHOLE_SHARE), *cut]
+    if not flip:
+        return views
+    views = [replace(view, share=view.share / 2) for view in views]
+    return views + [_mirrored(view) for view in views]
 
 
 def _whole(prepared: PreparedPicture) -> View:
@@ -57,11 +72,12 @@ def _whole(prepared: PreparedPicture) -> View:
     # Preparing scales the original until it just covers the picture, then crops what is left over on one side.
     scale = max(picture.height / height, picture.width / width)
     return View(
+        share=1.0,
         picture=picture,
         mask=mask,
         original_size=(height, width),
         crop_top_left=prepared.framing.crop_top_left,
-        enlarged_width=width * scale,
+        resized_width=width * scale,
     )
 
 
@@ -75,33 +91,39 @@ def _spread_out(count: int, rng: np.random.Generator) -> np.ndarray:
     return (order + rng.random((count, 3))) / max(count, 1)
 
 
-def _crop(whole: View, zoom_share: float, left_share: float, top_share: float) -> View:
-    """Enlarge `whole` and crop it to its own size again.
+def _crop(
+    whole: View, large: Image.Image, share: float, zoom_place: float, left_place: float, top_place: float
+) -> View:
+    """A crop of `large`, which shows what `whole` shows, at the size of `whole`.
 
-    The shares, 0 to 1, choose the zoom from 1 to `LARGEST_ZOOM`, and the place in the room that the zoom gives.
+    The places, 0 to 1, choose the zoom from 1 to the largest for which `large` has the pixels, and where in the room
+    that the zoom gives the crop lies.
     """
     width, height = whole.picture.size
-    zoom = 1 + (LARGEST_ZOOM - 1) * zoom_share
-    left, top = left_share * (zoom - 1) * width, top_share * (zoom - 1) * height
-    box = (left / zoom, top / zoom, (left + width) / zoom, (top + height) / zoom)
+    most = min(LARGEST_ZOOM, large.width / width, large.height / height)
+    zoom = 1 + (most - 1) * zoom_place
+    left, top = left_place * (zoom - 1) * width, top_place * (zoom - 1) * height
 
-    def crop(image: Image.Image) -> Image.Image:
-        return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    def crop(image: Image.Image, how: Image.Resampling) -> Image.Image:
+        across, down = image.width / width / zoom, image.height / height / zoom
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        return image.resize((width, height), how, box=box)
 
     whole_top, whole_left = whole.crop_top_left
     return replace(
         whole,
-        picture=crop(whole.picture),
-        mask=crop(whole.mask) if whole.mask else None,
+        share=share,
+        picture=crop(large, Image.Resampling.LANCZOS),
+        mask=crop(whole.mask, Image.Resampling.BILINEAR) if whole.mask else None,
         crop_top_left=(whole_top * zoom + top, whole_left * zoom + left),
-        enlarged_width=whole.enlarged_width * zoom,
+        resized_width=whole.resized_width * zoom,
     )
 
 
 def _mirrored(view: View) -> View:
     """`view` mirrored, as a crop of the mirrored original."""
     top, left = view.crop_top_left
-    from_right = max(view.enlarged_width - left - view.picture.width, 0)
+    from_right = max(view.resized_width - left - view.picture.width, 0)
     return replace(
         view,
         picture=ImageOps.mirror(view.picture),

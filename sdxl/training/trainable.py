@@ -16,9 +16,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sdxl.gpu import capability_of, computes_bf16, training_half
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.speed.lean_lora import make_lean
 from sdxl.speed.memory import free_bytes
+from sdxl.speed.triton_here import triton_runs
 from sdxl.training.config import TrainingConfig
 from sdxl.training.memory_plan import MemoryPlan, activation_bytes, choose_plan
 from sdxl.training.optimizers import Group
@@ -131,7 +133,7 @@ def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[...,
     For LoRA it is the same UNet with its adapter turned off. Otherwise it is a copy, on CUDA in half precision.
     """
     if not config.is_lora:
-        half = torch.bfloat16 if unet.device.type == "cuda" else unet.dtype
+        half = training_half(unet.device) if unet.device.type == "cuda" else unet.dtype
         with torch.device("meta"):
             copy = UNet2DConditionModel.from_config(unet.config)
         assert isinstance(copy, UNet2DConditionModel)
@@ -163,7 +165,13 @@ def _memory_plan(unet: UNet2DConditionModel, config: TrainingConfig) -> MemoryPl
         resolution=config.resolution,
         precision=config.precision,
         checkpointing=config.gradient_checkpointing,
+        bf16=_in_bf16(unet.device),
     )
+
+
+def _in_bf16(device: torch.device) -> bool:
+    """Whether activations are bf16; a CPU's memory does not count."""
+    return device.type != "cuda" or computes_bf16(capability_of(device))
 
 
 def _lora_checkpointing(unet: UNet2DConditionModel, config: TrainingConfig) -> bool:
@@ -174,7 +182,11 @@ def _lora_checkpointing(unet: UNet2DConditionModel, config: TrainingConfig) -> b
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
     # 16 bytes for each trained number: fp32 weight, gradient, and AdamW's two moments.
     need = 16 * trained + activation_bytes(
-        weights, batch=config.train_batch_size, resolution=config.resolution, checkpointing=False
+        weights,
+        batch=config.train_batch_size,
+        resolution=config.resolution,
+        checkpointing=False,
+        bf16=_in_bf16(unet.device),
     )
     return need > free_bytes(unet.device)
 
@@ -190,5 +202,6 @@ def _prepare(unet: UNet2DConditionModel, config: TrainingConfig, *, checkpointin
     log.info("Activations are %s.", "recomputed in the backward pass" if checkpointing else "kept in memory")
     if config.cuda_graph:
         fuse_blocks(unet)
-    if config.compile_blocks and sum(parameter.numel() for parameter in unet.parameters()) > _WORTH_COMPILING:
+    large = sum(parameter.numel() for parameter in unet.parameters()) > _WORTH_COMPILING
+    if config.compile_blocks and large and triton_runs():
         compile_blocks(unet, fullgraph=not config.use_dora)  # peft's DoRA cannot be traced as one graph
