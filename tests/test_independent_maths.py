@@ -176,7 +176,13 @@ def test_a_step_is_what_the_formulas_say(base: Components, folders: dict[bool, P
     start = {key: value.detach().clone() for key, value in parts.unet.named_parameters()}
     rows = [value.detach().clone() for value in tokens.parameters]
     batches = Batches(data, BATCH, seed=0)
-    loss = DenoisingLoss(components=parts, config=config, generator=generator, base_unet=outside)
+    loss = DenoisingLoss(
+        components=parts,
+        config=config,
+        generator=generator,
+        base_unet=outside,
+        base_outside_masks=outside is not None,
+    )
     step = TrainingStep(
         loss, [batches], optimizers, tokens, config, generator, mixed_precision=trainable.mixed_precision
     )
