@@ -350,7 +350,8 @@ def run(
     write_for_web_uis(trained, output, record, components, checkpoint_of=base if config.single_file else None)
     fine_tune_files.pack(output, workspace / RESULT)
     shutil.rmtree(dataset_folder)
-    shutil.rmtree(output)
+    # First by one rename: a kill while they are removed must not leave checkpoints that look whole.
+    shutil.rmtree(output.rename(workspace / f".{OUTPUT}.partial"))
     log.info("Done: %s contains the fine-tune.", RESULT)
     return workspace / RESULT
 

@@ -126,7 +126,10 @@ def _wait_until_packing(output: Path, pid: int) -> None:
 def _found(output: Path, tuned: TunedPipeline) -> list[str]:
     """What looks finished, but is not."""
     found = []
-    for finished in [*output.rglob(TAR), *output.rglob(f"{CHECKPOINTS}/step-*")]:
+    finished_ones = [*output.rglob(TAR), *output.rglob(f"{CHECKPOINTS}/step-*")]
+    for finished in finished_ones:
+        if any(part.startswith(".") for part in finished.relative_to(output).parts):
+            continue  # being removed
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 tuned.load(fine_tune_files.read(finished, Path(scratch)))
