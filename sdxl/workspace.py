@@ -101,6 +101,8 @@ def _discard(folder: Path, *, delivered: bool = False) -> Path | None:
     delivered: the result, with the checkpoints in it, was handed over and goes too.
     """
     result, kept = folder / RESULT, folder / OUTPUT / CHECKPOINTS
+    for half_written in kept.glob(".*.partial"):
+        shutil.rmtree(half_written, ignore_errors=True)
     if not delivered and result.is_file():
         kept = result
     elif not kept.is_dir() or not any(kept.iterdir()):
