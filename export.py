@@ -10,14 +10,14 @@ import argparse
 import logging
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from sdxl import settings
+from sdxl.command_line import run_into
 from sdxl.errors import UploadError, UserInputError
 from sdxl.process import configure_logging, repeat_on_cpu
 from sdxl.workspace import RESULT, workspace_of_run
@@ -237,32 +237,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserInputError as error:
         print(f"{error} See --help.", file=sys.stderr)
         return 2
-    is_new_folder = not arguments.output.exists()
     os.environ.setdefault("SDXL_WORKSPACE", str(arguments.output))
-    previous = signal.signal(signal.SIGTERM, _stop)
-    repeat_on_cpu()
-    configure_logging()
-    try:
+
+    def work() -> None:
+        repeat_on_cpu()
+        configure_logging()
         files, lost = export(request, arguments.output)
-    except UserInputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        if is_new_folder and arguments.output.exists() and not any(arguments.output.iterdir()):
-            arguments.output.rmdir()
-    for sentence in lost:
-        print(f"Lost: {sentence}", file=sys.stderr)
-    for path in files:
-        print(path)
-    return 0
+        for sentence in lost:
+            print(f"Lost: {sentence}", file=sys.stderr)
+        for path in files:
+            print(path)
 
-
-def _stop(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+    return run_into(arguments.output, work)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ import argparse
 import copy
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from benchmarks import full_size
 from benchmarks.quality import about
+from benchmarks.sampling import milliseconds
 from benchmarks.subject_job import BASE, training_pictures
 from sdxl.speed.compiled_blocks import fuse_blocks
 
@@ -71,20 +70,9 @@ def costs() -> dict[str, float]:
         for what, work in works.items():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            found[f"{name}_{what}_ms"] = _milliseconds(work)
+            found[f"{name}_{what}_ms"] = milliseconds(work, 12)
             found[f"{name}_{what}_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return found
-
-
-def _milliseconds(work: Callable[[], Any], runs: int = 12, skip: int = 3) -> float:
-    times = []
-    for _ in range(runs + skip):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - started))
-    return round(median(times[skip:]), 2)
 
 
 def main() -> None:

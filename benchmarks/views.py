@@ -57,7 +57,7 @@ def measure(share: float, crops: int) -> dict[str, float]:
         whole, *cut = _views(original, side, crops, index)
         counts.append(len(cut))
         for view in cut:
-            direct = _energy(_cut_of(original, view))
+            direct = _energy(cut_of(original, view))
             zoom = view.resized_width / whole.resized_width
             ratios.append(_energy(view.picture) / direct)
             enlarged.append(_energy(_enlarged(whole, view, zoom)) / direct)
@@ -79,7 +79,7 @@ def _views(original: Image.Image, side: int, crops: int, seed: int) -> list[View
         return views_of(prepared, np.random.default_rng(seed), crops=crops, flip=False)
 
 
-def _cut_of(original: Image.Image, view: View) -> Image.Image:
+def cut_of(original: Image.Image, view: View) -> Image.Image:
     """What the time ids of a view say, resized from the original in one step."""
     scale = view.resized_width / original.width
     top, left = view.crop_top_left

@@ -61,15 +61,26 @@ def run_command_line(
         print(f"{error} See --help.", file=sys.stderr)
         return 2
 
-    # SIGTERM, which `kill` and `docker stop` send, ends the run as Ctrl-C does.
-    is_new_folder = not arguments.output.exists()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("SDXL_WORKSPACE", str(arguments.output))
-    previous_handler = signal.signal(signal.SIGTERM, _stop)
-    try:
+
+    def work() -> None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
         setup()
         for path in _deliver(entry_point(**values), arguments.output):
             print(path)
+
+    return run_into(arguments.output, work)
+
+
+def run_into(output: Path, work: Callable[[], None]) -> int:
+    """Run `work`, which writes into the folder `output`; return the exit code: 0, 1 for a failed run, 130 for Ctrl-C.
+
+    SIGTERM, which `kill` and `docker stop` send, ends the run as Ctrl-C does. A new folder is removed if it stays empty.
+    """
+    is_new_folder = not output.exists()
+    previous_handler = signal.signal(signal.SIGTERM, _stop)
+    try:
+        work()
     except UserInputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
@@ -78,8 +89,8 @@ def run_command_line(
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
-        if is_new_folder and not any(arguments.output.iterdir()):
-            arguments.output.rmdir()
+        if is_new_folder and output.exists() and not any(output.iterdir()):
+            output.rmdir()
     return 0
 
 

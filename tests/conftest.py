@@ -21,6 +21,7 @@ from sdxl.process import configure_logging, repeat_on_cpu
 
 if TYPE_CHECKING:
     from predict import Predictor
+    from sdxl.serving.tuned_pipeline import TunedPipeline
 
 repeat_on_cpu()  # before torch multiplies anything
 # The miniature is too small to gain from several threads, and on busy cores they wait for each other.
@@ -143,6 +144,18 @@ def exchanged_profile(first: str, second: str) -> bytes:
 def captioned_zip(tmp_path: Path) -> Path:
     """The archive of `write_captioned_zip`."""
     return write_captioned_zip(tmp_path / "captioned.zip")
+
+
+def quiet_pipeline(folder: Path) -> "TunedPipeline":
+    """The base in `folder` on the CPU, ready for fine-tunes, without progress bars."""
+    import torch
+
+    from sdxl.serving.pipeline import load_pipeline
+    from sdxl.serving.tuned_pipeline import TunedPipeline
+
+    pipeline = load_pipeline(folder, torch.device("cpu"))
+    pipeline.set_progress_bar_config(disable=True)
+    return TunedPipeline(pipeline)
 
 
 def free_port() -> int:

@@ -22,17 +22,14 @@ from sdxl.model.ldm_names import UNET
 from sdxl.model.weight_changes import LowRank
 from sdxl.serving.combining import ReadFineTune, combine
 from sdxl.serving.generation import generate
-from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.request import GenerationRequest
 from sdxl.serving.tuned_pipeline import ScaledFineTune, TunedPipeline
-from tests.conftest import TINY_BASE
+from tests.conftest import TINY_BASE, quiet_pipeline
 
 
 @pytest.fixture(scope="module")
 def tuned() -> TunedPipeline:
-    pipeline = load_pipeline(TINY_BASE, torch.device("cpu"))
-    pipeline.set_progress_bar_config(disable=True)
-    return TunedPipeline(pipeline)
+    return quiet_pipeline(TINY_BASE)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from sdxl.files.archives import pack_tar
 from sdxl.model import fine_tune_files
 from sdxl.model.ldm_names import CLIP_G, CLIP_L, UNET, VAE, clip_g_to_ldm, unet_names, vae_to_ldm
 from sdxl.model.token_files import read_rows
-from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.tuned_pipeline import TunedPipeline
+from tests.conftest import quiet_pipeline
 from tests.named_base import WIDTHS, base_of, changed
 
 LAYER = "mid_block.attentions.0.proj_in"
@@ -25,9 +25,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def tuned(named_base: Path) -> TunedPipeline:
-    pipeline = load_pipeline(named_base, torch.device("cpu"))
-    pipeline.set_progress_bar_config(disable=True)
-    made = TunedPipeline(pipeline)
+    made = quiet_pipeline(named_base)
     base_of(made)
     return made
 

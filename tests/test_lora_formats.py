@@ -23,7 +23,7 @@ from sdxl.serving.generation import generate
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.request import GenerationRequest
 from sdxl.serving.tuned_pipeline import ScaledFineTune, TunedPipeline
-from tests.conftest import TINY_BASE
+from tests.conftest import TINY_BASE, quiet_pipeline
 
 RANK = 3
 Matrices = dict[str, tuple[Tensor, Tensor]]
@@ -32,9 +32,7 @@ Matrices = dict[str, tuple[Tensor, Tensor]]
 
 @pytest.fixture(scope="module")
 def tuned() -> TunedPipeline:
-    pipeline = load_pipeline(TINY_BASE, torch.device("cpu"))
-    pipeline.set_progress_bar_config(disable=True)
-    return TunedPipeline(pipeline)
+    return quiet_pipeline(TINY_BASE)
 
 
 def random_matrices(root: nn.Module, chosen: Callable[[str], bool], size: float) -> Matrices:

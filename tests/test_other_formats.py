@@ -19,8 +19,8 @@ from sdxl.errors import WeightsError
 from sdxl.model import fine_tune_files
 from sdxl.model.ldm_names import unet_names
 from sdxl.model.lora_formats import read_lora
-from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.tuned_pipeline import TunedPipeline
+from tests.conftest import quiet_pipeline
 from tests.named_base import base_of, changed
 
 RANK, ALPHA = 4, 2.0
@@ -43,9 +43,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def tuned(named_base: Path) -> TunedPipeline:
-    pipeline = load_pipeline(named_base, torch.device("cpu"))
-    pipeline.set_progress_bar_config(disable=True)
-    made = TunedPipeline(pipeline)
+    made = quiet_pipeline(named_base)
     base_of(made)
     return made
 

@@ -14,10 +14,9 @@ from dataset_and_utils import TokenMap
 from sdxl.errors import WeightsError
 from sdxl.model import fine_tune_files
 from sdxl.serving.generation import generate
-from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.request import GenerationRequest
 from sdxl.serving.tuned_pipeline import LoadedFineTune, ScaledFineTune, TunedPipeline
-from tests.conftest import TINY_BASE
+from tests.conftest import TINY_BASE, quiet_pipeline
 
 
 class Cancelled(BaseException):
@@ -26,9 +25,7 @@ class Cancelled(BaseException):
 
 @pytest.fixture(scope="module")
 def tuned() -> TunedPipeline:
-    pipeline = load_pipeline(TINY_BASE, torch.device("cpu"))
-    pipeline.set_progress_bar_config(disable=True)
-    return TunedPipeline(pipeline)
+    return quiet_pipeline(TINY_BASE)
 
 
 @pytest.fixture(scope="module")

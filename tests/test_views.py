@@ -7,6 +7,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from benchmarks.views import cut_of
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.data.dataset_folder import PreparedPicture, read_dataset_folder
 from sdxl.training.config import resolve_views
@@ -34,15 +35,6 @@ def prepare_again(folder: Path, name: str, side: int, **settings) -> PreparedPic
 
 def views(prepared: PreparedPicture, crops: int = 24, *, flip: bool = False) -> list[View]:
     return views_of(prepared, np.random.default_rng(0), crops=crops, flip=flip)
-
-
-def cut_of(original: Image.Image, view: View) -> Image.Image:
-    """What the time ids of a view say: the original resized and cropped, in one step."""
-    scale = view.resized_width / original.width
-    top, left = view.crop_top_left
-    width, height = view.picture.size
-    box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
-    return original.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def finest(picture: Image.Image) -> float:

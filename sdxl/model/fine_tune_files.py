@@ -168,18 +168,24 @@ def _opened(name: str, chosen: Chosen, folder: Path) -> FineTuneFiles:
         embeddings=None if chosen.embeddings is None else chosen.embeddings.path,
         token_files=chosen.token_files,
         token_map=TokenMap.read(tokens) if tokens.is_file() else TokenMap({}),
-        prediction_type=_recorded_prediction(folder / chosen.root / RECORD),
+        prediction_type=_recorded_prediction(folder / chosen.root),
     )
 
 
-def _recorded_prediction(record: Path) -> str | None:
-    """`prediction_type` in the record of a training; None without a usable record."""
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of the training whose files are in `folder`; empty if there is none that can be read."""
+    path = folder / RECORD
     try:
-        if record.stat().st_size > _LARGEST_RECORD:
-            return None
-        said = json.loads(record.read_text())["prediction_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+        if path.stat().st_size > _LARGEST_RECORD:
+            return {}
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _recorded_prediction(folder: Path) -> str | None:
+    said = read_record(folder).get("prediction_type")
     return said if said in ("epsilon", "v_prediction") else None
 
 

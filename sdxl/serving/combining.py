@@ -8,14 +8,13 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdxl import settings
 from sdxl.model.export_forms import ONLY_LORA, Exported, LoadedBase
-from sdxl.model.fine_tune_files import RECORD, FineTuneFiles
+from sdxl.model.fine_tune_files import FineTuneFiles, read_record
 from sdxl.model.low_rank import LoraMatrices
 from sdxl.model.merging import (
     DEFAULT_RANK,
@@ -32,8 +31,6 @@ from sdxl.serving.tuned_pipeline import LoadedFineTune, TunedPipeline, join_toke
 
 log = logging.getLogger(__name__)
 
-_LARGEST_RECORD = 1 << 20
-"""Bytes of a training.json; ours have 2,000."""
 _PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -59,23 +56,14 @@ def read_all(sources: Sequence[str], scales: Sequence[float], tuned: TunedPipeli
     """
 
     def load(files: FineTuneFiles) -> ReadFineTune:
-        return ReadFineTune(fine_tune=tuned.load(files), record=_record_beside(files.embeddings))
+        return ReadFineTune(
+            fine_tune=tuned.load(files),
+            record=read_record(files.embeddings.parent) if files.embeddings else {},
+        )
 
     cache = FineTuneCache(settings.cache_folder(), settings.cache_limits(), load)
     read = [cache.get(source) for source in sources]
     return [dataclasses.replace(one, scale=scale) for one, scale in zip(read, scales, strict=True)]
-
-
-def _record_beside(embeddings: Path | None) -> dict[str, Any]:
-    """The training.json next to a fine-tune's embeddings; empty if there is none that can be read."""
-    try:
-        path = embeddings.parent / RECORD if embeddings else None
-        if path is None or path.stat().st_size > _LARGEST_RECORD:
-            return {}
-        record = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 @torch.no_grad()
