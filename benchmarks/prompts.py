@@ -48,6 +48,22 @@ _TRAINING = [
 ]
 TRAINING = [scene for _, scene in _TRAINING]
 """Six pictures of the subject, as people take them: two close up, three from further away, one with another object."""
+_MORE_TRAINING = [
+    ("a photo of {} on the right on a plain white background", _scene("right", "white")),
+    ("a photo of {} in the middle on a gray dotted background", _scene("middle", "gray", "dotted")),
+    ("a photo of {} at the bottom on a yellow gradient background", _scene("bottom", "yellow", "gradient")),
+    ("a small {} in the top right on a plain brown background", _scene("top right", "brown", size="small")),
+    (
+        "a photo of {} left of a blue cup on a plain green background",
+        _scene("middle", "green", second_kind="cup", second_colour="blue", relation="left of"),
+    ),
+    (
+        "a photo of {} in the middle on a red checkered background",
+        _scene("middle", "red", "checkered", size="large"),
+    ),
+]
+MOST_PICTURES = len(_TRAINING) + len(_MORE_TRAINING)
+"""How many pictures of a subject there are to learn from."""
 
 _SUBJECT = [
     ("a photo of {} in the middle on a plain red background", _scene("middle", "red")),
@@ -72,9 +88,14 @@ _SUBJECT = [
 ]
 
 
-def training_captions(called: str = NAME) -> list[str]:
-    """One caption for each of `TRAINING`."""
-    return [text.format(called) for text, _ in _TRAINING]
+def training_scenes(count: int = len(_TRAINING)) -> list[Scene]:
+    """The scenes of the first `count` training pictures, 1 to `MOST_PICTURES`. Six are `TRAINING`."""
+    return [scene for _, scene in (_TRAINING + _MORE_TRAINING)[:count]]
+
+
+def training_captions(called: str = NAME, count: int = len(_TRAINING)) -> list[str]:
+    """One caption for each of `training_scenes`."""
+    return [text.format(called) for text, _ in (_TRAINING + _MORE_TRAINING)[:count]]
 
 
 def subject_prompts(called: str = NAME) -> list[tuple[str, Scene]]:

@@ -1,0 +1,92 @@
+"""What happened in a training: numbers of the steps, checks of the fine-tune, previews, and which moment was chosen.
+
+Knows how that is written as JSON; does not know how a training works or who reads it.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+FILE = "history.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step did."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    learning_rate: float
+    ti_learning_rate: float
+    """Of the token rows; 0 after the pivot."""
+    seconds: float
+    """Since the first step began."""
+    memory_gib: float = 0.0
+    """Peak GPU memory so far; 0 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """How good the fine-tune of one moment is. Lower is better, except for `score`."""
+
+    step: int
+    """After so many steps; 0 is the base."""
+    strength: float
+    """Factor of the change of the weights."""
+    held_out: dict[str, float]
+    """Band of noise ("low", "middle", "high") → loss on what was kept out, divided by the base's."""
+    drift: float
+    """How far the predictions for other prompts are from the base's, as a share of the predictions' size."""
+    score: float
+    """What the choice compares. Higher is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Previews:
+    """Pictures of one moment, one for each of the history's prompts."""
+
+    step: int
+    pictures: list[str]
+    """Files, relative to the history's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which moment is handed over."""
+
+    step: int
+    strength: float
+    reason: str
+    """One sentence for people."""
+
+
+@dataclass(kw_only=True)
+class History:
+    """All of one training."""
+
+    steps: list[Step] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    """What the previews show. The last names no new token, so its picture should not change."""
+    previews: list[Previews] = field(default_factory=list)
+    choice: Choice | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write the history as `FILE` into `folder`."""
+        part = folder / f".{FILE}.partial"
+        part.write_text(json.dumps(asdict(self)))
+        part.replace(folder / FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the `FILE` in `folder`, which a training wrote."""
+        told: dict[str, Any] = json.loads((folder / FILE).read_text())
+        return cls(
+            steps=[Step(**one) for one in told["steps"]],
+            checks=[Check(**one) for one in told["checks"]],
+            prompts=told["prompts"],
+            previews=[Previews(**one) for one in told["previews"]],
+            choice=Choice(**told["choice"]) if told["choice"] else None,
+        )
