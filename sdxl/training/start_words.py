@@ -87,7 +87,8 @@ def _called(text: Sequence[str], token: str) -> tuple[str, bool] | None:
     """The word by which one caption calls `token`, and whether it stands beside it."""
     if not FOREIGN.isdisjoint(text) or not STYLE.isdisjoint(text):
         return None
-    places = [place for place, piece in enumerate(text) if piece == token]
+    by = [place + 1 for place, piece in enumerate(text) if piece == "by"]  # "a painting by TOK" names a style
+    places = [place for place, piece in enumerate(text) if piece == token and place not in by]
     for place in places:
         word = _noun(text, place + 1) or _noun_before(text, place)
         if word:
@@ -109,7 +110,7 @@ def _other_starts(text: Sequence[str], places: Sequence[int]) -> Iterator[int]:
     for place in places:  # "TOK, a dog", "TOK is a dog"
         if place + 1 < len(text) and text[place + 1] in {",", "(", ":", "-", "–", "—", "is"}:
             yield place + 2
-    alone = all(piece == text[places[0]] for piece in text if piece.startswith("<s"))
+    alone = len({piece for piece in text if piece.startswith("<s")}) == 1
     if alone and any(_is_subject(text, place) for place in places):
         yield _after_medium(text)  # "a photo of a dog, TOK"
         for place in range(1, len(text) - 1):  # "TOK on a beach. The dog sleeps."
