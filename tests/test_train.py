@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -212,6 +213,7 @@ def test_a_preset_and_a_word_of_the_captions_decide_what_is_not_given(
     archive = write_zip(
         tmp_path / "x.zip", {"0.png": png(0), "0.txt": "a TOK dog", "1.png": png(1), "1.txt": "TOK"}
     )
+    caplog.set_level(logging.INFO)
     out = run(tmp_path, input_images=archive, preset="patient", lora_rank=2, token_init="auto", **QUICK)
     assert "Given, not from the preset: max_train_steps, lora_rank." in caplog.text
     settings = json.loads((out / "training.json").read_text())["settings"]
