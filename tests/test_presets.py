@@ -1,5 +1,6 @@
 """Presets: what they decide, and that what is given wins."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from benchmarks.quality import METHODS
 from sdxl.training.config import TrainingConfig
 from sdxl.training.inputs import train_inputs
 from sdxl.training.presets import PRESETS, relative_to_good
-from tests.test_train_inputs import defaults
+from tests.test_train_inputs import DECLARED, defaults
 
 
 def config(*, images: int = 6, processes: int = 1, words: str = "", **inputs: Any) -> TrainingConfig:
@@ -78,6 +79,14 @@ def test_rows_that_start_at_random_learn_faster():
     assert config(token_init="TOK:dog").ti_lr == 1e-3, "words are what the last stage says"
     assert config(token_map="A:2,B:3", words="A:dog").ti_lr == 1e-3
     assert config(token_map="A:2,B:3", words="A:dog,B:cat").ti_lr == 3e-4
+
+
+def test_the_descriptions_of_inputs_name_what_good_decides():
+    decided = config(words="TOK:dog", images=500)
+    for name in ("unet_learning_rate", "ti_lr", "lora_rank", "lora_lr", "lr_warmup_steps", "max_train_steps"):
+        numbers = re.findall(r"\d+(?:e-\d+)?", DECLARED[name].description)
+        assert getattr(decided, name) in map(float, numbers), name
+    assert f"{decided.lora_targets} for good" in DECLARED["lora_targets"].description
 
 
 def test_the_names_of_what_was_given_are_known():

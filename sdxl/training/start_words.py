@@ -23,7 +23,7 @@ _FEWEST = 3
 """So many captions must have a word, unless it stands beside the token: "TOK dog", "my dog TOK"."""
 _PLACING = ENDS - {"of", "with", "and"}
 """Words before a noun phrase that make it the place of the token, not its name: "on the sofa TOK sleeps"."""
-_NO_ADJECTIVES = CLASS_WORDS | MEDIA | DETERMINERS
+_NO_ADJECTIVES, _NO_PHRASE = CLASS_WORDS | MEDIA | DETERMINERS, ENDS | MEDIA | DETERMINERS
 _PIECE = re.compile(r"(?:<s\d+>)+|\w+(?:['’-]\w+)*|[^\w\s]")
 """A token's placeholders, a word or a mark."""
 
@@ -87,7 +87,7 @@ def _called(text: Sequence[str], token: str) -> tuple[str, bool] | None:
     """The word by which one caption calls `token`, and whether it stands beside it."""
     if not FOREIGN.isdisjoint(text) or not STYLE.isdisjoint(text):
         return None
-    by = [place + 1 for place, piece in enumerate(text) if piece == "by"]  # "a painting by TOK" names a style
+    by = {place + 1 for place, piece in enumerate(text) if piece == "by"}  # "a painting by TOK" names a style
     places = [place for place, piece in enumerate(text) if piece == token and place not in by]
     for place in places:
         word = _noun(text, place + 1) or _noun_before(text, place)
@@ -180,7 +180,7 @@ def _ends_phrase(piece: str, *, at_start: bool) -> bool:
     """Whether a noun phrase ends before `piece`. At its start "sleeping" and "striped" describe the noun."""
     if piece in CLASS_WORDS:
         return False
-    if not piece[0].isalpha() or piece in ENDS | DETERMINERS | MEDIA or not piece.isalpha():
+    if not piece[0].isalpha() or piece in _NO_PHRASE or not piece.isalpha():
         return True
     is_verb = piece.endswith("s") and not piece.endswith(("ss", "ous"))
     return is_verb or (piece.endswith(("ing", "ed", "ly")) and len(piece) > 4 and not at_start)
