@@ -30,7 +30,7 @@ from benchmarks.serving import cog_server, settings, wait_for
 from benchmarks.serving_jobs import data_uri, make_fine_tunes
 
 SMALL = {"width": 64, "height": 64, "seed": 1, "disable_safety_checker": True}
-TRAINING = {"resolution": 64, "train_batch_size": 1, "seed": 0, "checkpointing_steps": 2}
+TRAINING = {"is_lora": False, "resolution": 64, "train_batch_size": 1, "seed": 0, "checkpointing_steps": 2}
 LONGEST_WAIT = 60
 
 

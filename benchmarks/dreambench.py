@@ -34,7 +34,7 @@ from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.tuned_pipeline import TunedPipeline
 
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-base-patch32"
-_LORA = {"is_lora": True, "lora_lr": 1e-4}
+_LORA = {"is_lora": True}
 METHODS = (
     Method(name="untuned base", trained=False),
     Method(name="textual inversion only", settings=_LORA | {"lora_lr": 0.0, "pivot_fraction": 1.0}),

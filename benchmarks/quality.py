@@ -28,9 +28,11 @@ from safetensors.torch import load_file, save_file
 from benchmarks import base, prompts
 from benchmarks.base import autoencoder_identity
 from benchmarks.scores import fidelity
-from benchmarks.subject_job import BASE, Method, run_job, training_pictures
+from benchmarks.subject_job import BASE, SETTINGS, Method, run_job, training_pictures
 from benchmarks.workers import in_processes
 from sdxl.data.contact_sheet import Row, contact_sheet
+from sdxl.training.config import PresetName
+from sdxl.training.presets import relative_to_good
 from tiny_world.sheets import to_pil
 
 _LORA = {"is_lora": True, "lora_targets": "all", "lora_lr": 2e-3}
@@ -38,6 +40,21 @@ _FULL = {"unet_learning_rate": 4e-4}
 _SHARED = {"init": "toy", "views": 15}
 _NO_TI, _PIVOTAL = {"pivot_fraction": 0.0}, {"pivot_fraction": 0.5, "ti_lr": 5e-3}
 _WORD, _CLASS = {"called": "sks"}, {"called": "sks toy"}
+_LORA_PIVOTAL = Method(name="lora_pivotal", **_SHARED, settings=_LORA | _PIVOTAL)
+
+
+def _as_preset(preset: PresetName) -> Method:
+    """`lora_pivotal`, changed as a preset differs from good."""
+    settings = {**SETTINGS, **_LORA_PIVOTAL.settings}
+    changes, factor = relative_to_good(preset, settings, images=len(prompts.TRAINING))
+    return replace(
+        _LORA_PIVOTAL,
+        name=f"lora_{preset}",
+        settings={**_LORA_PIVOTAL.settings, **changes},
+        steps_factor=factor,
+    )
+
+
 METHODS = (
     Method(name="untuned", trained=False),
     Method(name="ti", **_SHARED, settings=_LORA | {"lora_lr": 0.0, "pivot_fraction": 1.0, "ti_lr": 5e-3}),
@@ -45,7 +62,9 @@ METHODS = (
     Method(name="lora_class", **_SHARED | _CLASS, settings=_LORA | _NO_TI),
     Method(name="full", **_SHARED | _WORD, settings=_FULL | _NO_TI),
     Method(name="full_class", **_SHARED | _CLASS, settings=_FULL | _NO_TI),
-    Method(name="lora_pivotal", **_SHARED, settings=_LORA | _PIVOTAL),
+    _LORA_PIVOTAL,
+    _as_preset("quick"),
+    _as_preset("patient"),
     Method(name="full_pivotal", **_SHARED, settings=_FULL | _PIVOTAL),
 )
 """All methods learn the same views of the same pictures. Their captions differ only in the subject's name. With textual
@@ -60,6 +79,8 @@ TITLES = {
     "full": "full UNet without TI",
     "full_class": "full UNet without TI, class named",
     "lora_pivotal": "LoRA + pivotal",
+    "lora_quick": "LoRA + pivotal, as preset quick",
+    "lora_patient": "LoRA + pivotal, as preset patient",
     "full_pivotal": "full UNet + pivotal",
 }
 SHEET_PROMPTS = (0, 2, 4, 7, 8)

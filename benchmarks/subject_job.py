@@ -26,6 +26,7 @@ from sdxl.serving.previews import drawer
 from sdxl.serving.tuned_pipeline import TunedPipeline
 from sdxl.training.config import TrainingConfig
 from sdxl.training.examples import cache_examples
+from sdxl.training.presets import PRESETS
 from sdxl.training.prior import PriorConfig, prior_dataset
 from sdxl.training.recipe import fine_tune
 from tiny_world.following import following, shares
@@ -65,16 +66,20 @@ class Method:
     """Whether the pictures have masks of the subject."""
     prior: str = ""
     """Prompts for prior preservation, separated by |."""
+    steps_factor: float = 1.0
+    """How many times as many steps as the other methods."""
     trained: bool = True
     """False: the base without training."""
 
 
+_GOOD = PRESETS["good"]
 SETTINGS: dict[str, Any] = {
-    "unet_learning_rate": 1e-6,
-    "lora_lr": 1e-4,
-    "ti_lr": 3e-4,
+    "unet_learning_rate": _GOOD.unet_learning_rate,
+    "lora_lr": _GOOD.lora_lr,
+    "ti_lr": _GOOD.ti_lr_at_random,
     "is_lora": False,
-    "lora_rank": 16,
+    "lora_rank": _GOOD.lora_rank,
+    "lora_targets": _GOOD.lora_targets,
     "lr_scheduler": "cosine",
     "seed": 0,
     "checkpointing_steps": 0,
@@ -144,7 +149,7 @@ def learn(
         "token_map": token_map,
         "token_init": _token_init(token_map, method.init),
         "resolution": resolution,
-        "max_train_steps": steps,
+        "max_train_steps": round(steps * method.steps_factor),
         "train_batch_size": batch_size,
         "gradient_checkpointing": gradient_checkpointing,
         **method.settings,

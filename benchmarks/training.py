@@ -219,7 +219,7 @@ def whole_run(folder: Path, *, steps: int, extra: tuple[str, ...] = ()) -> dict[
     for name, count in (("cold", 6), ("warm", steps)):
         command = [sys.executable, "train.py", "-o", str(folder / name), "-i", "is_lora=true"]
         command += ["-i", "input_images=@example_datasets/crowny_1024.zip", "-i", f"max_train_steps={count}"]
-        command += ["-i", "lora_targets=attention", *extra]
+        command += ["-i", "lora_targets=attention", "-i", f"lora_rank={RANK}", *extra]
         started = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, bufsize=0)
         assert process.stderr is not None

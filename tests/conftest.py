@@ -87,7 +87,7 @@ def fine_tunes(make_once: Callable[..., Path]) -> dict[str, Path]:
             patch.setenv("SDXL_BASE", str(TINY_BASE))
             patch.setenv("SDXL_WORKSPACE", str(folder / "workspace"))
             archive = write_captioned_zip(folder / "captioned.zip")
-            for name, inputs in (("full", {}), ("lora", {"is_lora": True, "lora_lr": 1e-2})):
+            for name, inputs in (("full", FULL), ("lora", {"lora_lr": 1e-2})):
                 tar = call(train.train, input_images=archive, **QUICK, **inputs)
                 Path(tar).rename(folder / f"{name}.tar")
 
@@ -177,5 +177,7 @@ def call(function: Callable[..., Any], **inputs: Any) -> Any:
     return function(**{**declared, **inputs})
 
 
-QUICK = {"resolution": 64, "max_train_steps": 4, "train_batch_size": 2, "seed": 0, "unet_learning_rate": 1e-3}
+QUICK = {"resolution": 64, "max_train_steps": 4, "train_batch_size": 2, "seed": 0}
 """Inputs of the shortest training that is one."""
+FULL = {"is_lora": False, "unet_learning_rate": 1e-3}
+"""Inputs that make it one of the whole UNet, which changes at once."""

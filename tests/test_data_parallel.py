@@ -77,5 +77,5 @@ def test_torchrun_leaves_one_fine_tune(captioned_zip: Path, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["trained_model.tar"]
-    assert done.stderr.count("Training the whole UNet") == 1
+    assert done.stderr.count("Training a LoRA of rank 16") == 1
     assert done.stderr.count("Training tokens and UNet:   0%") == 1, "one process shows its progress"

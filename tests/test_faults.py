@@ -22,7 +22,7 @@ from sdxl.settings import CacheLimits
 from sdxl.workspace import workspace_of_run
 from tests.conftest import REPOSITORY, TINY_BASE
 
-TRAINING = "max_train_steps=4 train_batch_size=1 resolution=64 random_views=0 seed=0 checkpointing_steps=2"
+TRAINING = "is_lora=false max_train_steps=4 train_batch_size=1 resolution=64 random_views=0 seed=0 checkpointing_steps=2"
 
 
 def limited(command: list[str], folder: Path, kib: int) -> subprocess.CompletedProcess[str]:

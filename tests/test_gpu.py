@@ -24,7 +24,7 @@ from sdxl.serving.unet_runner import Runners
 from sdxl.speed.compiled_blocks import fuse_blocks
 from sdxl.training.examples import cache_examples
 from sdxl.training.recipe import StepReport, fine_tune
-from tests.conftest import QUICK, TINY_BASE, call
+from tests.conftest import FULL, QUICK, TINY_BASE, call
 from tests.test_training import CONFIG
 from tests.tiny_helpers import write_checker
 
@@ -57,7 +57,7 @@ def test_the_embedded_base_trains_and_draws_on_cuda(
     captioned_zip: Path, is_lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SDXL_SAFETY_CHECKER", str(write_checker(tmp_path)))
-    tar = call(train.train, input_images=captioned_zip, is_lora=is_lora, **QUICK)
+    tar = call(train.train, input_images=captioned_zip, **QUICK, **({} if is_lora else FULL))
     predictor = Predictor()
     predictor.setup()
     assert predictor.painter.tuned.pipeline.unet.dtype == torch.float16
@@ -78,7 +78,7 @@ def test_pictures_are_the_eager_ones_whatever_was_drawn_before(
 ):
     """Graphs outlive fine-tunes: weights change under them."""
     monkeypatch.setenv("SDXL_SAFETY_CHECKER", str(write_checker(tmp_path)))
-    tar = call(train.train, input_images=captioned_zip, **QUICK)
+    tar = call(train.train, input_images=captioned_zip, **QUICK, **FULL)
     drawn = {}
     for name in ("eager", speed):
         monkeypatch.setenv("SDXL_SPEED", name)
@@ -110,9 +110,7 @@ def test_pictures_of_parts_that_take_turns_on_the_gpu_are_those_of_all_on_it(
 ):
     monkeypatch.setenv("SDXL_SAFETY_CHECKER", str(write_checker(tmp_path)))
     monkeypatch.setenv("SDXL_SPEED", "eager")
-    tars = [
-        str(call(train.train, input_images=captioned_zip, is_lora=lora, **QUICK)) for lora in (True, False)
-    ]
+    tars = [str(call(train.train, input_images=captioned_zip, **QUICK, **kind)) for kind in ({}, FULL)]
     drawn = {}
     for name in ("whole", memory):
         monkeypatch.setenv("SDXL_MEMORY", name)

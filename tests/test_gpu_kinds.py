@@ -59,7 +59,7 @@ def test_full_training_without_bf16_holds_all_in_fp32():
     assert (roomy.weights, roomy.gradients) == (torch.float32, torch.float32)
     eight = choose_plan(free_bytes=31 * GIB, optimizer="adamw_8bit", **common)  # type: ignore[arg-type]
     assert (eight.gradients, eight.bytes_per_weight) == (torch.float32, 10)
-    with pytest.raises(NotEnoughMemoryError, match="use is_lora or a larger GPU"):
+    with pytest.raises(NotEnoughMemoryError, match="train a LoRA or use a larger GPU"):
         choose_plan(free_bytes=15 * GIB, optimizer="adamw", **common)  # type: ignore[arg-type]
     with pytest.raises(UserInputError, match="precision is bf16, which this GPU cannot compute"):
         choose_plan(free_bytes=80 * GIB, optimizer="adamw_8bit", precision="bf16", **common)  # type: ignore[arg-type]

@@ -366,7 +366,7 @@ def test_a_narrow_unet_needs_less_for_its_activations():
 
 def test_what_cannot_fit_is_said_before_it_starts():
     common = {"parameters": SDXL_WEIGHTS, "batch": 1, "resolution": 1024}
-    with pytest.raises(NotEnoughMemoryError, match=r"14\.3 GiB .* 12\.0 GiB are free: use is_lora"):
+    with pytest.raises(NotEnoughMemoryError, match=r"14\.3 GiB .* 12\.0 GiB are free: train a LoRA"):
         choose_plan(free_bytes=12 * 2**30, optimizer="adamw", **common)
     with pytest.raises(UserInputError, match="precision is 'fp16'"):
         choose_plan(free_bytes=2**40, optimizer="adamw", precision="fp16", **common)

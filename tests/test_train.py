@@ -2,7 +2,9 @@
 
 import base64
 import json
+import logging
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 import train
 from sdxl.errors import UserInputError
 from sdxl.files.archives import unpack
-from tests.conftest import QUICK, call, png, write_zip
+from tests.conftest import FULL, QUICK, call, png, write_zip
 
 
 def run(tmp_path: Path, **inputs) -> Path:
@@ -26,7 +28,7 @@ def run(tmp_path: Path, **inputs) -> Path:
 
 
 def test_artifacts_of_a_full_training(captioned_zip: Path, tmp_path: Path):
-    out = run(tmp_path, input_images=captioned_zip, single_file=True, **QUICK)
+    out = run(tmp_path, input_images=captioned_zip, single_file=True, **QUICK, **FULL)
     assert sorted(path.name for path in out.iterdir()) == [
         "embeddings.pti",
         "special_params.json",
@@ -48,6 +50,7 @@ def test_artifacts_of_a_full_training(captioned_zip: Path, tmp_path: Path):
     assert {value.dtype for value in load_file(out / "unet.safetensors").values()} == {torch.float16}
     record = json.loads((out / "training.json").read_text())
     assert record["settings"]["seed"] == 0
+    assert record["settings"]["token_init"] == "", "the captions have no word for TOK"
     assert record["settings"]["resolution"] == 64
     assert record["versions"]["torch"] == torch.__version__
     assert len(record["dataset_sha256"]) == 64
@@ -84,7 +87,7 @@ def test_the_call_of_the_first_years_works(tmp_path: Path):
         resolution=64,
     )
     settings = json.loads((out / "training.json").read_text())["settings"]
-    assert settings["ti_lr"] == pytest.approx(6e-4)
+    assert settings["is_lora"] is True and settings["ti_lr"] == pytest.approx(6e-4)
     assert settings["max_train_steps"] == 2  # 4 epochs × 2 pictures ÷ 4 a step
 
 
@@ -96,7 +99,6 @@ def test_the_call_of_the_later_years_works(tmp_path: Path):
         token_string="TOK",
         caption_prefix="a photo of TOK, ",
         max_train_steps=3,
-        is_lora=True,
         resolution=64,
     )
     assert (out / "lora.safetensors").is_file()
@@ -105,7 +107,7 @@ def test_the_call_of_the_later_years_works(tmp_path: Path):
 
 
 def test_checkpoints_come_along_and_are_fine_tunes(captioned_zip: Path, tmp_path: Path):
-    out = run(tmp_path, input_images=captioned_zip, checkpointing_steps=2, **QUICK)
+    out = run(tmp_path, input_images=captioned_zip, checkpointing_steps=2, **QUICK, **FULL)
     steps = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert steps == ["step-000002", "step-000004"]
     last, final = (
@@ -116,7 +118,7 @@ def test_checkpoints_come_along_and_are_fine_tunes(captioned_zip: Path, tmp_path
 
 
 def test_equal_runs_give_equal_bytes(captioned_zip: Path, fine_tunes: dict[str, Path]):
-    again = call(train.train, input_images=captioned_zip, **QUICK)
+    again = call(train.train, input_images=captioned_zip, **QUICK, **FULL)
     one, other = (
         re.sub(rb'"modelspec.date":"[\d-]+"', b"", tar.read_bytes()) for tar in (again, fine_tunes["full"])
     )
@@ -138,6 +140,7 @@ def test_equal_runs_give_equal_bytes(captioned_zip: Path, fine_tunes: dict[str, 
         ({"max_train_steps": 0}, "max_train_steps is 0"),
         ({"train_batch_size": 0}, "train_batch_size is 0"),
         ({"unet_learning_rate": -1.0}, "unet_learning_rate is -1.0"),
+        ({"preset": "fast"}, "preset is 'fast', but must be one of quick, good, patient"),
         ({"ti_lr": float("nan")}, "ti_lr is nan"),
         ({"lr_warmup_steps": 4}, "lr_warmup_steps is 4"),
         ({"seed": -1}, "seed is -1"),
@@ -179,11 +182,12 @@ def test_settings_without_effect_are_told_once(tmp_path: Path, caplog: pytest.Lo
         "caption_prefix": "a drawing of TOK",
         "mask_floor": 0.5,
         "temp": 0.5,
+        "unet_learning_rate": 1e-3,
     }
-    out = run(tmp_path, input_images=archive, is_lora=True, **QUICK, **useless)
+    out = run(tmp_path, input_images=archive, **QUICK, **useless)
     assert (out / "lora.safetensors").is_file()
     for told in (
-        "unet_learning_rate has no effect with is_lora: the LoRA's rate is lora_lr, 0.0001.",
+        "unet_learning_rate has no effect on a LoRA, whose rate is lora_lr: set is_lora=false to train the whole UNet.",
         "The temperature of masks, 0.5, has no effect without mask_target_prompts or use_face_detection_instead.",
         "mask_floor has no effect, because no picture has a mask.",
         "global_caption is not used, because the pictures have captions.",
@@ -201,3 +205,23 @@ def test_a_wrong_base_is_told_what_to_do(
     monkeypatch.setenv("SDXL_BASE", "somebody/some-sdxl")
     with pytest.raises(UserInputError, match="set SDXL_BASE"):
         call(train.train, input_images=captioned_zip, **QUICK)
+
+
+def test_a_preset_and_a_word_of_the_captions_decide_what_is_not_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    archive = write_zip(
+        tmp_path / "x.zip", {"0.png": png(0), "0.txt": "a TOK dog", "1.png": png(1), "1.txt": "TOK"}
+    )
+    caplog.set_level(logging.INFO)
+    out = run(tmp_path, input_images=archive, preset="patient", lora_rank=2, token_init="auto", **QUICK)
+    assert "Given, not from the preset: max_train_steps, lora_rank." in caplog.text
+    settings = json.loads((out / "training.json").read_text())["settings"]
+    decided = {"token_init": "", "ti_lr": 1e-3, "lora_targets": "all", "lora_rank": 2, "lr_warmup_steps": 0}
+    assert {name: settings[name] for name in decided} == decided, "one of two captions is too few"
+    archive = write_zip(tmp_path / "y.zip", {"0.png": png(0), "0.txt": "a TOK dog"})
+    shutil.rmtree(out)
+    settings = json.loads((run(tmp_path, input_images=archive, **QUICK) / "training.json").read_text())[
+        "settings"
+    ]
+    assert (settings["token_init"], settings["ti_lr"]) == ("TOK:dog", 3e-4)

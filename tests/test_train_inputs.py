@@ -113,25 +113,28 @@ def test_inputs_become_both_configs():
     assert preprocess.token_map == inputs.token_map
 
 
-LORA = {"is_lora": True}
-FULL_NEEDS = "without is_lora the whole UNet is trained: set is_lora to true"
+FULL = {"is_lora": False}
+FULL_NEEDS = "with is_lora=false the whole UNet is trained: leave out is_lora or "
 
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"use_dora": True}, f"^use_dora is True, but {FULL_NEEDS}, or leave out use_dora.$"),
-        ({"lora_rank": 8}, f"^lora_rank is 8, but {FULL_NEEDS}"),
-        ({"lora_alpha": 8}, f"^lora_alpha is 8, but {FULL_NEEDS}"),
-        ({"lora_targets": "all"}, f"^lora_targets is all, but {FULL_NEEDS}"),
-        ({"lora_lr": 1e-3}, f"^lora_lr is 0.001, but {FULL_NEEDS}"),
+        ({**FULL, "use_dora": True}, f"^use_dora is True, but {FULL_NEEDS}use_dora.$"),
+        ({**FULL, "lora_rank": 8}, f"^lora_rank is 8, but {FULL_NEEDS}"),
+        ({**FULL, "lora_alpha": 8}, f"^lora_alpha is 8, but {FULL_NEEDS}"),
+        ({**FULL, "lora_targets": "all"}, f"^lora_targets is all, but {FULL_NEEDS}"),
+        ({**FULL, "lora_lr": 1e-4}, f"^lora_lr is 0.0001, but {FULL_NEEDS}"),
         ({"max_train_steps": 9, "num_train_epochs": 9}, "both given: give one of them"),
         ({"prior_images": 9}, "^prior_images is 9, but without prior_prompts"),
         ({"prior_weight": 0.5}, "^prior_weight is 0.5, but without prior_prompts"),
         ({"prior_prompts": "a dog|my TOK"}, '^prior_prompts contains "my TOK", but the base'),
-        ({**LORA, "lora_lr": 0.0, "pivot_fraction": 0.0}, "nothing would be trained"),
-        ({"precision": "bf16", "optimizer": "prodigy"}, "^optimizer prodigy would lose small updates"),
-        ({"precision": "bf16", "optimizer": "adafactor"}, "^optimizer adafactor would lose small updates"),
+        ({"lora_lr": 0.0, "pivot_fraction": 0.0}, "nothing would be trained"),
+        (
+            {**FULL, "precision": "bf16", "optimizer": "prodigy"},
+            "^optimizer prodigy would lose small updates",
+        ),
+        ({**FULL, "precision": "bf16", "optimizer": "adafactor"}, "^optimizer adafactor would lose"),
         ({"temp": 0.5, "clipseg_temperature": 2.0}, "^temp is the old name"),
         ({"ti_learning_rate_multiplier": 9.0, "ti_lr": 1e-2}, "^ti_learning_rate_multiplier is the old form"),
     ],
@@ -144,14 +147,16 @@ def test_contradictions_are_refused(inputs: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     "inputs",
     [
-        {**LORA, "use_dora": True, "lora_rank": 8, "lora_alpha": 8, "lora_targets": "all", "lora_lr": 1e-3},
+        {"use_dora": True, "lora_rank": 8, "lora_alpha": 8, "lora_targets": "all", "lora_lr": 1e-3},
         {"prior_prompts": "a dog", "prior_images": 9, "prior_weight": 0.5},
-        {**LORA, "lora_lr": 0.0, "pivot_fraction": 1.0},
-        {"precision": "bf16", "optimizer": "adamw_8bit"},
+        {"lora_lr": 0.0, "pivot_fraction": 1.0},
+        {**FULL, "precision": "bf16", "optimizer": "adamw_8bit"},
+        {"optimizer": "prodigy"},
         {"temp": 0.5, "mask_target_prompts": "a dog"},
         {"temp": 0.5, "clipseg_temperature": 0.5, "use_face_detection_instead": True},
         {"ti_learning_rate_multiplier": 100.0, "unet_learning_rate": 6e-6},
-        {**LORA, "ti_learning_rate_multiplier": 100.0, "unet_learning_rate": 6e-6},
+        {**FULL, "ti_learning_rate_multiplier": 100.0, "unet_learning_rate": 6e-6},
+        {"ti_learning_rate_multiplier": 100.0, "preset": "quick"},
     ],
 )
 def test_settings_that_go_together_are_neither_refused_nor_told(inputs: dict[str, Any]):
@@ -166,12 +171,12 @@ def test_settings_that_go_together_are_neither_refused_nor_told(inputs: dict[str
     ("inputs", "told"),
     [
         (
-            {**LORA, "unet_learning_rate": 1e-5},
-            "unet_learning_rate has no effect with is_lora: the LoRA's rate is lora_lr, 0.0001.",
+            {"unet_learning_rate": 1e-5},
+            "unet_learning_rate has no effect on a LoRA, whose rate is lora_lr: set is_lora=false to train the whole UNet.",
         ),
-        ({**LORA, "precision": "fp32"}, "precision has no effect with is_lora: it is for full training."),
+        ({"precision": "fp32"}, "precision has no effect on a LoRA: it is for full training, is_lora=false."),
         (
-            {**LORA, "lora_lr": 0.0},
+            {"lora_lr": 0.0},
             "lora_lr is 0, so nothing is trained after the pivot: set pivot_fraction to 1.",
         ),
         (
@@ -183,8 +188,8 @@ def test_settings_that_go_together_are_neither_refused_nor_told(inputs: dict[str
             "prior_prompts has no effect, because prior_weight is 0.",
         ),
         (
-            {"optimizer": "prodigy"},
-            "prodigy finds its own rate and multiplies it by unet_learning_rate, 1e-06: set unet_learning_rate to 1.",
+            {**FULL, "optimizer": "prodigy", "unet_learning_rate": 1e-6},
+            "prodigy finds its own rate and multiplies it by unet_learning_rate, 1e-06: leave unet_learning_rate out.",
         ),
         (
             {"temp": 0.5},

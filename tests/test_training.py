@@ -34,6 +34,7 @@ CONFIG = TrainingConfig(
     ti_lr=1e-2,
     is_lora=False,
     lora_rank=4,
+    lora_targets="transformer",
     lora_lr=1e-3,
     lr_scheduler="constant",
     lr_warmup_steps=0,

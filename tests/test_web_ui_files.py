@@ -56,7 +56,8 @@ def trained(components: Components, targets: str, *, dora: bool) -> tuple[Traine
     """A LoRA with random second matrices, as a training gives it, and the record of its run."""
     config = TrainingConfig(
         base="someone/base", resolution=64, max_train_steps=7, seed=5, is_lora=True, lora_rank=RANK,
-        lora_alpha=ALPHA, use_dora=dora, lora_targets=targets,
+        lora_alpha=ALPHA, use_dora=dora, lora_targets=targets, lora_lr=1e-4, unet_learning_rate=1e-6, ti_lr=3e-4,
+        lr_warmup_steps=0,
     )  # fmt: skip
     torch.manual_seed(0)
     trainable = lora(components.unet, config)

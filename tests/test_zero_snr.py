@@ -159,7 +159,7 @@ def test_a_fine_tune_and_its_base_predict_the_same(
     captioned_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SDXL_PREDICTION", V)
-    tar = call(train.train, input_images=captioned_zip, is_lora=True, **QUICK | {"unet_learning_rate": 1e-6})
+    tar = call(train.train, input_images=captioned_zip, **QUICK)
     with tarfile.open(tar) as opened:
         record = json.loads(opened.extractfile("training.json").read())  # type: ignore[union-attr]
     assert record["prediction_type"] == "v_prediction" and record["zero_terminal_snr"] is True

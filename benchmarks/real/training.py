@@ -56,7 +56,6 @@ def train_lora(setup: Setup, **changes: Any) -> Trained:
     inputs = {name: declared.default for name, declared in declared_inputs(train.train).items()}
     inputs |= {
         "input_images": EXAMPLES,
-        "is_lora": True,
         "max_train_steps": steps,
         "seed": 0,
         "resolution": setup.side,

@@ -99,7 +99,7 @@ def advise(facts: Sequence[Facts], captions: Sequence[str], tokens: Sequence[str
     if len(facts) > MANY:
         advice.append(
             f"There are {len(facts)} pictures: for one subject the best 20 work as well; "
-            "with more, raise train_batch_size and the steps too."
+            "with more, num_train_epochs=200 shows each as often as usual."
         )
     faces = [height for fact in facts for height in fact.face_heights]
     if faces:

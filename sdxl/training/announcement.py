@@ -4,7 +4,7 @@ Knows settings and devices; does not know how training works.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -25,12 +25,12 @@ def announce(
     images: int,
     masks: bool,
     processes: int = 1,
-    by_epochs: bool = False,
+    given: Collection[str] = (),
 ) -> None:
     """Log what is trained, how often each picture is seen, and which settings have no effect.
 
     images: how many pictures are learned. masks: whether any of them has a mask. processes: how many train together.
-    by_epochs: whether the steps follow from epochs, and so from the number of processes.
+    given: the inputs that were given instead of what the preset decides.
     """
     for told in without_effect_here(config, masks=masks, cuda=device.type == "cuda"):
         log.warning("%s", told)
@@ -43,14 +43,29 @@ def announce(
         *(what, config.base, config.token_map, device, config.max_train_steps, _seen_in_a_step(config)),
         *(config.resolution, config.resolution, config.seed, config.pivot_step),
     )
-    for told in seen(config, images=images, processes=processes, by_epochs=by_epochs):
+    log.info("%s", preset_line(config, given))
+    for told in seen(config, images=images, processes=processes, given=given):
         log.info("%s", told)
 
 
-def seen(config: TrainingConfig, *, images: int, processes: int, by_epochs: bool = False) -> Iterator[str]:
-    """Sentences on how often each of `images` pictures is seen."""
+def preset_line(config: TrainingConfig, given: Collection[str]) -> str:
+    """A sentence with the preset, what it decided and which of `given` replaced it."""
+    rates = ("lora_rank", "lora_targets", "lora_lr") if config.is_lora else ("unet_learning_rate",)
+    names = ["max_train_steps", *rates, "ti_lr", "lr_warmup_steps"]
+    epochs = ["num_train_epochs"] if "num_train_epochs" in given else []
+    replaced = [*epochs, *(name for name in names if name in given)]
+    decided = [f"{name}={getattr(config, name)}" for name in names]
+    return f"Preset {config.preset}: {', '.join(decided)}. Given, not from the preset: {', '.join(replaced) or 'nothing'}."
+
+
+def seen(
+    config: TrainingConfig, *, images: int, processes: int, given: Collection[str] = ()
+) -> Iterator[str]:
+    """Sentences on how often each of `images` pictures is seen. `given` is as in `announce`."""
     draws = config.max_train_steps * _seen_in_a_step(config) * processes
-    if processes > 1 and not by_epochs:
+    if (
+        processes > 1 and "max_train_steps" in given
+    ):  # otherwise the steps follow from the number of processes
         yield (
             f"{processes} GPUs see {processes} times as many pictures in a step as one: for as many in all as one GPU would "
             f"see, set max_train_steps to {-(-config.max_train_steps // processes)}."
@@ -58,6 +73,9 @@ def seen(config: TrainingConfig, *, images: int, processes: int, by_epochs: bool
     times = round(draws / images)
     views = f", {config.random_views} random crops of it included" if config.random_views else ""
     advice = "" if _FEWEST <= times <= _MOST else f": {_FEWEST} to {_MOST} times suit most subjects"
+    if times > _MOST and not {"max_train_steps", "num_train_epochs"} & {*given}:
+        keeps = "preservation keeps" if config.preservation else "preservation=1 would keep"
+        advice = f", as preset {config.preset} does with {images}: {keeps} other prompts as they are"
     yield f"Each picture is seen {times} times{views}{advice}."
 
 

@@ -5,14 +5,12 @@ so that wrong settings end in an error at once.
 """
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dataset_and_utils import TokenMap
 from sdxl.data.caption_text import require_short
 from sdxl.errors import UserInputError
-
-DEFAULT_STEPS = 1000
-"""Optimizer steps when neither steps nor epochs are given."""
 
 MOST_PRIOR_PROMPTS = 1000
 """Prompts in `prior_prompts`: the base draws at least one picture of each."""
@@ -25,6 +23,10 @@ _DRAWS_OF_A_VIEW = 40
 """Draws of a picture for each crop of it. 4000 draws of six pictures give 17 crops each, about as many as were measured
 to be good. Each crop is then seen 30 times, because a quarter of the draws show the whole picture."""
 
+AUTO, NO_WORD = "auto", "none"
+"""Values of `token_init` beside words: find the words in the captions, or start all rows at random."""
+
+PresetName = Literal["quick", "good", "patient"]
 Schedule = Literal["constant", "linear", "cosine"]
 LoraTargets = Literal["attention", "transformer", "all"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "prodigy"]
@@ -44,31 +46,34 @@ class TrainingOptions:
 
     token_map: str = "TOK:2"
     """Tokens and their numbers of rows, such as "TOK:2"."""
-    token_init: str = ""
-    """Words of the base that the token rows start from, such as "TOK:dog". Rows without a word start at random."""
+    preset: PresetName = "good"
+    """Decides the settings below whose default is None, and the steps: see `sdxl/training/presets.py`."""
+    token_init: str = AUTO
+    """Words of the base that the token rows start from, such as "TOK:dog", or `AUTO` or `NO_WORD`. Rows without a word
+    start at random."""
     train_batch_size: int = limited(4, ge=1)
     """Pictures in a batch."""
-    unet_learning_rate: float = limited(1e-6, gt=0)
+    unet_learning_rate: float | None = limited(None, gt=0)
     """Learning rate of the UNet's weights in full training."""
-    ti_lr: float = limited(3e-4, gt=0)
+    ti_lr: float | None = limited(None, gt=0)
     """Learning rate of the token rows."""
-    is_lora: bool = False
+    is_lora: bool = True
     """Train LoRA matrices instead of the UNet itself."""
-    lora_rank: int = limited(32, ge=1, le=1024)
+    lora_rank: int | None = limited(None, ge=1, le=1024)
     """Rank of the LoRA matrices."""
     lora_alpha: int | None = limited(None, ge=1)
     """LoRA's α: the product of the matrices is multiplied by α / rank. None: the rank, for a factor of 1."""
     use_dora: bool = False
     """Train DoRA (arXiv:2402.09353) instead of LoRA: it learns the norm of each output's weights separately from their
     direction. Slower."""
-    lora_targets: LoraTargets = "transformer"
+    lora_targets: LoraTargets | None = None
     """Which layers of the UNet get LoRA matrices: the projections of attention, all linear layers of the transformer
     blocks, or the convolutions too."""
-    lora_lr: float = limited(1e-4, ge=0)
+    lora_lr: float | None = limited(None, ge=0)
     """Learning rate of the LoRA matrices. 0 trains the token rows alone."""
     lr_scheduler: Schedule = "constant"
     """How all learning rates change over the run, after the warm-up."""
-    lr_warmup_steps: int = limited(0, ge=0)
+    lr_warmup_steps: int | None = limited(None, ge=0)
     """Steps in which the learning rates rise from 0; fewer than the steps of the run."""
     checkpointing_steps: int = limited(0, ge=0)
     """Save the fine-tune after every so many steps. 0: never."""
@@ -114,16 +119,34 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_limits(self)
-        TokenMap.parse(self.token_map).parse_init(self.token_init)
+        TokenMap.parse(self.token_map).parse_init(words_of(self.token_init))
         for name in ("prior_prompts", "preservation_prompts"):
             if text := getattr(self, name):
                 prompts_of(text, name=name)
+
+
+def words_of(token_init: str) -> str:
+    """The words that `token_init` itself names, "" for `AUTO` and `NO_WORD`."""
+    return "" if token_init in (AUTO, NO_WORD) else token_init
+
+
+def _complete(name: str) -> Any:
+    """The field `name` of `TrainingOptions` with its limits, but without a default."""
+    return field(metadata=TrainingOptions.__dataclass_fields__[name].metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(TrainingOptions):
     """Everything that decides a training run. Two runs with equal configs and datasets give equal results."""
 
+    # The inputs that a preset decides if the user does not, and the words that were found. Here they are complete.
+    token_init: str = ""
+    unet_learning_rate: float = _complete("unet_learning_rate")
+    ti_lr: float = _complete("ti_lr")
+    lora_rank: int = _complete("lora_rank")
+    lora_targets: LoraTargets = field()
+    lora_lr: float = _complete("lora_lr")
+    lr_warmup_steps: int = _complete("lr_warmup_steps")
     base: str
     """The base's name: a folder, a hub repository or a single file, without the secrets of a URL."""
     resolution: int = limited(ge=64, le=2048)
@@ -159,9 +182,11 @@ class TrainingConfig(TrainingOptions):
 
 
 def choices(kind: type, name: str) -> tuple[str, ...] | None:
-    """The values that the field `name` of a dataclass may have if its type is a `Literal`, else None."""
+    """The values that the field `name` of a dataclass may have if its type is a `Literal`, also an optional one, else
+    None."""
     hint = get_type_hints(kind)[name]
-    return get_args(hint) if get_origin(hint) is Literal else None
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
 
 
 def check_limits(config: Any) -> None:
@@ -172,11 +197,11 @@ def check_limits(config: Any) -> None:
     """
     for entry in fields(config):
         value, allowed = getattr(config, entry.name), choices(type(config), entry.name)
+        if value is None:
+            continue
         if allowed is not None and value not in allowed:
             raise UserInputError(f"{entry.name} is {value!r}, but must be one of {', '.join(allowed)}.")
         ge, gt, le = (entry.metadata.get(limit) for limit in ("ge", "gt", "le"))
-        if value is None:
-            continue
         # Written so that NaN, which compares as false with everything, is refused.
         inside = (ge is None or value >= ge) and (gt is None or value > gt) and (le is None or value <= le)
         if inside:
@@ -204,16 +229,6 @@ def prompts_of(text: str, *, name: str = "prior_prompts") -> tuple[str, ...]:
     for prompt in prompts:
         require_short(prompt, f"A prompt of {name}")
     return prompts
-
-
-def resolve_steps(*, max_train_steps: int | None, epochs: int | None, images: int, batch_size: int) -> int:
-    """How many optimizer steps to run: `max_train_steps` if given, else enough to show `images` pictures `epochs`
-    times with `batch_size` pictures a step, else `DEFAULT_STEPS`."""
-    if max_train_steps is not None:
-        return max_train_steps
-    if epochs is not None:
-        return -(-epochs * images // batch_size)  # rounded up
-    return DEFAULT_STEPS
 
 
 def resolve_views(random_views: int | None, *, draws: int, images: int) -> int:

@@ -32,8 +32,8 @@ def refuse_contradictions(
         raise UserInputError("max_train_steps and num_train_epochs are both given: give one of them.")
     for name in () if options.is_lora else _changed(options, *_OF_LORA):
         raise UserInputError(
-            f"{name} is {getattr(options, name)}, but without is_lora the whole UNet is trained: set is_lora to true, or "
-            f"leave out {name}."
+            f"{name} is {getattr(options, name)}, but with is_lora=false the whole UNet is trained: leave out is_lora or "
+            f"{name}."
         )
     for name in () if options.prior_prompts else _changed(options, *_OF_PRIOR):
         raise UserInputError(
@@ -70,20 +70,21 @@ def without_effect(options: TrainingOptions) -> Iterator[str]:
     """A sentence for each setting that has no effect, whatever the pictures are."""
     if options.is_lora:
         if _changed(options, "unet_learning_rate"):
-            yield f"unet_learning_rate has no effect with is_lora: the LoRA's rate is lora_lr, {options.lora_lr:g}."
+            yield "unet_learning_rate has no effect on a LoRA, whose rate is lora_lr: set is_lora=false to train the whole UNet."
         if _changed(options, "precision"):
-            yield "precision has no effect with is_lora: it is for full training."
+            yield "precision has no effect on a LoRA: it is for full training, is_lora=false."
         if options.single_file:
-            yield "single_file has no effect with is_lora: a LoRA is always written for web UIs, and export.py adds it to a base."
+            yield "single_file has no effect on a LoRA, which is always written for web UIs, and which export.py adds to a base."
         if options.lora_lr == 0 and options.pivot_fraction < 1:
             yield "lora_lr is 0, so nothing is trained after the pivot: set pivot_fraction to 1."
     if options.pivot_fraction == 0 and _changed(options, "ti_lr"):
         yield "ti_lr has no effect, because pivot_fraction is 0: the token rows stay as they start."
     if options.prior_prompts and options.prior_weight == 0:
         yield "prior_prompts has no effect, because prior_weight is 0."
-    rate = "lora_lr" if options.is_lora else "unet_learning_rate"
-    if options.optimizer == "prodigy" and 0 < getattr(options, rate) < _OWN_RATE:
-        yield f"prodigy finds its own rate and multiplies it by {rate}, {getattr(options, rate):g}: set {rate} to 1."
+    name = "lora_lr" if options.is_lora else "unet_learning_rate"
+    rate = getattr(options, name)
+    if options.optimizer == "prodigy" and rate is not None and 0 < rate < _OWN_RATE:
+        yield f"prodigy finds its own rate and multiplies it by {name}, {rate:g}: leave {name} out."
 
 
 def without_effect_here(config: TrainingConfig, *, masks: bool, cuda: bool) -> Iterator[str]:

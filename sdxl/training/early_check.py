@@ -9,6 +9,7 @@ from pathlib import Path
 from dataset_and_utils import add_tokens
 from sdxl.model.components import load_tokenizers
 from sdxl.training.caption_fit import require_tokens_fit
+from sdxl.training.config import words_of
 from sdxl.training.data_parallel import world_size
 from sdxl.training.inputs import TrainInputs
 from sdxl.training.token_rows import tell_of_split_words
@@ -27,7 +28,7 @@ def early_check(inputs: TrainInputs, base: Path, resolution: int) -> Callable[[M
         WeightsError: the base has no tokenizers.
     """
     tokenizers = load_tokenizers(base)
-    tell_of_split_words(inputs.token_map.parse_init(inputs.options.token_init), tokenizers[0])
+    tell_of_split_words(inputs.token_map.parse_init(words_of(inputs.options.token_init)), tokenizers[0])
     for tokenizer in tokenizers:
         add_tokens(tokenizer, inputs.token_map.new_tokens)
 

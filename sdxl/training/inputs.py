@@ -16,10 +16,11 @@ from sdxl.training.config import (
     TrainingOptions,
     check_limits,
     limited,
-    resolve_steps,
     resolve_views,
+    words_of,
 )
 from sdxl.training.contradictions import refuse_contradictions
+from sdxl.training.presets import PRESETS, given, resolve, resolve_steps
 
 _ANY_RESOLUTION = 1024
 _MANY_PICTURES = 10**9
@@ -42,7 +43,7 @@ class TrainInputs:
     num_train_epochs: int | None = limited(ge=1)
     """How often every picture is shown; excludes `max_train_steps`."""
     max_train_steps: int | None = limited(ge=1)
-    """Optimizer steps. None: as many as the epochs need, or the default."""
+    """Optimizer steps. None: as many as the epochs need, or as the preset says."""
     seed: int
     """A random one if the user gave none."""
     global_caption: str | None
@@ -75,6 +76,12 @@ class TrainInputs:
         return "base" if self.base else "SDXL_BASE"
 
     @property
+    def instead_of_preset(self) -> list[str]:
+        """The inputs that were given instead of what the preset decides."""
+        steps = ("max_train_steps", "num_train_epochs")
+        return [name for name in steps if getattr(self, name) is not None] + [*given(self.options)]
+
+    @property
     def token_map(self) -> TokenMap:
         """The tokens to learn."""
         return TokenMap.parse(self.options.token_map)
@@ -105,26 +112,31 @@ class TrainInputs:
         processes: int = 1,
         seed: int | None = None,
         base: str = "",
+        token_init: str | None = None,
     ) -> TrainingConfig:
         """How to train on `images` prepared pictures, in `processes` that train together.
 
         seed: replaces this process's own.
         base: the base's name for the record.
+        token_init: the words that token rows start from, such as "TOK:dog". None: those that the user named.
 
         Raises:
             UserInputError: a setting is wrong.
         """
         options, speed = self.options, settings.speed()
         at_once = options.train_batch_size * options.gradient_accumulation_steps * processes
+        words = words_of(options.token_init) if token_init is None else token_init
         steps = resolve_steps(
+            options.preset,
             max_train_steps=self.max_train_steps,
             epochs=self.num_train_epochs,
             images=images,
-            batch_size=at_once,
+            at_once=at_once,
         )
+        decided = resolve(options, token_init=words, steps=steps)
         views = resolve_views(options.random_views, draws=steps * at_once, images=images)
         return TrainingConfig(
-            **{**vars(options), "random_views": views},
+            **{**vars(options), **decided, "token_init": words, "random_views": views},
             base=base,
             resolution=resolution,
             max_train_steps=steps,
@@ -155,11 +167,14 @@ def train_inputs(given: Mapping[str, Any]) -> TrainInputs:
     if values["input_images"] is None:
         raise UserInputError("input_images is missing: give a zip or tar of pictures.")
     if multiplier is not None:
-        if values["ti_lr"] != TrainingOptions.ti_lr:
+        if values["ti_lr"] is not None:
             raise UserInputError("ti_learning_rate_multiplier is the old form of ti_lr: give only ti_lr.")
-        values["ti_lr"] = multiplier * values["unet_learning_rate"]
+        rate = values["unet_learning_rate"]
+        if rate is None:  # a wrong preset is refused below
+            rate = PRESETS.get(values["preset"], PRESETS["good"]).unet_learning_rate
+        values["ti_lr"] = multiplier * rate
         if values["is_lora"]:  # then the rate has no other use
-            values["unet_learning_rate"] = TrainingOptions.unet_learning_rate
+            values["unet_learning_rate"] = None
     if token is not None:
         if values["token_map"] not in (TrainingOptions.token_map, f"{token}:2"):
             raise UserInputError("token_string is the old form of token_map: give only token_map.")

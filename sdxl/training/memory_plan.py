@@ -117,7 +117,7 @@ def choose_plan(
     if optimizer not in _PLANS:
         raise UserInputError(f"optimizer is {optimizer!r}, but must be one of {', '.join(_PLANS)}.")
     if precision == "bf16" and not bf16:
-        raise UserInputError("precision is bf16, which this GPU cannot compute: use fp32, or is_lora.")
+        raise UserInputError("precision is bf16, which this GPU cannot compute: use fp32, or train a LoRA.")
     plans = [plan for plan in _PLANS[optimizer] if precision in ("auto", name_of(plan.weights))]
     if not bf16:
         plans = [_without_bf16(plan) for plan in plans if plan.weights is torch.float32]
@@ -147,7 +147,7 @@ def choose_plan(
         )
         raise NotEnoughMemoryError(
             f"Full training of {parameters / 1e9:.2f} billion weights needs {_gib(state)} for weights, gradients and "
-            f"optimizer state alone, but {_gib(free_bytes)} are free: use is_lora or a larger GPU{smaller}."
+            f"optimizer state alone, but {_gib(free_bytes)} are free: train a LoRA or use a larger GPU{smaller}."
         )
     return _explained(plan, optimizer, state + activations, free_bytes, tight=True)
 
@@ -178,7 +178,9 @@ def _explained(plan: MemoryPlan, requested: str, need: int, free: int, *, tight:
     rounding = ", rounded stochastically (noisier than fp32)" if plan.weights is torch.bfloat16 else ""
     instead = f" instead of {requested}" if plan.optimizer != requested else ""
     remedy = (
-        ": should it run out of memory, use is_lora, a smaller batch or a lower resolution" if tight else ""
+        ": should it run out of memory, train a LoRA or use a smaller batch or a lower resolution"
+        if tight
+        else ""
     )
     return replace(
         plan,
