@@ -325,6 +325,11 @@ class ExampleDataset:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def pictures(self) -> int:
+        """How many pictures the examples are views of."""
+        return round(sum(example.share for example in self.examples))
+
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 

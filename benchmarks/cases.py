@@ -1,7 +1,7 @@
 """`python -m benchmarks.cases`: measure harder cases.
 
-The cases are two subjects in one run, cluttered pictures with and without masks, and a style. They are judged as in
-`benchmarks.quality`: fidelity is 1 for fresh real pictures and 0 for the untuned base.
+The cases are two subjects in one run, cluttered pictures with and without masks, a style, and few pictures. They are judged as
+in `benchmarks.quality`: fidelity is 1 for fresh real pictures and 0 for the untuned base.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import few
 from benchmarks import prompts as P
 from benchmarks.quality import METHODS, about, add_job_arguments
 from benchmarks.scores import cosine_of_different, fidelity
@@ -238,9 +239,19 @@ def main() -> None:
     args = _arguments()
     subjects = [(0 if args.development else 1) + 4 * i for i in range(args.subjects)]
     calls = [
-        (name, seed, method, args) for name in args.cases for seed in subjects for method in methods_of(name)
+        (name, seed, method, args)
+        for name in args.cases
+        if name != few.NAME
+        for seed in subjects
+        for method in methods_of(name)
     ]
     results: dict[tuple[str, int, str], Numbers] = {}
+    numbers_out: dict[str, Any] = {}
+    args.output.mkdir(parents=True, exist_ok=True)
+    if few.NAME in args.cases:
+        numbers_out, pictures = few.measure(args)
+        sys.stdout.write(few.markdown(numbers_out["few"]["table"]) + "\n")
+        few.save_sheet(pictures, args.output / "few.jpg")
     for i, numbers in in_processes(
         run_case, calls, workers=args.workers, device=args.device, desc="Cases and methods"
     ):
@@ -248,8 +259,7 @@ def main() -> None:
         results[name, seed, method.name] = numbers
     table = summarise(results)
     sys.stdout.write(json.dumps(table, indent=2) + "\n")
-    numbers_out: dict[str, Any] = {"subjects": subjects, "steps": args.steps, "cases": table}
-    args.output.mkdir(parents=True, exist_ok=True)
+    numbers_out |= {"subjects": subjects, "steps": args.steps, "cases": table}
     (args.output / "cases.json").write_text(json.dumps(numbers_out | about(args.device), indent=2) + "\n")
 
 
@@ -277,7 +287,12 @@ def summarise(results: dict[tuple[str, int, str], Numbers]) -> dict[str, dict[st
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cases", description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, few.NAME], default=[*CASES, few.NAME])
+    parser.add_argument("--few-subjects", type=int, default=6, help="subjects of the case few")
+    parser.add_argument(
+        "--training-seeds", type=int, default=3, help="seeds for each subject of the case few"
+    )
+    parser.add_argument("--long-seeds", type=int, default=3, help="the same for its long runs")
     parser.add_argument("--subjects", type=int, default=5)
     parser.add_argument(
         "--development", action="store_true", help="use subjects with even seeds, for choosing settings"

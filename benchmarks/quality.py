@@ -35,10 +35,10 @@ from sdxl.training.config import PresetName
 from sdxl.training.presets import relative_to_good
 from tiny_world.sheets import to_pil
 
-_LORA = {"is_lora": True, "lora_targets": "all", "lora_lr": 2e-3}
+_LORA = {"is_lora": True, "lora_targets": "all", "lora_lr": 2.5e-3}
 _FULL = {"unet_learning_rate": 4e-4}
 _SHARED = {"init": "toy", "views": 15}
-_NO_TI, _PIVOTAL = {"pivot_fraction": 0.0}, {"pivot_fraction": 0.5, "ti_lr": 5e-3}
+_NO_TI, _PIVOTAL = {"pivot_fraction": 0.0}, {"pivot_fraction": 0.5, "ti_lr": 2e-3}
 _WORD, _CLASS = {"called": "sks"}, {"called": "sks toy"}
 _LORA_PIVOTAL = Method(name="lora_pivotal", **_SHARED, settings=_LORA | _PIVOTAL)
 
@@ -231,7 +231,7 @@ def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, P
             args.batch_size,
             args.seeds,
             args.sampling_steps,
-            prompts.training_captions(),
+            prompts.training_captions(count=prompts.MOST_PICTURES),
         ]
     )
     name = re.sub(r"[^A-Za-z0-9.]+", "_", method.name)

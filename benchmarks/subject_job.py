@@ -19,19 +19,22 @@ from benchmarks import prompts as P
 from benchmarks.scores import cosine_of_different
 from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
+from sdxl.data.dataset_folder import read_dataset_folder
 from sdxl.model import fine_tune_files
 from sdxl.model.components import load_components
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.previews import drawer
 from sdxl.serving.tuned_pipeline import TunedPipeline
-from sdxl.training.config import TrainingConfig
+from sdxl.training.config import TrainingConfig, resolve_views
 from sdxl.training.examples import cache_examples
 from sdxl.training.presets import PRESETS
 from sdxl.training.prior import PriorConfig, prior_dataset
 from sdxl.training.recipe import fine_tune
+from tiny_world.captions import caption
 from tiny_world.following import following, shares
 from tiny_world.parts import pad
 from tiny_world.raster import Rendered, render
+from tiny_world.scenes import random_scene
 from tiny_world.scorer import Scorer
 from tiny_world.sheets import to_pil
 from tiny_world.subjects import random_shot, shot_parts, subject
@@ -58,8 +61,12 @@ class Method:
     """A known word at which the token's rows start. Empty: they start at random."""
     rows: int = 2
     """Number of the token's rows."""
-    views: int = 0
-    """Random views of each picture, learned in addition to the whole picture."""
+    pictures: int = len(P.TRAINING)
+    """How many pictures to learn from, at most `P.MOST_PICTURES`."""
+    one_caption: bool = False
+    """Whether all pictures have the same caption, which only names the subject."""
+    views: int | None = 0
+    """Random views of each picture, learned in addition to the whole picture. None: as many as training chooses."""
     raw_side: int = RAW_SIDE
     """Side in pixels of the training pictures before they are prepared at 256. 256 leaves no pixels for views."""
     masks: bool = False
@@ -70,6 +77,12 @@ class Method:
     """How many times as many steps as the other methods."""
     trained: bool = True
     """False: the base without training."""
+
+
+def common_captions(count: int, seed: int) -> list[str]:
+    """Captions such as the miniature learned from: what it is to keep, as SDXL keeps the product's own list."""
+    rng = np.random.default_rng((seed, 4242))
+    return [caption(random_scene(rng, held=False, pairs=0.15), rng) for _ in range(count)]
 
 
 _GOOD = PRESETS["good"]
@@ -83,6 +96,7 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler": "cosine",
     "seed": 0,
     "checkpointing_steps": 0,
+    "preservation_prompts": "|".join(common_captions(32, seed=1)),
 }
 """Settings of all methods, which a method may replace."""
 
@@ -111,10 +125,10 @@ def run_job(
     return {"seed": seed, "method": method.name, **numbers, "pictures": pictures}
 
 
-def training_pictures(seed: int, side: int = 256) -> Rendered:
-    """The six training pictures of subject `seed`, of side×side pixels, with masks of the subject."""
+def training_pictures(seed: int, side: int = 256, count: int = len(P.TRAINING)) -> Rendered:
+    """The first `count` training pictures of subject `seed`, of side×side pixels, with masks of the subject."""
     cast = {P.NAME: subject(seed)}
-    table = pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(P.TRAINING)])
+    table = pad([shot_parts(s, cast, seed * 1000 + i) for i, s in enumerate(P.training_scenes(count))])
     return render(table, size=side)
 
 
@@ -156,13 +170,14 @@ def learn(
     }
     config = TrainingConfig(**settings, lr_warmup_steps=min(5, settings["max_train_steps"] - 1))
     dataset = prepare_dataset(raw, folder / "dataset", config=PreprocessConfig(target_size=resolution))
+    draws = config.max_train_steps * config.learned_at_once
     components = load_components(base, is_lora=config.is_lora, device=torch.device(device))
     examples = cache_examples(
         dataset,
         components,
         TokenMap.parse(config.token_map),
         seed=config.seed,
-        views=method.views,
+        views=resolve_views(method.views, draws=draws, images=len(read_dataset_folder(dataset))),
         flip=config.horizontal_flip,
     )
     prior = None
@@ -211,11 +226,14 @@ def write_renders(folder: Path, images: Tensor, captions: list[str], masks: Tens
 def _learn(
     seed: int, method: Method, folder: Path, steps: int, batch_size: int, device: str
 ) -> fine_tune_files.FineTuneFiles:
-    shown = training_pictures(seed, method.raw_side)
+    shown = training_pictures(seed, method.raw_side, method.pictures)
+    captions = P.training_captions(method.called, method.pictures)
+    if method.one_caption:
+        captions = [f"a photo of {method.called}"] * len(captions)
     write_renders(
         folder / "raw",
         shown.images,
-        P.training_captions(method.called),
+        captions,
         shown.masks if method.masks else None,
     )
     return learn(

@@ -46,14 +46,11 @@ def test_captions_without_the_new_tokens(dataset_folder: Path, init: str, word: 
     components, examples = encoded(dataset_folder, is_lora=True)
     prompts = ("a red house", "a green cup")
     kept = kept_examples(examples, components, TokenMap.parse("TOK:2"), token_init=init, prompts=prompts)
-    texts = [
-        text
-        for own, other in zip(CAPTIONS, prompts, strict=True)
-        for text in (own.replace("TOK", word), other)
-    ]
+    texts = [*prompts, prompts[0], CAPTIONS[0].replace("TOK", word)]
+    texts += [prompts[1], *prompts, CAPTIONS[1].replace("TOK", word)]
     for example, text in zip(kept.examples, texts, strict=True):
         assert [ids.tolist() for ids in example.token_ids] == ids_of(text, components), text
-    assert all(torch.equal(kept[2 * i].latents, examples[i].latents) for i in range(2))
+    assert all(torch.equal(kept[4 * i].latents, examples[i].latents) for i in range(2))
 
 
 @pytest.mark.parametrize("is_lora", [True, False])
@@ -66,7 +63,8 @@ def test_other_captions_keep_what_they_mean(dataset_folder: Path, is_lora: bool)
             CONFIG,
             is_lora=is_lora,
             max_train_steps=12,
-            lora_lr=1e-2,
+            train_batch_size=4,
+            lora_lr=3e-3,
             unet_learning_rate=3e-4,
             pivot_fraction=0.5,
             token_init="TOK:fish",
@@ -103,7 +101,7 @@ def test_settings_that_contradict_each_other():
         refuse_contradictions(options, max_train_steps=6, num_train_epochs=None)
 
     with pytest.raises(UserInputError, match="preservation_prompts is given, but preservation is 0"):
-        refuse(preservation_prompts="a dog")
+        refuse(preservation=0.0, preservation_prompts="a dog")
     with pytest.raises(UserInputError, match='preservation_prompts contains "a TOK"'):
         refuse(preservation=1.0, preservation_prompts="a dog|a TOK")
     with pytest.raises(UserInputError, match="preservation_prompts contains no prompt"):

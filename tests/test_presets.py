@@ -26,13 +26,14 @@ def config(*, images: int = 6, processes: int = 1, words: str = "", **inputs: An
         ({}, 20, 1, 1000),
         ({}, 500, 1, 1000),
         ({}, 12, 2, 300),
-        ({"train_batch_size": 1, "gradient_accumulation_steps": 3}, 12, 1, 800),
+        ({"train_batch_size": 1, "gradient_accumulation_steps": 3}, 12, 1, 600),
+        ({"preservation": 0.0}, 12, 1, 450),
         ({"train_batch_size": 32}, 12, 1, 75),
         ({"preset": "quick"}, 1, 1, 300),
         ({"preset": "quick"}, 500, 1, 300),
         ({"preset": "patient"}, 1, 1, 1000),
         ({"preset": "patient"}, 12, 1, 1500),
-        ({"preset": "patient", "num_train_epochs": 2}, 12, 1, 6),
+        ({"preset": "patient", "num_train_epochs": 2}, 12, 1, 8),
         ({"max_train_steps": 7}, 12, 4, 7),
     ],
 )
@@ -54,11 +55,11 @@ def test_steps_follow_from_draws(inputs: dict[str, Any], images: int, processes:
             },
         ),
         ({"is_lora": False}, {"unet_learning_rate": 3e-6, "lr_warmup_steps": 40}),
-        ({"preset": "quick"}, {"lora_rank": 16, "lora_lr": 3e-4, "ti_lr": 1e-3, "lr_warmup_steps": 30}),
+        ({"preset": "quick"}, {"lora_rank": 16, "lora_lr": 2e-4, "ti_lr": 1e-3, "lr_warmup_steps": 30}),
         ({"preset": "quick", "is_lora": False}, {"unet_learning_rate": 6e-6}),
         (
             {"preset": "patient"},
-            {"lora_rank": 64, "lora_targets": "all", "lora_lr": 1e-4, "lr_warmup_steps": 100},
+            {"lora_rank": 32, "lora_targets": "all", "lora_lr": 1e-4, "lr_warmup_steps": 100},
         ),
         ({"max_train_steps": 9}, {"lr_warmup_steps": 0}),
         ({"optimizer": "prodigy"}, {"lora_lr": 1.0, "unet_learning_rate": 1.0, "ti_lr": 1e-3}),
@@ -106,11 +107,11 @@ def test_presets_apply_to_settings_of_another_base():
     assert changes == pytest.approx({name: settings[name] for name in changes}) and steps == 1
     changes, steps = relative_to_good("quick", settings, images=6)
     assert changes == pytest.approx(
-        {"lora_lr": 6e-3, "unet_learning_rate": 8e-4, "ti_lr": 2e-2, "lora_rank": 16}
+        {"lora_lr": 4e-3, "unet_learning_rate": 8e-4, "ti_lr": 2e-2, "lora_rank": 16}
     )
     assert steps == 0.75
     changes, steps = relative_to_good("patient", settings, images=12)
-    assert (changes["lora_rank"], changes["lora_targets"], steps) == (64, "all", 2.5)
+    assert (changes["lora_rank"], changes["lora_targets"], steps) == (32, "all", 2.5)
     assert {"lora_quick", "lora_patient"} <= {method.name for method in METHODS}
 
 

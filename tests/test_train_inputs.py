@@ -103,10 +103,10 @@ def test_inputs_become_both_configs():
     )
     config = inputs.training_config(resolution=512, images=10, processes=2)
     assert (config.max_train_steps, config.seed, config.resolution) == (
-        4,
+        5,
         7,
         512,
-    )  # 3 · 10 / (4 · 2), rounded up
+    )  # 3 · 10 / ((4 - 1) · 2), since the base teaches one of 4
     assert inputs.training_config(resolution=512, images=10, seed=8).seed == 8
     preprocess = inputs.preprocess_config(512)
     assert (preprocess.target_size, preprocess.bucketing, preprocess.mask_temperature) == (512, True, 0.5)

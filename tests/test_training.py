@@ -40,6 +40,7 @@ CONFIG = TrainingConfig(
     lr_warmup_steps=0,
     seed=0,
     checkpointing_steps=0,
+    preservation=0.0,
 )
 
 

@@ -125,7 +125,8 @@ def test_a_picture_enlarged_before_has_only_the_pixels_of_its_original(tmp_path:
     [
         (4000, 6, 17),
         (4000, 20, 5),
-        (4000, 1, 63),
+        (4000, 1, 0),
+        (8000, 2, 63),
         (200, 6, 1),
         (80, 6, 0),
         (10**7, 100, 20),

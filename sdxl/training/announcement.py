@@ -36,11 +36,12 @@ def announce(
         log.warning("%s", told)
     if told := told_of_fp32(capability_of(device)):
         log.warning("%s", told)
+    pictures = config.train_batch_size * config.gradient_accumulation_steps
     what = f"a LoRA of rank {config.lora_rank}" if config.is_lora else "the whole UNet"
     log.info(
         "Training %s of %s and the tokens of %s on %s: %d steps of %d pictures at %d×%d pixels, with seed %d. "
         "The tokens freeze after step %d.",
-        *(what, config.base, config.token_map, device, config.max_train_steps, _seen_in_a_step(config)),
+        *(what, config.base, config.token_map, device, config.max_train_steps, pictures),
         *(config.resolution, config.resolution, config.seed, config.pivot_step),
     )
     log.info("%s", preset_line(config, given))
@@ -80,5 +81,5 @@ def seen(
 
 
 def _seen_in_a_step(config: TrainingConfig) -> int:
-    """Pictures of a step in one process."""
-    return config.train_batch_size * config.gradient_accumulation_steps
+    """Pictures that show the subject, in a step of one process."""
+    return config.learned_at_once * config.gradient_accumulation_steps

@@ -21,7 +21,7 @@ _MOST_VIEWS_IN_ALL = 2048
 """Random crops of all pictures that are made by default: half a gigabyte of latents at 1024×1024, and minutes to encode."""
 _DRAWS_OF_A_VIEW = 40
 """Draws of a picture for each crop of it. 4000 draws of six pictures give 17 crops each, about as many as were measured
-to be good. Each crop is then seen 30 times, because a quarter of the draws show the whole picture."""
+to be good. Each crop is then seen 20 times, because half of the draws show the whole picture."""
 
 AUTO, NO_WORD = "auto", "none"
 """Values of `token_init` beside words: find the words in the captions, or start all rows at random."""
@@ -101,7 +101,7 @@ class TrainingOptions:
     """How many pictures the base draws for these prompts."""
     prior_weight: float = limited(1.0, ge=0)
     """Weight of the loss on these pictures. The loss on the subject's pictures has 1."""
-    preservation: float = limited(0.0, ge=0)
+    preservation: float = limited(1.0, ge=0)
     """Weight of the loss that keeps what the base predicts under other captions. The subject's loss has 1; 0: off."""
     preservation_prompts: str = ""
     """Such captions, separated by |, beside the pictures' own ones without the new tokens; empty for common ones."""
@@ -123,6 +123,16 @@ class TrainingOptions:
         for name in ("prior_prompts", "preservation_prompts"):
             if text := getattr(self, name):
                 prompts_of(text, name=name)
+
+    @property
+    def taught_at_once(self) -> int:
+        """How many pictures of a batch the base teaches: a quarter of it with `preservation`."""
+        return max(self.train_batch_size // 4, 1) if self.preservation else 0
+
+    @property
+    def learned_at_once(self) -> int:
+        """How many pictures of a batch show the subject: the rest of it, at least one."""
+        return max(self.train_batch_size - self.taught_at_once, 1)
 
 
 def words_of(token_init: str) -> str:
@@ -234,7 +244,9 @@ def prompts_of(text: str, *, name: str = "prior_prompts") -> tuple[str, ...]:
 def resolve_views(random_views: int | None, *, draws: int, images: int) -> int:
     """How many random crops of each of `images` pictures to learn in a run that draws `draws` pictures in all:
     `random_views` if given, else enough that a crop is not seen much more often than in runs that were measured. A short
-    run gets none."""
+    run gets none. A single picture has none either: its subject was learned better without."""
     if random_views is not None:
         return random_views
+    if images == 1:
+        return 0
     return min(round(draws / images / _DRAWS_OF_A_VIEW), MOST_VIEWS, _MOST_VIEWS_IN_ALL // images)

@@ -124,7 +124,7 @@ class TrainInputs:
             UserInputError: a setting is wrong.
         """
         options, speed = self.options, settings.speed()
-        at_once = options.train_batch_size * options.gradient_accumulation_steps * processes
+        at_once = options.learned_at_once * options.gradient_accumulation_steps * processes
         words = words_of(options.token_init) if token_init is None else token_init
         steps = resolve_steps(
             options.preset,

@@ -26,7 +26,7 @@ from sdxl.training.diffusion import (
     training_target,
 )
 
-BELOW = 0.7
+BELOW = 0.6
 """With `preservation` the subject is learned in this share of the timesteps, those with less noise. Above it a picture's
 composition is decided, which few pictures over-train first (T-LoRA, arXiv:2507.05964, lowers the rank there)."""
 
@@ -60,7 +60,8 @@ class DenoisingLoss:
 
         # The prompt. Dropping some trains the unconditional branch of classifier-free guidance (arXiv:2207.12598).
         hidden, pooled = prompts or encode_prompt(components.text_encoders, batch.token_ids)
-        hidden, pooled = drop_prompts(hidden, pooled, config.caption_dropout, generator)
+        if not taught_by_base:
+            hidden, pooled = drop_prompts(hidden, pooled, config.caption_dropout, generator)
 
         # Noise at a random time: x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (DDPM, eq. 4).
         noise = sample_noise(batch.latents.shape, config.noise_offset, generator)

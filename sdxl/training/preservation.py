@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from dataset_and_utils import ExampleDataset, TokenMap
+from dataset_and_utils import Example, ExampleDataset, TokenMap
 from sdxl.model.components import Components, add_placeholder_tokens
 
+OTHERS = 3
+"""How many of the prompts each picture gets beside its own caption."""
+MOST = 128
+"""Pictures and crops that get such captions, so that a large data set does not fill the memory with them."""
 PROMPTS = (
     "a photo of a dog on a beach",
     "a cat on a red sofa",
@@ -48,10 +52,10 @@ def kept_examples(
     token_init: str,
     prompts: Sequence[str] = PROMPTS,
 ) -> ExampleDataset:
-    """The latents of `examples`, each under two captions that name no new token; masks do not count.
+    """The latents of at most `MOST` of `examples`, each under captions that name no new token; masks do not count.
 
-    One is its own caption, with the word of `token_init` in place of a token, or without it if there is no word. The other
-    is one of `prompts`, in turn.
+    One is its own caption, with the word of `token_init` in place of a token, or without it if there is no word. A caption
+    that names no token is left out: the picture is to be learned under it. The others are `OTHERS` of `prompts`, in turn.
     """
     ids = add_placeholder_tokens(components, token_map)
     init = token_map.parse_init(token_init)
@@ -63,20 +67,31 @@ def kept_examples(
         }
         for tokenizer, new_ids in zip(tokenizers, ids, strict=True)
     ]
+    others = [[_padded(one(prompt).input_ids, one) for one in tokenizers] for prompt in prompts]
     kept = []
-    for index, example in enumerate(examples.examples):
+    for index, example in enumerate(_evenly(examples.examples, MOST)):
         own = [
             without_tokens(row, known, tokenizer)
             for row, known, tokenizer in zip(example.token_ids, words, tokenizers, strict=True)
         ]
-        other = [
-            _padded(tokenizer(prompts[index % len(prompts)]).input_ids, tokenizer) for tokenizer in tokenizers
-        ]
-        for first, second in (own, other):
+        captions = [others[(index * OTHERS + i) % len(others)] for i in range(OTHERS)]
+        if any(set(row.tolist()) & known.keys() for row, known in zip(example.token_ids, words, strict=True)):
+            captions.append(own)
+        for first, second in captions:
             device = example.latents.device
             token_ids = (first.to(device), second.to(device))
             kept.append(replace(example, token_ids=token_ids, mask=torch.ones_like(example.mask)))
     return ExampleDataset(kept)
+
+
+def weight_for(weight: float, pictures: int) -> float:
+    """The weight of the loss on such captions: `weight`, but more for fewer than four pictures, which over-train first."""
+    return weight * max(1.0, 4 / pictures)
+
+
+def _evenly(examples: Sequence[Example], most: int) -> Sequence[Example]:
+    """At most `most` of `examples`, evenly over all."""
+    return examples[:: -(-len(examples) // most)]
 
 
 def without_tokens(ids: Tensor, words: Mapping[int, list[int]], tokenizer: CLIPTokenizer) -> Tensor:

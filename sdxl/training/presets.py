@@ -17,7 +17,7 @@ _WARMUP_SHARE = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What one preset decides. A draw is one picture in one step, so that batches of any size learn equally much."""
+    """What one preset decides. A draw is one of the pictures in one step, so that batches of any size learn equally much."""
 
     repeats: int
     """Draws of each picture, within the next two bounds."""
@@ -42,21 +42,21 @@ class Preset:
 
 PRESETS: dict[PresetName, Preset] = {
     "quick": Preset(
-        repeats=200,
-        fewest_draws=1200,
-        most_draws=1200,
+        repeats=150,
+        fewest_draws=900,
+        most_draws=900,
         lora_rank=16,
         lora_targets="transformer",
-        lora_lr=3e-4,
+        lora_lr=2e-4,
         unet_learning_rate=6e-6,
         ti_lr=1e-3,
         ti_lr_at_random=1e-3,
         longest_warmup=30,
     ),
     "good": Preset(
-        repeats=200,
-        fewest_draws=1600,
-        most_draws=4000,
+        repeats=150,
+        fewest_draws=1200,
+        most_draws=3000,
         lora_rank=16,
         lora_targets="transformer",
         lora_lr=1e-4,
@@ -66,10 +66,10 @@ PRESETS: dict[PresetName, Preset] = {
         longest_warmup=100,
     ),
     "patient": Preset(
-        repeats=500,
-        fewest_draws=4000,
-        most_draws=10_000,
-        lora_rank=64,
+        repeats=375,
+        fewest_draws=3000,
+        most_draws=7500,
+        lora_rank=32,
         lora_targets="all",
         lora_lr=1e-4,
         unet_learning_rate=3e-6,
@@ -86,7 +86,7 @@ def resolve_steps(
     """How many optimizer steps to run: `max_train_steps` if given, else enough to show `images` pictures `epochs` times,
     else as many as the preset draws.
 
-    at_once: pictures of a step in all processes.
+    at_once: pictures that show the subject, of a step in all processes.
     """
     if max_train_steps is not None:
         return max_train_steps

@@ -18,9 +18,9 @@ from sdxl.data.framing import Size
 LARGEST_ZOOM = 1.3
 """Crops show the subject at most this many times larger than the whole picture does. Where the original has fewer
 pixels, its pixels are the limit."""
-WHOLE_SHARE = 0.25
+WHOLE_SHARE = 0.5
 """Share of the draws of a picture that show all of it, if it has crops. The whole picture is what prompts ask for, so it
-must not be one of many. More of it would bring back what crops prevent: pictures that are alike."""
+must not be one of many."""
 
 
 @dataclass(frozen=True, kw_only=True)

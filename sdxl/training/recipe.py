@@ -24,7 +24,7 @@ from sdxl.training.config import Schedule, TrainingConfig, prompts_of
 from sdxl.training.data_parallel import rank, world_size
 from sdxl.training.loss import DenoisingLoss
 from sdxl.training.optimizers import Group, Optimizers
-from sdxl.training.preservation import PROMPTS, kept_examples
+from sdxl.training.preservation import PROMPTS, kept_examples, weight_for
 from sdxl.training.step import TrainingStep
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import Trainable, as_base, full_unet, lora
@@ -142,8 +142,8 @@ def _sources(
 ) -> list[Batches]:
     """The batches of a step: the subject's first, then those of captions without new tokens, which are encoded here.
 
-    Of these, the prior's pictures are learned like the subject's. `preservation` takes the subject's pictures again, half as
-    many, and learns what the base predicts for them under other captions.
+    Of these, the prior's pictures are learned like the subject's. With `preservation` the base teaches a part of the batch:
+    the subject's pictures under other captions.
     """
 
     def batches(
@@ -158,16 +158,16 @@ def _sources(
             taught_by_base=taught,
         )
 
-    size = config.train_batch_size
-    sources = [batches(dataset, 0, size, 1.0)]
+    sources = [batches(dataset, 0, config.learned_at_once, 1.0)]
     if prior is not None:
-        sources.append(batches(prior, 1, size, config.prior_weight))
+        sources.append(batches(prior, 1, config.train_batch_size, config.prior_weight))
     if config.preservation:
         named = config.preservation_prompts
         prompts = prompts_of(named, name="preservation_prompts") if named else PROMPTS
         token_map = TokenMap.parse(config.token_map)
         kept = kept_examples(dataset, components, token_map, token_init=config.token_init, prompts=prompts)
-        sources.append(batches(kept, 2, max(size // 2, 1), config.preservation, taught=True))
+        weight = weight_for(config.preservation, pictures=dataset.pictures)
+        sources.append(batches(kept, 2, config.taught_at_once, weight, taught=True))
     for source in sources[1:]:
         encode_captions(components, source)
     return sources
