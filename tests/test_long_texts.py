@@ -11,7 +11,7 @@ from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.errors import DatasetError
 from sdxl.model.components import Components, load_components, load_tokenizers
-from sdxl.model.prompt_length import fit
+from sdxl.model.prompt_chunks import fit
 from sdxl.serving.painter import Painter
 from sdxl.serving.request import FineTuneOptions, GenerationRequest
 from sdxl.training.caption_fit import require_tokens_fit

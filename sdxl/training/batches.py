@@ -17,13 +17,15 @@ class Bucket:
     """All examples of one shape, and which of them the next step uses."""
 
     examples: Example
-    """Stacked: latents [n, 4, h, w], mask [n, 1, h, w], ids 2×[n, 77], time ids [n, 6]."""
+    """Stacked: latents [n, 4, h, w], mask [n, 1, h, w], ids 2×[n, 77·chunks], time ids [n, 6]."""
     chosen: Tensor
     """Rows of `examples` [micro-batches, b]. Every step overwrites them in place, where a captured step reads them."""
     shares: Tensor
     """How often each example is drawn, compared with all others [n], on the CPU."""
     prompts: tuple[Tensor, Tensor] | None = None
-    """Text conditioning of every example, [n, t, d] and [n, d], once it no longer changes."""
+    """Text conditioning of every distinct caption, [m, t, d] and [m, d], once it no longer changes."""
+    prompt_of: Tensor | None = None
+    """Which of them each example has [n]."""
 
     def __len__(self) -> int:
         return len(self.examples.latents)
@@ -31,7 +33,10 @@ class Bucket:
     def micro_batches(self) -> Iterator[tuple[Example, tuple[Tensor, Tensor] | None]]:
         """The chosen examples, with their text conditioning once it no longer changes."""
         for rows in self.chosen:
-            prompts = None if self.prompts is None else (self.prompts[0][rows], self.prompts[1][rows])
+            prompts = None
+            if self.prompts is not None and self.prompt_of is not None:
+                which = self.prompt_of[rows]
+                prompts = self.prompts[0][which], self.prompts[1][which]
             yield self.examples.take(rows), prompts
 
 

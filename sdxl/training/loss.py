@@ -17,10 +17,10 @@ from torch import Tensor
 
 from dataset_and_utils import Example
 from sdxl.model.components import Components
+from sdxl.model.prompt_chunks import encode
 from sdxl.training.config import TrainingConfig
 from sdxl.training.diffusion import (
     drop_prompts,
-    encode_prompt,
     sample_noise,
     sample_timesteps,
     training_target,
@@ -59,7 +59,7 @@ class DenoisingLoss:
         scheduler = components.noise_scheduler
 
         # The prompt. Dropping some trains the unconditional branch of classifier-free guidance (arXiv:2207.12598).
-        hidden, pooled = prompts or encode_prompt(components.text_encoders, batch.token_ids)
+        hidden, pooled = prompts or encode(components.text_encoders, batch.token_ids)
         hidden, pooled = drop_prompts(hidden, pooled, config.caption_dropout, generator)
 
         # Noise at a random time: x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (DDPM, eq. 4).
