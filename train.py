@@ -108,6 +108,13 @@ def train(
         choices=["attention", "transformer", "all"],
     ),
     lora_lr: float = Input(default=1e-4, description="Learning rate of the LoRA. Needs is_lora."),
+    text_encoder_lora: bool = Input(
+        default=False,
+        description="Train a LoRA on both text encoders too, together with the new tokens up to the pivot. It can learn what other words mean in your pictures, and forgets more of what the base knows. Needs is_lora.",
+    ),
+    text_encoder_lr: float = Input(
+        default=1e-5, description="Learning rate of the text encoders' LoRA. Needs text_encoder_lora."
+    ),
     optimizer: str = Input(
         default="adamw",
         description="Optimizer of the UNet or LoRA. adamw_8bit and adafactor need less memory. prodigy finds its own learning rate: set unet_learning_rate or lora_lr to 1.",

@@ -49,3 +49,12 @@ class LayerNames:
         rest = _INNER.sub("", key[prefix.end() :]).replace(".", "_").removeprefix(_LEVEL)
         layers = self._layers[prefix.lastgroup or "unet"]
         return layers.get(rest) or layers.get(f"{rest}_0")  # to_out.0 may be named to_out
+
+
+def with_text_model(name: str) -> str:
+    """`name`, which begins with its part, as diffusers' LoRA files have it: layers of text encoders have the level
+    `text_model`, with which all versions of transformers find them."""
+    part, _, rest = name.partition(".")
+    if part == "unet" or rest.startswith(("text_model.", "text_projection")):
+        return name
+    return f"{part}.text_model.{rest}"

@@ -37,11 +37,14 @@ def announce(
     if told := told_of_fp32(capability_of(device)):
         log.warning("%s", told)
     what = f"a LoRA of rank {config.lora_rank}" if config.is_lora else "the whole UNet"
+    and_text, and_encoders = "", ""
+    if config.text_encoder_lora:
+        and_text, and_encoders = " and a LoRA on both text encoders", " and the text encoders"
     log.info(
-        "Training %s of %s and the tokens of %s on %s: %d steps of %d pictures at %d×%d pixels, with seed %d. "
-        "The tokens freeze after step %d.",
-        *(what, config.base, config.token_map, device, config.max_train_steps, _seen_in_a_step(config)),
-        *(config.resolution, config.resolution, config.seed, config.pivot_step),
+        "Training %s of %s and the tokens of %s%s on %s: %d steps of %d pictures at %d×%d pixels, with seed %d. "
+        "The tokens%s freeze after step %d.",
+        *(what, config.base, config.token_map, and_text, device, config.max_train_steps, _seen_in_a_step(config)),
+        *(config.resolution, config.resolution, config.seed, and_encoders, config.pivot_step),
     )
     for told in seen(config, images=images, processes=processes, by_epochs=by_epochs):
         log.info("%s", told)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dataset_and_utils import Example, ExampleDataset
+from sdxl.training.text_conditioning import TextConditioning
 
 
 @dataclass(kw_only=True)
@@ -22,22 +23,21 @@ class Bucket:
     """Rows of `examples` [micro-batches, b]. Every step overwrites them in place, where a captured step reads them."""
     shares: Tensor
     """How often each example is drawn, compared with all others [n], on the CPU."""
-    prompts: tuple[Tensor, Tensor] | None = None
-    """Text conditioning of every distinct caption, [m, t, d] and [m, d], once it no longer changes."""
-    prompt_of: Tensor | None = None
+    captions: TextConditioning | None = None
+    """Text conditioning of every distinct caption, once it no longer changes."""
+    caption_of: Tensor | None = None
     """Which of them each example has [n]."""
 
     def __len__(self) -> int:
         return len(self.examples.latents)
 
-    def micro_batches(self) -> Iterator[tuple[Example, tuple[Tensor, Tensor] | None]]:
+    def micro_batches(self) -> Iterator[tuple[Example, TextConditioning | None]]:
         """The chosen examples, with their text conditioning once it no longer changes."""
         for rows in self.chosen:
-            prompts = None
-            if self.prompts is not None and self.prompt_of is not None:
-                which = self.prompt_of[rows]
-                prompts = self.prompts[0][which], self.prompts[1][which]
-            yield self.examples.take(rows), prompts
+            text = None
+            if self.captions is not None and self.caption_of is not None:
+                text = self.captions.take(self.caption_of[rows])
+            yield self.examples.take(rows), text
 
 
 class Batches:

@@ -66,6 +66,10 @@ class TrainingOptions:
     blocks, or the convolutions too."""
     lora_lr: float = limited(1e-4, ge=0)
     """Learning rate of the LoRA matrices. 0 trains the token rows alone."""
+    text_encoder_lora: bool = False
+    """Train LoRA matrices on both text encoders too, up to the pivot."""
+    text_encoder_lr: float = limited(1e-5, gt=0)
+    """Learning rate of these."""
     lr_scheduler: Schedule = "constant"
     """How all learning rates change over the run, after the warm-up."""
     lr_warmup_steps: int = limited(0, ge=0)

@@ -2,7 +2,7 @@
 
 Knows shapes and formulas; does not know where tensors come from, optimizers or devices.
 
-Shape suffixes: b pictures, c latent channels, h w latent pixels, t text positions, d features.
+Shape suffixes: b pictures, c latent channels, h w latent pixels.
 """
 
 import torch
@@ -21,16 +21,6 @@ def sample_noise(shape_bchw: torch.Size, offset: float, generator: torch.Generat
     if offset:
         noise += offset * torch.randn((*shape_bchw[:2], 1, 1), generator=generator, device=generator.device)
     return noise
-
-
-def drop_prompts(
-    hidden_btd: Tensor, pooled_bd: Tensor, share: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Replace about a `share` (0 to 1) of the prompts by zeros, which is SDXL's unconditional branch."""
-    if not share:
-        return hidden_btd, pooled_bd
-    kept = torch.rand(len(pooled_bd), generator=generator, device=generator.device) >= share
-    return hidden_btd * kept[:, None, None], pooled_bd * kept[:, None]
 
 
 def sample_timesteps(scheduler: DDPMScheduler, count: int, generator: torch.Generator) -> Tensor:
