@@ -43,7 +43,15 @@ def announce(
     log.info(
         "Training %s of %s and the tokens of %s%s on %s: %d steps of %d pictures at %d×%d pixels, with seed %d. "
         "The tokens%s freeze after step %d.",
-        *(what, config.base, config.token_map, and_text, device, config.max_train_steps, _seen_in_a_step(config)),
+        *(
+            what,
+            config.base,
+            config.token_map,
+            and_text,
+            device,
+            config.max_train_steps,
+            _seen_in_a_step(config),
+        ),
         *(config.resolution, config.resolution, config.seed, and_encoders, config.pivot_step),
     )
     for told in seen(config, images=images, processes=processes, by_epochs=by_epochs):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sdxl.model.components import Components
-from sdxl.model.layer_names import with_text_model
+from sdxl.model.layer_names import diffusers_key
 from sdxl.training.config import TrainingConfig
 from sdxl.training.optimizers import Group
 from sdxl.training.trainable import LORA_WEIGHT_DECAY, Trainable, add_lora, exported_lora
@@ -52,7 +52,5 @@ def with_encoder_lora(trainable: Trainable, components: Components, config: Trai
 def _exported(text_encoders: tuple[Any, ...], config: TrainingConfig) -> dict[str, Tensor]:
     found = {}
     for part, encoder in zip(("text_encoder", "text_encoder_2"), text_encoders, strict=True):
-        found |= {
-            with_text_model(name): value for name, value in exported_lora(encoder, part, config).items()
-        }
+        found |= {diffusers_key(name): value for name, value in exported_lora(encoder, part, config).items()}
     return found
