@@ -110,7 +110,7 @@ def train(
     lora_lr: float = Input(default=1e-4, description="Learning rate of the LoRA. Needs is_lora."),
     text_encoder_lora: bool = Input(
         default=False,
-        description="Train a LoRA on both text encoders too, together with the new tokens up to the pivot. It can learn what other words mean in your pictures, and forgets more of what the base knows. Needs is_lora.",
+        description="Train a LoRA on both text encoders too, as long as the new tokens train. It can change what every word means, not only the new ones. Needs is_lora.",
     ),
     text_encoder_lr: float = Input(
         default=1e-5, description="Learning rate of the text encoders' LoRA. Needs text_encoder_lora."
@@ -127,7 +127,7 @@ def train(
     ),
     pivot_fraction: float = Input(
         default=0.5,
-        description="Share of the steps in which the new tokens train. After that they are frozen, and only the UNet or LoRA trains.",
+        description="Share of the steps in which the new tokens train, and the text encoders' LoRA. After that they are frozen, and only the UNet or its LoRA trains.",
         ge=0,
         le=1,
     ),

@@ -70,7 +70,9 @@ def test_both_encoders_change_up_to_the_pivot(prepared, optimizer: str):
     with torch.no_grad():
         plain = read_captions(components.text_encoders, ids_of(PROMPT, components))
     seen: list[TrainedFineTune] = []
-    config = dataclasses.replace(WITH_ENCODERS, optimizer=optimizer, lora_lr=1.0, checkpointing_steps=1)
+    config = dataclasses.replace(
+        WITH_ENCODERS, optimizer=optimizer, lora_lr=1.0, checkpointing_steps=1, preservation=0.5
+    )
     fine_tune(components, examples, config, on_checkpoint=lambda step, model: seen.append(model))
 
     for part in PARTS:
