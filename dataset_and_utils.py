@@ -300,7 +300,7 @@ class Example:
     mask: Tensor
     """Weight of each latent pixel in the loss, [1, h, w], 0 to 1."""
     token_ids: tuple[Tensor, Tensor]
-    """Ids of the caption, with its placeholder tokens, for each text encoder: [77] each."""
+    """Ids of the caption, with its placeholder tokens, for each text encoder: [77·n] each, in n chunks of 77."""
     time_ids: Tensor
     """SDXL's size conditioning [6]: original height and width, crop top and left, target height and width, in pixels."""
     share: float = 1.0
@@ -334,7 +334,7 @@ class ExampleDataset:
         return self.examples[index]
 
     def collate(self, indices: Sequence[int]) -> Example:
-        """Stack the B examples at `indices`, all of one shape: latents [B, 4, h, w], mask [B, 1, h, w], ids 2×[B, 77]."""
+        """Stack the B examples at `indices`, all of one shape: latents [B, 4, h, w], mask [B, 1, h, w], ids 2×[B, 77·n]."""
         import torch
 
         chosen = [self.examples[index] for index in indices]

@@ -66,7 +66,7 @@ class Predictor(BaseRunner):
         self,
         prompt: str = Input(
             default="a photo of TOK",
-            description="What to draw. Write the fine-tune's token, such as TOK, as a separate word.",
+            description="What to draw. Write the fine-tune's token, such as TOK, as a separate word. Up to 600 tokens are read, some 400 words.",
         ),
         negative_prompt: str = Input(default="", description="What to keep out of the picture."),
         image: Optional[Path] = Input(

@@ -122,6 +122,13 @@ def train(
         default=None,
         description="Learning rate of the LoRA. Default: as the preset says, 1e-4 for good.",
     ),
+    text_encoder_lora: bool = Input(
+        default=False,
+        description="Train a LoRA on both text encoders too, as long as the new tokens train. It can change what every word means, not only the new ones. Needs is_lora.",
+    ),
+    text_encoder_lr: float = Input(
+        default=1e-5, description="Learning rate of the text encoders' LoRA. Needs text_encoder_lora."
+    ),
     optimizer: str = Input(
         default="adamw",
         description="Optimizer of the UNet or LoRA. adamw_8bit and adafactor need less memory. prodigy finds its own learning rate: unet_learning_rate or lora_lr is then 1 by default.",
@@ -134,7 +141,7 @@ def train(
     ),
     pivot_fraction: float = Input(
         default=0.5,
-        description="Share of the steps in which the new tokens train. After that they are frozen, and only the UNet or LoRA trains.",
+        description="Share of the steps in which the new tokens train, and the text encoders' LoRA. After that they are frozen, and only the UNet or its LoRA trains.",
         ge=0,
         le=1,
     ),

@@ -93,13 +93,13 @@ def test_pictures_are_the_eager_ones_whatever_was_drawn_before(
                 "num_inference_steps": 6,
                 "seed": 0,
             }
-            files = call(predictor.run, **small, disable_safety_checker=True, **inputs)
+            files = call(predictor.run, **(small | inputs), disable_safety_checker=True)
             return [np.array(Image.open(file)) for file in files]
 
         base, tuned = draw(), draw(replicate_weights=str(tar))
-        more = draw(num_outputs=3)
+        more, long = draw(num_outputs=3), draw(prompt="a photo of " + "a red house " * 30)
         assert np.array_equal(base, draw()) and np.array_equal(tuned, draw(replicate_weights=str(tar)))
-        drawn[name] = [*base, *tuned, *more]
+        drawn[name] = [*base, *tuned, *more, *long]
     for one, other in zip(drawn["eager"], drawn[speed], strict=True):  # half precision rounds differently
         assert np.abs(one.astype(int) - other.astype(int)).mean() < 3
 
@@ -149,6 +149,7 @@ def test_pictures_of_parts_that_take_turns_on_the_gpu_are_those_of_all_on_it(
     [
         ({"is_lora": True, "lora_targets": "all"}, True),
         ({"is_lora": True, "lora_targets": "all", "use_dora": True}, True),
+        ({"is_lora": True, "text_encoder_lora": True, "text_encoder_lr": 1e-3, "preservation": 1.0}, True),
         ({}, False),
         ({"gradient_accumulation_steps": 2}, False),
     ],

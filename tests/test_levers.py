@@ -22,12 +22,13 @@ from sdxl.serving.previews import drawer
 from sdxl.serving.tuned_pipeline import TunedPipeline
 from sdxl.settings import cache_folder
 from sdxl.training.batches import Batches
-from sdxl.training.diffusion import drop_prompts, sample_noise
+from sdxl.training.diffusion import sample_noise
 from sdxl.training.examples import cache_examples
 from sdxl.training.loss import masked_mse
 from sdxl.training.prior import PriorConfig, prior_dataset
 from sdxl.training.random_views import LARGEST_ZOOM
 from sdxl.training.recipe import StepReport, fine_tune, learning_rate_share
+from sdxl.training.text_conditioning import TextConditioning
 from tests.conftest import TINY_BASE
 from tests.test_training import CONFIG, run  # noqa: F401 - a fixture
 
@@ -149,10 +150,14 @@ def test_offset_noise_shifts_whole_channels():
 
 
 def test_dropped_prompts_are_the_unconditional_branch():
-    hidden, pooled = torch.ones(1000, 3, 2), torch.ones(1000, 2)
-    kept_hidden, kept_pooled = drop_prompts(hidden, pooled, 0.3, torch.Generator().manual_seed(0))
-    assert kept_pooled.mean().item() == pytest.approx(0.7, abs=0.05)
-    assert torch.equal(kept_hidden[:, 0, 0], kept_pooled[:, 0])
+    """What the base reads is dropped together with what the fine-tune reads."""
+    ones = {"hidden": torch.ones(1000, 3, 2), "pooled": torch.ones(1000, 2)}
+    text = TextConditioning(**ones, of_base=TextConditioning(**ones))
+    kept = text.dropped(0.3, torch.Generator().manual_seed(0))
+    assert kept.pooled.mean().item() == pytest.approx(0.7, abs=0.05)
+    assert torch.equal(kept.hidden[:, 0, 0], kept.pooled[:, 0])
+    assert kept.of_base is not None
+    assert torch.equal(kept.of_base.hidden, kept.hidden) and torch.equal(kept.of_base.pooled, kept.pooled)
 
 
 def test_mask_floor_lets_the_background_count_a_little():

@@ -10,8 +10,8 @@ from dataset_and_utils import ExampleDataset, TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.errors import UserInputError
 from sdxl.model.components import Components, load_components
+from sdxl.model.prompt_chunks import encode
 from sdxl.training.contradictions import refuse_contradictions
-from sdxl.training.diffusion import encode_prompt
 from sdxl.training.examples import cache_examples
 from sdxl.training.preservation import kept_examples
 from sdxl.training.recipe import fine_tune
@@ -84,7 +84,7 @@ def predicted(components: Components) -> torch.Tensor:
     first, second = (
         torch.tensor(rows) for rows in zip(*(ids_of(text, components) for text in texts), strict=True)
     )
-    hidden, pooled = encode_prompt(components.text_encoders, (first, second))
+    hidden, pooled = encode(components.text_encoders, (first, second))
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     told = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
     return torch.cat(

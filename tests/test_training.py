@@ -15,9 +15,9 @@ from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.errors import TrainingDivergedError, UserInputError
 from sdxl.model.components import Components, add_placeholder_tokens, load_components
 from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.model.prompt_chunks import encode
 from sdxl.training import token_rows
 from sdxl.training.config import TrainingConfig
-from sdxl.training.diffusion import encode_prompt
 from sdxl.training.examples import cache_examples
 from sdxl.training.loss import masked_mse, min_snr_weights
 from sdxl.training.recipe import StepReport, fine_tune
@@ -242,7 +242,7 @@ def test_pooled_prompts_see_what_follows_the_token(run):
         texts = ["<s0> on red", "<s0> on blue"]
         ids.append(tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids)
     with torch.no_grad():
-        _, pooled = encode_prompt(components.text_encoders, (ids[0], ids[1]))
+        _, pooled = encode(components.text_encoders, (ids[0], ids[1]))
     assert not torch.allclose(pooled[0], pooled[1])
     assert dataset[0].time_ids.tolist() == [
         80,

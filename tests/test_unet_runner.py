@@ -26,13 +26,13 @@ def pipeline():
     return load_pipeline(TINY_BASE, CPU)
 
 
-def inputs(unet: UNet2DConditionModel, rows: int, side: int) -> dict:
+def inputs(unet: UNet2DConditionModel, rows: int, side: int, tokens: int = 77) -> dict:
     generator = torch.Generator().manual_seed(rows * side)
     width = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
     return {
         "sample": torch.randn(rows, 4, side, side, generator=generator),
         "encoder_hidden_states": torch.randn(
-            rows, 77, unet.config["cross_attention_dim"], generator=generator
+            rows, tokens, unet.config["cross_attention_dim"], generator=generator
         ),
         "added_cond_kwargs": {
             "text_embeds": torch.randn(rows, width, generator=generator),
@@ -44,12 +44,12 @@ def inputs(unet: UNet2DConditionModel, rows: int, side: int) -> dict:
 @torch.no_grad()
 def test_a_runner_answers_as_the_unet_does_in_tensors_of_its_own(pipeline):
     unet, runner = pipeline.unet, UNetRunner(pipeline.unet, "graphs")
-    for rows, side in ((1, 8), (2, 8), (1, 16), (1, 8)):
-        given = inputs(unet, rows, side)
+    for rows, side, tokens in ((1, 8, 77), (2, 8, 77), (1, 16, 77), (1, 8, 154), (1, 8, 77)):
+        given = inputs(unet, rows, side, tokens)
         answers = [runner(timestep=torch.tensor(time), **given)[0] for time in (500, 20.0)]
         for time, answer in zip((500, 20.0), answers, strict=True):
             assert torch.equal(answer, unet(timestep=torch.tensor(time), **given, return_dict=False)[0])
-    assert len(runner._inputs) == 3, "integer and float timesteps share a shape"
+    assert len(runner._inputs) == 4, "integer and float timesteps share a shape"
 
 
 @torch.no_grad()

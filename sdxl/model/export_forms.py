@@ -16,6 +16,7 @@ from dataset_and_utils import TokenMap, write_embeddings
 from sdxl.files.weight_writing import write_weights
 from sdxl.model import web_ui_files
 from sdxl.model.fine_tune_files import EMBEDDINGS, LORA, RECORD, TOKENS, UNET, WEB_UI
+from sdxl.model.layer_names import diffusers_key
 from sdxl.model.low_rank import LoraMatrices
 from sdxl.model.single_file import write_checkpoint
 from sdxl.model.web_ui_metadata import About
@@ -143,21 +144,13 @@ def peft_tensors(layers: Mapping[str, LoraMatrices]) -> dict[str, Tensor]:
     """A LoRA as peft and diffusers name it. These files have no alpha, so it is multiplied into the second matrix."""
     tensors = {}
     for layer, own in layers.items():
-        name, change = _diffusers_name(layer), own.folded()
-        tensors[f"{name}.lora_A.weight"] = change.down
-        tensors[f"{name}.lora_B.weight"] = change.up
+        change = own.folded()
+        tensors[diffusers_key(f"{layer}.lora_A.weight")] = change.down
+        tensors[diffusers_key(f"{layer}.lora_B.weight")] = change.up
         if change.magnitude is not None:
             sides = (1, -1, 1, 1) if change.down.ndim == 4 else (-1,)
-            tensors[f"{name}.lora_magnitude_vector"] = change.magnitude.reshape(sides)
+            tensors[diffusers_key(f"{layer}.lora_magnitude_vector")] = change.magnitude.reshape(sides)
     return tensors
-
-
-def _diffusers_name(layer: str) -> str:
-    """Layers of text encoders always have the level `text_model`: with that name all versions of transformers find them."""
-    part, _, name = layer.partition(".")
-    if part == "unet" or name.startswith(("text_model.", "text_projection")):
-        return layer
-    return f"{part}.text_model.{name}"
 
 
 def _unet(exported: Exported, base: LoadedBase) -> dict[str, Tensor]:

@@ -49,3 +49,18 @@ class LayerNames:
         rest = _INNER.sub("", key[prefix.end() :]).replace(".", "_").removeprefix(_LEVEL)
         layers = self._layers[prefix.lastgroup or "unet"]
         return layers.get(rest) or layers.get(f"{rest}_0")  # to_out.0 may be named to_out
+
+
+def diffusers_key(key: str) -> str:
+    """peft's key of a LoRA's tensor behind the name of its part, such as "text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight",
+    as diffusers' files have it.
+
+    In text encoders all versions of transformers find a layer by the level `text_model`. Version 5 reads the lengths of a
+    DoRA's rows only if their key ends in `.weight`, and is silent if it does not.
+    """
+    part, _, name = key.partition(".")
+    if part == "unet":
+        return key
+    if not name.startswith(("text_model.", "text_projection")):
+        name = f"text_model.{name}"
+    return f"{part}.{name}.weight" if name.endswith(".lora_magnitude_vector") else f"{part}.{name}"

@@ -15,6 +15,7 @@ from sdxl.model.bases import Base
 from sdxl.model.components import Components
 from sdxl.model.export_forms import DORA_ELSEWHERE
 from sdxl.model.fine_tune_files import WEB_UI, TrainedFineTune
+from sdxl.model.layer_names import diffusers_key
 from sdxl.model.low_rank import LoraMatrices
 from sdxl.model.single_file import write_checkpoint
 from sdxl.model.web_ui_metadata import About
@@ -62,7 +63,7 @@ def trained_layers(trained: TrainedFineTune, about: About) -> dict[str, LoraMatr
     weights, alpha = trained.weights, about.settings.get("lora_alpha")
     layers = {}
     for layer in (name.removesuffix(_DOWN) for name in weights if name.endswith(_DOWN)):
-        magnitude = weights.get(layer + _MAGNITUDE)
+        magnitude = weights.get(diffusers_key(layer + _MAGNITUDE))
         down = weights[layer + _DOWN]
         change = LoraMatrices(
             down=down,

@@ -90,7 +90,9 @@ def lora_metadata(
         "ss_steps": settings.get("max_train_steps"),
         "ss_max_train_steps": settings.get("max_train_steps"),
         "ss_unet_lr": settings.get("lora_lr"),
-        "ss_text_encoder_lr": settings.get("ti_lr"),
+        "ss_text_encoder_lr": settings.get(
+            "text_encoder_lr" if settings.get("text_encoder_lora") else "ti_lr"
+        ),
         "ss_optimizer": settings.get("optimizer"),
         "ss_lr_scheduler": settings.get("lr_scheduler"),
         "ss_seed": settings.get("seed"),

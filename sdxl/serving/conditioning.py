@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
+from dataset_and_utils import TokenMap
 from sdxl.errors import WeightsError
+from sdxl.model.prompt_chunks import encode, token_ids
 from sdxl.serving.denoising import Conditioning
 
 AESTHETIC_SCORES = (2.5, 6.0)
@@ -22,9 +25,10 @@ class Prompts:
     """What to encode for a batch of pictures."""
 
     prompt: str
-    """The prompt, with its tokens replaced by placeholder tokens."""
     negative_prompt: str
     """May be empty."""
+    token_map: TokenMap
+    """The new words that both may name."""
     guidance_scale: float
     guidance_rescale: float
     count: int
@@ -37,7 +41,7 @@ class Prompts:
 def for_base(pipeline: Any, prompts: Prompts) -> Conditioning:
     """The conditioning of the base. An empty negative prompt becomes zeros, as in the training of SDXL."""
     sizes = (*prompts.size, 0, 0, *prompts.size)
-    return _encode(pipeline, prompts, prompts.negative_prompt or None, (sizes, sizes))
+    return _encode(pipeline, prompts, (sizes, sizes), zeros_for_empty=True)
 
 
 def for_refiner(pipeline: Any, refiner: UNet2DConditionModel, prompts: Prompts) -> Conditioning:
@@ -56,30 +60,43 @@ def for_refiner(pipeline: Any, refiner: UNet2DConditionModel, prompts: Prompts) 
             "set SDXL_REFINER to the refiner of this base."
         )
     scores = [(*prompts.size, 0, 0, score) for score in AESTHETIC_SCORES]
-    conditioning = _encode(pipeline, prompts, prompts.negative_prompt, scores)
+    conditioning = _encode(pipeline, prompts, scores, zeros_for_empty=False)
     return replace(conditioning, embeds=conditioning.embeds[..., -width:])
 
 
 def _encode(
-    pipeline: Any, prompts: Prompts, negative_prompt: str | None, time_ids: Sequence[Sequence[float]]
+    pipeline: Any, prompts: Prompts, time_ids: Sequence[Sequence[float]], *, zeros_for_empty: bool
 ) -> Conditioning:
-    """Encode both prompts.
+    """Encode both prompts, in equally many chunks.
 
     time_ids: those of the negative prompt and those of the prompt.
+    zeros_for_empty: an empty negative prompt becomes zeros, if the base was trained so.
     """
     count, guided = prompts.count, prompts.guidance_scale > 1
-    embeds, negative_embeds, pooled, negative_pooled = pipeline.encode_prompt(
-        prompts.prompt,
-        device=prompts.device,
-        num_images_per_prompt=count,
-        do_classifier_free_guidance=guided,
-        negative_prompt=negative_prompt,
-    )
-    rows = torch.tensor(time_ids if guided else time_ids[1:], dtype=embeds.dtype, device=embeds.device)
+    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+    texts = [prompts.prompt, *([prompts.negative_prompt] if guided else [])]
+    ids = token_ids(texts, tokenizers, prompts.token_map)
+
+    embeds, pooled = _encoded(pipeline, ids[0], prompts.device)
+    rows = [(embeds, pooled)]
+    if guided:
+        zeros = (
+            zeros_for_empty and not prompts.negative_prompt and pipeline.config.force_zeros_for_empty_prompt
+        )
+        negative = (torch.zeros_like(embeds), torch.zeros_like(pooled))
+        rows.insert(0, negative if zeros else _encoded(pipeline, ids[1], prompts.device))
+    times = torch.tensor(time_ids if guided else time_ids[1:], dtype=embeds.dtype, device=embeds.device)
     return Conditioning(
-        embeds=torch.cat([negative_embeds, embeds]) if guided else embeds,
-        pooled=torch.cat([negative_pooled, pooled]) if guided else pooled,
-        time_ids=rows.repeat_interleave(count, 0),
+        embeds=torch.cat([one for one, _ in rows]).repeat_interleave(count, 0),
+        pooled=torch.cat([one for _, one in rows]).repeat_interleave(count, 0),
+        time_ids=times.repeat_interleave(count, 0),
         guidance_scale=prompts.guidance_scale,
         guidance_rescale=prompts.guidance_rescale,
     )
+
+
+def _encoded(pipeline: Any, ids: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """One prompt's hidden states [1, 77·n, dim] and pooled prompt [1, dim], in the precision of the encoders' weights."""
+    first, second = (one[None].to(device) for one in ids)
+    embeds, pooled = encode((pipeline.text_encoder, pipeline.text_encoder_2), (first, second))
+    return embeds.to(device, pipeline.text_encoder_2.dtype), pooled

@@ -25,7 +25,7 @@ class Conditioning:
     """
 
     embeds: Tensor
-    """Hidden states of the text encoders [b or 2b, 77, dim]."""
+    """Hidden states of the text encoders [b or 2b, 77·n, dim], n chunks of the prompts side by side."""
     pooled: Tensor
     """Pooled prompts [b or 2b, dim]."""
     time_ids: Tensor

@@ -28,7 +28,7 @@ from sdxl.serving.denoising import (
 )
 from sdxl.serving.placement import lent
 from sdxl.serving.plan import plan_passes
-from sdxl.serving.prompt_texts import texts_to_encode
+from sdxl.serving.prompt_texts import tell_of_prompts
 from sdxl.serving.request import MULTIPLE, GenerationRequest
 from sdxl.serving.samplers import make_scheduler
 
@@ -74,12 +74,12 @@ def draw(
     Raises:
         WeightsError: the weights give numbers that overflow, or the refiner does not fit the base.
     """
-    texts = texts_to_encode(request, token_map, pipeline)
+    tell_of_prompts(request, token_map, pipeline)
 
     try:
         for start in range(first, request.num_outputs, at_once):
             seeds = [request.seed_of(i) for i in range(start, min(start + at_once, request.num_outputs))]
-            yield from _draw_batch(pipeline, refiner, request, texts, seeds, runner)
+            yield from _draw_batch(pipeline, refiner, request, token_map, seeds, runner)
     finally:
         pipeline.maybe_free_model_hooks()
 
@@ -104,16 +104,13 @@ def _draw_batch(
     pipeline: Any,
     refiner: UNet2DConditionModel | None,
     request: GenerationRequest,
-    texts: tuple[str, str],
+    token_map: TokenMap,
     seeds: list[int],
     runner: Runner,
 ) -> Iterator[Image.Image]:
-    """Draw one batch, picture i from `seeds[i]`.
-
-    texts: the prompt and the negative prompt.
-    """
+    """Draw one batch, picture i from `seeds[i]`."""
     device = pipeline._execution_device  # asked once: the pipeline searches all its modules for it
-    batch = _prepare(pipeline, request, texts, seeds, device)
+    batch = _prepare(pipeline, request, token_map, seeds, device)
 
     # The base runs the first pass, the refiner may run a second one: see `plan`.
     passes = plan_passes(request, _base_intervals(pipeline, request, device))
@@ -155,7 +152,7 @@ def _draw_batch(
 
 
 def _prepare(
-    pipeline: Any, request: GenerationRequest, texts: tuple[str, str], seeds: list[int], device: torch.device
+    pipeline: Any, request: GenerationRequest, token_map: TokenMap, seeds: list[int], device: torch.device
 ) -> _Batch:
     """Encode the prompts and the input picture, and draw the first noise."""
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -164,8 +161,9 @@ def _prepare(
     image = None if request.image is None else padded(request.image)
     height, width = (request.height, request.width) if image is None else (image.height, image.width)
     prompts = Prompts(
-        prompt=texts[0],
-        negative_prompt=texts[1],
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        token_map=token_map,
         guidance_scale=request.guidance_scale,
         guidance_rescale=request.guidance_rescale,
         count=len(seeds),

@@ -1,4 +1,4 @@
-"""The prompts of a request as the text encoders read them, and what the log says about them.
+"""What the log says about the prompts of a request.
 
 Knows token maps and tokenizers; does not know encoders or weights.
 """
@@ -8,17 +8,15 @@ from typing import Any
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import shortened
-from sdxl.model.prompt_length import fit
+from sdxl.model.prompt_chunks import fit
 from sdxl.serving.request import GenerationRequest
 
 log = logging.getLogger(__name__)
 
 
-def texts_to_encode(request: GenerationRequest, token_map: TokenMap, pipeline: Any) -> tuple[str, str]:
-    """The prompt and the negative prompt with placeholder tokens instead of the map's words.
-
-    Logs it if the prompt names none of these words, and which words are dropped because a prompt is too long.
-    """
+def tell_of_prompts(request: GenerationRequest, token_map: TokenMap, pipeline: Any) -> None:
+    """Log the prompt with placeholder tokens, or that it names no word of the map, and which words are dropped because a
+    prompt is too long."""
     prompt = token_map.substitute(request.prompt)
     if prompt != request.prompt:
         log.info("Prompt with placeholder tokens: %s", prompt)
@@ -27,7 +25,6 @@ def texts_to_encode(request: GenerationRequest, token_map: TokenMap, pipeline: A
     _tell_what_is_dropped("prompt", request.prompt, token_map, pipeline)
     if request.guidance_scale > 1:
         _tell_what_is_dropped("negative prompt", request.negative_prompt, token_map, pipeline)
-    return prompt, token_map.substitute(request.negative_prompt)
 
 
 def _tell_what_is_dropped(which: str, text: str, token_map: TokenMap, pipeline: Any) -> None:

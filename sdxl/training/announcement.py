@@ -38,11 +38,22 @@ def announce(
         log.warning("%s", told)
     pictures = config.train_batch_size * config.gradient_accumulation_steps
     what = f"a LoRA of rank {config.lora_rank}" if config.is_lora else "the whole UNet"
+    and_text, and_encoders = "", ""
+    if config.text_encoder_lora:
+        and_text, and_encoders = " and a LoRA on both text encoders", " and the text encoders"
     log.info(
-        "Training %s of %s and the tokens of %s on %s: %d steps of %d pictures at %d×%d pixels, with seed %d. "
-        "The tokens freeze after step %d.",
-        *(what, config.base, config.token_map, device, config.max_train_steps, pictures),
-        *(config.resolution, config.resolution, config.seed, config.pivot_step),
+        "Training %s of %s and the tokens of %s%s on %s: %d steps of %d pictures at %d×%d pixels, with seed %d. "
+        "The tokens%s freeze after step %d.",
+        *(
+            what,
+            config.base,
+            config.token_map,
+            and_text,
+            device,
+            config.max_train_steps,
+            pictures,
+        ),
+        *(config.resolution, config.resolution, config.seed, and_encoders, config.pivot_step),
     )
     log.info("%s", preset_line(config, given))
     for told in seen(config, images=images, processes=processes, given=given):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dataset_and_utils import Example, ExampleDataset
+from sdxl.training.text_conditioning import TextConditioning
 
 
 @dataclass(kw_only=True)
@@ -17,22 +18,26 @@ class Bucket:
     """All examples of one shape, and which of them the next step uses."""
 
     examples: Example
-    """Stacked: latents [n, 4, h, w], mask [n, 1, h, w], ids 2×[n, 77], time ids [n, 6]."""
+    """Stacked: latents [n, 4, h, w], mask [n, 1, h, w], ids 2×[n, 77·chunks], time ids [n, 6]."""
     chosen: Tensor
     """Rows of `examples` [micro-batches, b]. Every step overwrites them in place, where a captured step reads them."""
     shares: Tensor
     """How often each example is drawn, compared with all others [n], on the CPU."""
-    prompts: tuple[Tensor, Tensor] | None = None
-    """Text conditioning of every example, [n, t, d] and [n, d], once it no longer changes."""
+    captions: TextConditioning | None = None
+    """Text conditioning of every distinct caption, once it no longer changes."""
+    caption_of: Tensor | None = None
+    """Which of them each example has [n]."""
 
     def __len__(self) -> int:
         return len(self.examples.latents)
 
-    def micro_batches(self) -> Iterator[tuple[Example, tuple[Tensor, Tensor] | None]]:
+    def micro_batches(self) -> Iterator[tuple[Example, TextConditioning | None]]:
         """The chosen examples, with their text conditioning once it no longer changes."""
         for rows in self.chosen:
-            prompts = None if self.prompts is None else (self.prompts[0][rows], self.prompts[1][rows])
-            yield self.examples.take(rows), prompts
+            text = None
+            if self.captions is not None and self.caption_of is not None:
+                text = self.captions.take(self.caption_of[rows])
+            yield self.examples.take(rows), text
 
 
 class Batches:

@@ -71,6 +71,10 @@ class TrainingOptions:
     blocks, or the convolutions too."""
     lora_lr: float | None = limited(None, ge=0)
     """Learning rate of the LoRA matrices. 0 trains the token rows alone."""
+    text_encoder_lora: bool = False
+    """Train LoRA matrices on both text encoders too, up to the pivot."""
+    text_encoder_lr: float = limited(1e-5, gt=0)
+    """Learning rate of these."""
     lr_scheduler: Schedule = "constant"
     """How all learning rates change over the run, after the warm-up."""
     lr_warmup_steps: int | None = limited(None, ge=0)

@@ -12,7 +12,7 @@ from dataset_and_utils import TokenMap
 from sdxl.errors import UserInputError
 from sdxl.training.config import TrainingConfig, TrainingOptions
 
-_OF_LORA = ("use_dora", "lora_rank", "lora_alpha", "lora_targets", "lora_lr")
+_OF_LORA = ("use_dora", "lora_rank", "lora_alpha", "lora_targets", "lora_lr", "text_encoder_lora")
 _OF_PRIOR = ("prior_images", "prior_weight")
 _FP32_ONLY = ("adafactor", "prodigy")
 """Optimizers that would lose small updates of bf16 weights."""
@@ -34,6 +34,16 @@ def refuse_contradictions(
         raise UserInputError(
             f"{name} is {getattr(options, name)}, but with is_lora=false the whole UNet is trained: leave out is_lora or "
             f"{name}."
+        )
+    if not options.text_encoder_lora and _changed(options, "text_encoder_lr"):
+        raise UserInputError(
+            f"text_encoder_lr is {options.text_encoder_lr:g}, but without text_encoder_lora the text encoders are not trained: "
+            "set text_encoder_lora to true, or leave out text_encoder_lr."
+        )
+    if options.text_encoder_lora and options.pivot_fraction == 0:
+        raise UserInputError(
+            "text_encoder_lora is true, but pivot_fraction is 0, so the text encoders would not be trained: raise "
+            "pivot_fraction, or leave out text_encoder_lora."
         )
     for name in () if options.prior_prompts else _changed(options, *_OF_PRIOR):
         raise UserInputError(

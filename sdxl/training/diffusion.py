@@ -2,30 +2,12 @@
 
 Knows shapes and formulas; does not know where tensors come from, optimizers or devices.
 
-Shape suffixes: b pictures, c latent channels, h w latent pixels, t text positions (77), d features.
+Shape suffixes: b pictures, c latent channels, h w latent pixels.
 """
 
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor, nn
-
-
-def encode_prompt(
-    text_encoders: tuple[nn.Module, nn.Module], token_ids: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """SDXL's text conditioning for token ids 2×[b, t].
-
-    Returns the concatenated penultimate hidden states of both encoders [b, t, d₀+d₁], and the second encoder's pooled
-    projection [b, d]. Source: SDXL (arXiv:2307.01952), section 2.1.
-    """
-    hidden = []
-    pooled = None
-    for encoder, ids in zip(text_encoders, token_ids, strict=True):
-        output = encoder(ids, output_hidden_states=True)
-        hidden.append(output.hidden_states[-2])
-        pooled = output[0]  # the last encoder is the second one, whose first output is the projection
-    assert pooled is not None and pooled.ndim == 2
-    return torch.cat(hidden, dim=-1), pooled
+from torch import Tensor
 
 
 def sample_noise(shape_bchw: torch.Size, offset: float, generator: torch.Generator) -> Tensor:
@@ -39,16 +21,6 @@ def sample_noise(shape_bchw: torch.Size, offset: float, generator: torch.Generat
     if offset:
         noise += offset * torch.randn((*shape_bchw[:2], 1, 1), generator=generator, device=generator.device)
     return noise
-
-
-def drop_prompts(
-    hidden_btd: Tensor, pooled_bd: Tensor, share: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Replace about a `share` (0 to 1) of the prompts by zeros, which is SDXL's unconditional branch."""
-    if not share:
-        return hidden_btd, pooled_bd
-    kept = torch.rand(len(pooled_bd), generator=generator, device=generator.device) >= share
-    return hidden_btd * kept[:, None, None], pooled_bd * kept[:, None]
 
 
 def sample_timesteps(scheduler: DDPMScheduler, count: int, generator: torch.Generator) -> Tensor:

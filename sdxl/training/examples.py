@@ -20,6 +20,7 @@ from dataset_and_utils import Example, ExampleDataset, TokenMap
 from sdxl import settings
 from sdxl.data.dataset_folder import read_dataset_folder
 from sdxl.model.components import Components, add_placeholder_tokens
+from sdxl.model.prompt_chunks import token_ids
 from sdxl.speed.compiled_blocks import fuse_blocks
 from sdxl.training.caption_fit import require_tokens_fit, tell_of_cuts
 from sdxl.training.random_views import View, views_of
@@ -42,7 +43,7 @@ def cache_examples(
 ) -> ExampleDataset:
     """Encode the pictures and captions of a dataset folder. Adds the map's placeholder tokens to the tokenizers.
 
-    Each picture becomes one sample of the autoencoder's posterior, multiplied by its `scaling_factor`.
+    The ids of all captions get the length of the longest, so that any of them can share a batch. Each picture becomes one sample of the autoencoder's posterior, multiplied by its `scaling_factor`.
 
     views: how many random crops of each picture to learn, in addition to the whole picture.
     flip: learn every view mirrored too.
@@ -57,7 +58,8 @@ def cache_examples(
     pictures = read_dataset_folder(folder)
     captions = {prepared.picture.name: prepared.caption for prepared in pictures}
     cut = require_tokens_fit(captions, components.tokenizers, token_map)  # before any picture is encoded
-    tell_of_cuts(cut, components.tokenizers[0].model_max_length)
+    tell_of_cuts(cut)
+    ids = token_ids([prepared.caption for prepared in pictures], components.tokenizers, token_map)
     examples = []
     with ThreadPoolExecutor() as threads:
         # Threads decode and crop the next pictures while the GPU encodes one. Each picture has its own random numbers,
@@ -66,15 +68,15 @@ def cache_examples(
             partial(views_of, prepared, np.random.default_rng((seed, index)), crops=views, flip=flip)
             for index, prepared in enumerate(pictures)
         )
-        progress = tqdm(pictures, desc="Encoding pictures", unit="picture")
-        for prepared, shown in zip(progress, _ahead(threads, tasks), strict=True):
-            ids = _token_ids(token_map.substitute(prepared.caption), components)
+        progress = tqdm(ids, desc="Encoding pictures", unit="picture")
+        for (first, second), shown in zip(progress, _ahead(threads, tasks), strict=True):
+            on_device = first.to(components.device), second.to(components.device)
             for view, latents in zip(shown, _encode(shown, components, generator), strict=True):
                 examples.append(
                     Example(
                         latents=latents,
                         mask=_latent_mask(view.mask, latents),
-                        token_ids=ids,
+                        token_ids=on_device,
                         time_ids=torch.tensor(view.time_ids, dtype=torch.float32, device=components.device),
                         share=view.share,
                     )
@@ -112,18 +114,3 @@ def _latent_mask(mask: Image.Image | None, latents: Tensor) -> Tensor:
         return torch.ones(1, height, width, device=latents.device)
     small = mask.resize((width, height), Image.Resampling.BOX)
     return torch.from_numpy(np.array(small, dtype=np.float32) / 255)[None].to(latents.device)
-
-
-def _token_ids(caption: str, components: Components) -> tuple[Tensor, Tensor]:
-    """The ids [77] of a caption for each text encoder."""
-    first, second = (
-        tokenizer(
-            caption,
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids[0]
-        for tokenizer in components.tokenizers
-    )
-    return first.to(components.device), second.to(components.device)

@@ -19,12 +19,11 @@ from dataset_and_utils import Example
 from sdxl.model.components import Components
 from sdxl.training.config import TrainingConfig
 from sdxl.training.diffusion import (
-    drop_prompts,
-    encode_prompt,
     sample_noise,
     sample_timesteps,
     training_target,
 )
+from sdxl.training.text_conditioning import TextConditioning, read_captions
 
 BELOW = 0.6
 """With `preservation` the subject is learned in this share of the timesteps, those with less noise. Above it a picture's
@@ -47,21 +46,30 @@ class DenoisingLoss:
     base_outside_masks: bool = False
     """Whether the base teaches outside masks what it would predict there."""
 
+    @property
+    def base_reads_apart(self) -> bool:
+        """Whether there is a base as teacher that reads captions otherwise than the fine-tune: without the LoRA of the text
+        encoders."""
+        return self.base_unet is not None and self.config.text_encoder_lora
+
     def __call__(
-        self, batch: Example, prompts: tuple[Tensor, Tensor] | None, taught_by_base: bool = False
+        self, batch: Example, captions: TextConditioning | None, taught_by_base: bool = False
     ) -> Tensor:
         """The loss of `batch`, a scalar.
 
         taught_by_base: the target is what the base predicts, instead of what the pictures show.
-        prompts: text conditioning [b, t, d] and [b, d]; None encodes the captions, so that token rows get gradients.
+        captions: as they are read by now; None reads them here, so that what trains of the text gets gradients.
         """
         components, config, generator = self.components, self.config, self.generator
         scheduler = components.noise_scheduler
+        teaches = taught_by_base or self.base_outside_masks
 
-        # The prompt. Dropping some trains the unconditional branch of classifier-free guidance (arXiv:2207.12598).
-        hidden, pooled = prompts or encode_prompt(components.text_encoders, batch.token_ids)
+        # The captions. Dropping some trains the unconditional branch of classifier-free guidance (arXiv:2207.12598).
+        text = captions or read_captions(
+            components.text_encoders, batch.token_ids, also_as_base=teaches and self.base_reads_apart
+        )
         if not taught_by_base:
-            hidden, pooled = drop_prompts(hidden, pooled, config.caption_dropout, generator)
+            text = text.dropped(config.caption_dropout, generator)
 
         # Noise at a random time: x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (DDPM, eq. 4).
         noise = sample_noise(batch.latents.shape, config.noise_offset, generator)
@@ -71,24 +79,25 @@ class DenoisingLoss:
         noisy = scheduler.add_noise(batch.latents, noise, timesteps)  # type: ignore[arg-type]
         target = training_target(scheduler, batch.latents, noise, timesteps)
 
-        noisy, hidden, pooled = (value.to(components.unet.dtype) for value in (noisy, hidden, pooled))
-        if prompts is not None and hidden.is_cuda:
-            # Encoded prompts need no gradient. But a prompt without one would compile all blocks again at the pivot;
-            # computing the gradient for nothing costs about a millisecond.
-            hidden = hidden.detach().requires_grad_()
-        condition = {
-            "encoder_hidden_states": hidden,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch.time_ids},
-        }
+        def condition(text: TextConditioning) -> dict[str, Any]:
+            hidden, pooled = (value.to(components.unet.dtype) for value in (text.hidden, text.pooled))
+            if captions is not None and hidden.is_cuda:
+                # Encoded captions need no gradient. But one without would compile all blocks again at the pivot;
+                # computing the gradient for nothing costs about a millisecond.
+                hidden = hidden.detach().requires_grad_()
+            added = {"text_embeds": pooled, "time_ids": batch.time_ids}
+            return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
 
         # The base is the teacher of other captions. It is outside masks too: the fine-tune must not learn the background.
-        if taught_by_base or self.base_outside_masks:
+        noisy, given = noisy.to(components.unet.dtype), condition(text)
+        if teaches:
             assert self.base_unet is not None
+            known = given if text.of_base is None else condition(text.of_base)
             with torch.no_grad():
-                from_base = self.base_unet(noisy, timesteps, **condition).sample.to(target.dtype)
+                from_base = self.base_unet(noisy, timesteps, **known).sample.to(target.dtype)
             target = from_base if taught_by_base else torch.lerp(from_base, target, batch.mask)
 
-        prediction = components.unet(noisy, timesteps, **condition).sample
+        prediction = components.unet(noisy, timesteps, **given).sample
         weights = min_snr_weights(scheduler, timesteps, config.snr_gamma)
         return masked_mse(prediction, target, batch.mask, weights, config.mask_floor)
 

@@ -44,45 +44,50 @@ class Group:
 
 
 class Optimizers:
-    """The optimizers of a run, addressed by what they train: `weights` (the UNet's or LoRA's) and token `rows`.
+    """The optimizers of a run, addressed by what they train: `weights` (the UNet's or LoRA's), token `rows`, and the LoRA
+    matrices of the text `encoders`.
 
-    "adamw" trains both in one optimizer, so that the whole update is one fused kernel. Every other name trains the
-    weights, and a second optimizer, AdamW, trains the rows.
+    "adamw" trains all in one optimizer, so that the whole update is one fused kernel. Every other name trains the
+    weights, and a second optimizer, AdamW, trains the rest.
     """
 
-    def __init__(self, name: str, *, weights: Group, rows: Group, device: torch.device) -> None:
+    def __init__(
+        self, name: str, *, weights: Group, rows: Group, encoders: Group | None = None, device: torch.device
+    ) -> None:
         """See `make_optimizers` for the arguments and errors."""
         self.capturable = name in CAPTURABLE
         """Whether a CUDA graph may contain `step`."""
-        self._optimizers = make_optimizers(name, weights, rows, device=device)
+        text = [rows, encoders] if encoders and encoders.params else [rows]
+        self._optimizers = make_optimizers(name, weights, *text, device=device)
         by_parameter = {id(group["params"][0]): group for group in self._groups()}
-        self._weights, self._rows = (by_parameter[id(group.params[0])] for group in (weights, rows))
+        self._weights, *self._text = (by_parameter[id(group.params[0])] for group in (weights, *text))
 
     @property
     def rows_train(self) -> bool:
         """Whether the token rows still train."""
-        return any(group is self._rows for group in self._groups())
+        return any(group is self._text[0] for group in self._groups())
 
-    def set_rates(self, *, weights: float, rows: float) -> None:
+    def set_rates(self, *, weights: float, rows: float, encoders: float = 0.0) -> None:
         """Set the learning rates of the next step."""
-        for group, rate in ((self._weights, weights), (self._rows, rows)):
+        for group, rate in zip((self._weights, *self._text), (weights, rows, encoders), strict=False):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)  # in place: a captured step reads this tensor
             else:
                 group["lr"] = rate
 
-    def freeze_rows(self) -> None:
-        """Stop training the token rows, for good."""
+    def freeze_text(self) -> None:
+        """Stop training the token rows and the text encoders' matrices, for good."""
+        frozen = {id(group) for group in self._text}
         for optimizer in self._optimizers:
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group is not self._rows]
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if id(group) not in frozen]
 
     def gradients(self) -> list[Tensor]:
         """The gradients of all parameters that have one."""
         return [p.grad for group in self._groups() for p in group["params"] if p.grad is not None]
 
     def clip(self, max_norm: float) -> list[Tensor]:
-        """Scale the gradients down to `max_norm`, and return their norms before: of the weights, then of the rows while
-        they train.
+        """Scale the gradients down to `max_norm`, and return their norms before: of the weights, then of the rows and
+        the text encoders' matrices while they train.
 
         Each kind is clipped on its own: large gradients of the rows must not shrink the UNet's step, or the reverse.
         """
@@ -102,20 +107,20 @@ class Optimizers:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
 
-def make_optimizers(name: str, weights: Group, rows: Group, *, device: torch.device) -> list[Optimizer]:
+def make_optimizers(name: str, weights: Group, *text: Group, device: torch.device) -> list[Optimizer]:
     """The one or two torch optimizers of a run. Each group of parameters has its own learning rate.
 
     Args:
         name: a key of `OPTIMIZERS`.
         weights: the UNet's weights or LoRA matrices, the first group of the first optimizer. fp32, or with
             "adamw_8bit" also bf16, which is then rounded stochastically.
-        rows: the token rows, fp32, the last group of the last optimizer. They always train with AdamW: small state
-            saves nothing on a few thousand numbers, and their rate must not depend on what Prodigy finds for the
-            weights. May be empty.
+        text: the token rows, and the text encoders' matrices if they train, fp32, the last groups of the last optimizer.
+            They always train with AdamW: small state saves little on few numbers, and their rates must not depend on
+            what Prodigy finds for the weights. May be empty.
         device: the parameters' device.
 
     Returns:
-        `[optimizer]` with two groups for "adamw", else `[the weights' optimizer, the rows' AdamW]`. An empty group gets
+        `[optimizer]` with all groups for "adamw", else `[the weights' optimizer, the text's AdamW]`. An empty group gets
         no optimizer. On CUDA the rates of capturable optimizers are fp32 tensors on the device. Change them in place, as
         torch's schedulers do (`group["lr"].fill_(rate)`).
 
@@ -129,9 +134,10 @@ def make_optimizers(name: str, weights: Group, rows: Group, *, device: torch.dev
             f"optimizer {name} loses small updates of bf16 weights: use adamw_8bit, or precision fp32."
         )
     if name == "adamw":
-        return [adamw([group for group in (weights, rows) if group.params], device)]
+        return [adamw([group for group in (weights, *text) if group.params], device)]
     optimizers = [OPTIMIZERS[name]([weights], device)] if weights.params else []
-    return optimizers + ([adamw([rows], device)] if rows.params else [])
+    text = tuple(group for group in text if group.params)
+    return optimizers + ([adamw(text, device)] if text else [])
 
 
 def adamw(groups: Iterable[Group], device: torch.device) -> Optimizer:

@@ -6,14 +6,13 @@ and examples; does not know losses.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
-from torch import Tensor
-from transformers import CLIPTokenizer
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap
 from sdxl.model.components import Components, add_placeholder_tokens
+from sdxl.model.prompt_chunks import contents_of, filled_up, split
+from sdxl.training.caption_fit import require_tokens_fit, tell_of_cuts
 
 OTHERS = 3
 """How many of the prompts each picture gets beside its own caption."""
@@ -67,20 +66,25 @@ def kept_examples(
         }
         for tokenizer, new_ids in zip(tokenizers, ids, strict=True)
     ]
-    others = [[_padded(one(prompt).input_ids, one) for one in tokenizers] for prompt in prompts]
-    kept = []
+    named = {f"number {number} of preservation_prompts": one for number, one in enumerate(prompts, start=1)}
+    tell_of_cuts(require_tokens_fit(named, tokenizers, TokenMap({})))
+    others = [
+        [one(prompt, add_special_tokens=False, verbose=False).input_ids for one in tokenizers]
+        for prompt in prompts
+    ]
+    texts, pictures = [], []
     for index, example in enumerate(_evenly(examples.examples, MOST)):
-        own = [
-            without_tokens(row, known, tokenizer)
-            for row, known, tokenizer in zip(example.token_ids, words, tokenizers, strict=True)
-        ]
         captions = [others[(index * OTHERS + i) % len(others)] for i in range(OTHERS)]
-        if any(set(row.tolist()) & known.keys() for row, known in zip(example.token_ids, words, strict=True)):
-            captions.append(own)
-        for first, second in captions:
-            device = example.latents.device
-            token_ids = (first.to(device), second.to(device))
-            kept.append(replace(example, token_ids=token_ids, mask=torch.ones_like(example.mask)))
+        parts = list(zip(tokenizers, example.token_ids, words, strict=True))
+        if any(set(ids.tolist()) & known.keys() for _, ids, known in parts):
+            captions.append([without_tokens(contents_of(ids, one), known) for one, ids, known in parts])
+        texts += captions
+        pictures += [example] * len(captions)
+    chunks = [[split(ids, one) for ids, one in zip(text, tokenizers, strict=True)] for text in texts]
+    kept = []
+    for example, (first, second) in zip(pictures, filled_up(chunks, tokenizers), strict=True):
+        token_ids = (first.to(example.latents.device), second.to(example.latents.device))
+        kept.append(replace(example, token_ids=token_ids, mask=torch.ones_like(example.mask)))
     return ExampleDataset(kept)
 
 
@@ -94,26 +98,18 @@ def _evenly(examples: Sequence[Example], most: int) -> Sequence[Example]:
     return examples[:: -(-len(examples) // most)]
 
 
-def without_tokens(ids: Tensor, words: Mapping[int, list[int]], tokenizer: CLIPTokenizer) -> Tensor:
-    """Ids [77] of a caption whose new tokens are replaced by words.
+def without_tokens(ids: Sequence[int], words: Mapping[int, list[int]]) -> list[int]:
+    """Ids of a caption whose new tokens are replaced by words.
 
     words: id of a new token → ids of its word. Several in a row with one word are the rows of one token.
     """
     found: list[int] = []
     before: list[int] | None = None
-    for number in ids.tolist():
+    for number in ids:
         word = words.get(number)
         if word is None:
             found.append(number)
         elif word != before:
             found += word
         before = word
-    return _padded(found, tokenizer)
-
-
-def _padded(ids: list[int], tokenizer: CLIPTokenizer) -> Tensor:
-    """The first 77 ids, filled up with the tokenizer's padding."""
-    length, end = tokenizer.model_max_length, cast(int, tokenizer.eos_token_id)
-    if len(ids) > length:
-        ids = [*ids[: length - 1], end]
-    return torch.tensor(ids + [tokenizer.pad_token_id] * (length - len(ids)))
+    return found

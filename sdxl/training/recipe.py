@@ -22,6 +22,7 @@ from sdxl.training.batches import Batches
 from sdxl.training.caption_encoding import encode_captions
 from sdxl.training.config import Schedule, TrainingConfig, prompts_of
 from sdxl.training.data_parallel import rank, world_size
+from sdxl.training.encoder_lora import with_encoder_lora
 from sdxl.training.loss import DenoisingLoss
 from sdxl.training.optimizers import Group, Optimizers
 from sdxl.training.preservation import PROMPTS, kept_examples, weight_for
@@ -73,12 +74,12 @@ def fine_tune(
     base_unet = as_base(components.unet, config) if outside_masks or config.preservation else None
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
-    trainable = (lora if config.is_lora else full_unet)(components.unet, config)
-    weights, rows = trainable.weights, Group(params=tokens.parameters, lr=config.ti_lr)
-    optimizers = Optimizers(trainable.optimizer, weights=weights, rows=rows, device=components.device)
+    trainable = _trainable(components, config)
+    weights, encoders = trainable.weights, trainable.encoders
+    rows, device = Group(params=tokens.parameters, lr=config.ti_lr), components.device
+    optimizers = Optimizers(trainable.optimizer, weights=weights, rows=rows, encoders=encoders, device=device)
 
-    # What a step sees: a batch of the subject, one of the prior, and one that the base teaches. Their captions name no new
-    # token, so these are encoded once.
+    # What a step sees: a batch of the subject, one of the prior, and one that the base teaches.
     sources = _sources(components, dataset, prior, config)
     loss = DenoisingLoss(
         components=components,
@@ -93,22 +94,22 @@ def fine_tune(
     numbers = range(config.max_train_steps)
     progress = tqdm(numbers, desc="Training tokens and UNet", unit="step", mininterval=0.5)
     for number in progress:
-        # The pivot: the rows now describe the subject. Freeze them, so that captions need encoding only once and the
-        # text encoders can leave the GPU. The UNet goes on learning what the rows cannot say.
+        # The pivot: the rows now describe the subject. Freeze all that reads the text, so that captions need encoding only
+        # once and the text encoders can leave the GPU. The UNet goes on learning what the rows cannot say.
         if number == config.pivot_step:
             progress.set_description("Training UNet")
             step.rebuild()
             tokens.freeze()
-            encode_captions(components, sources[0])
+            encode_captions(components, sources, also_as_base=loss.base_reads_apart)
             for encoder in components.text_encoders:
-                encoder.to(torch.device("cpu"))  # type: ignore[arg-type]
-            optimizers.freeze_rows()
+                encoder.requires_grad_(False).to(torch.device("cpu"))  # type: ignore[arg-type]
+            optimizers.freeze_text()
 
         # -------------------------------------------------------------------------------------- a single training step
         share = learning_rate_share(
             config.lr_scheduler, number, warmup=config.lr_warmup_steps, total=config.max_train_steps
         )
-        optimizers.set_rates(weights=weights.lr * share, rows=rows.lr * share)
+        optimizers.set_rates(weights=weights.lr * share, rows=rows.lr * share, encoders=encoders.lr * share)
         value, norms = step.gradients(tuple(batches.draw() for batches in sources))
         if not all(map(math.isfinite, (value, *norms))):  # stop before broken gradients reach the weights
             on_checkpoint(number, _snapshot(trainable, tokens))
@@ -137,10 +138,17 @@ def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: in
     return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
+def _trainable(components: Components, config: TrainingConfig) -> Trainable:
+    """What trains beside the token rows."""
+    trainable = (lora if config.is_lora else full_unet)(components.unet, config)
+    return with_encoder_lora(trainable, components, config) if config.text_encoder_lora else trainable
+
+
 def _sources(
     components: Components, dataset: ExampleDataset, prior: ExampleDataset | None, config: TrainingConfig
 ) -> list[Batches]:
-    """The batches of a step: the subject's first, then those of captions without new tokens, which are encoded here.
+    """The batches of a step: the subject's first, then those of captions without new tokens. These are encoded here, unless
+    the text encoders are still to change.
 
     Of these, the prior's pictures are learned like the subject's. With `preservation` the base teaches a part of the batch:
     the subject's pictures under other captions.
@@ -168,8 +176,8 @@ def _sources(
         kept = kept_examples(dataset, components, token_map, token_init=config.token_init, prompts=prompts)
         weight = weight_for(config.preservation, pictures=dataset.pictures)
         sources.append(batches(kept, 2, config.taught_at_once, weight, taught=True))
-    for source in sources[1:]:
-        encode_captions(components, source)
+    if not config.text_encoder_lora:
+        encode_captions(components, sources[1:])
     return sources
 
 

@@ -19,13 +19,14 @@ from sdxl.training.batches import Batches
 from sdxl.training.config import TrainingConfig
 from sdxl.training.data_parallel import average
 from sdxl.training.optimizers import Optimizers
+from sdxl.training.text_conditioning import TextConditioning
 from sdxl.training.token_rows import NewTokens
 
 MAX_GRAD_NORM = 1.0
 """Gradients are clipped to this norm."""
 
-Loss = Callable[[Example, tuple[Tensor, Tensor] | None, bool], Tensor]
-"""A batch, its prompts if already encoded, and whether the base teaches it → the loss, a scalar."""
+Loss = Callable[[Example, TextConditioning | None, bool], Tensor]
+"""A batch, its captions if already encoded, and whether the base teaches it → the loss, a scalar."""
 
 
 class TrainingStep:
@@ -56,8 +57,8 @@ class TrainingStep:
     def gradients(self, drawn: tuple[int, ...]) -> tuple[float, list[float]]:
         """Compute clipped gradients of the batches in the buckets `drawn`, one number for each source.
 
-        Returns the loss, and the gradients' norms before clipping: of the weights, then of the token rows while they
-        train.
+        Returns the loss, and the gradients' norms before clipping: of the weights, then of the token rows and the
+        text encoders' matrices while they train.
         """
         # With one graph, gradients may start as None: the graph allocates them, and finds them at the same place in
         # every replay. Before it is captured, each step must allocate them anew.
@@ -87,9 +88,9 @@ class TrainingStep:
         total = torch.zeros((), device=self._device)
         for batches, number in zip(self._sources, drawn, strict=True):
             bucket = batches.buckets[number]
-            for batch, prompts in bucket.micro_batches():
+            for batch, text in bucket.micro_batches():
                 with autocast(self._device, self._mixed_precision):
-                    loss = self._loss(batch, prompts, batches.taught_by_base)
+                    loss = self._loss(batch, text, batches.taught_by_base)
                     loss = loss * (batches.weight / len(bucket.chosen))
                 loss.backward()
                 total += loss.detach()

@@ -5,7 +5,7 @@ Knows the UNet's parameters and how they are prepared for training; does not kno
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,8 @@ class Trainable:
     """A key of `OPTIMIZERS`."""
     mixed_precision: bool
     """Whether, on CUDA, layers compute in bf16 although their weights or inputs have another dtype."""
+    encoders: Group = field(default_factory=lambda: Group(params=[], lr=0.0))
+    """The LoRA matrices of the text encoders, if they train."""
     export: Callable[[], dict[str, Tensor]]
     """The current weights: tensors on the CPU, with the names and dtypes in which they are stored."""
 
@@ -91,40 +93,50 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
     They train in fp32 while the UNet stays frozen, and are exported as diffusers reads them. torch's global generator
     draws their initial values.
     """
-    alpha = config.lora_alpha or config.lora_rank
-    with unet.device:  # otherwise peft makes every matrix on the CPU and moves it
-        unet.add_adapter(
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=alpha,
-                use_dora=config.use_dora,
-                init_lora_weights="gaussian",
-                target_modules=LORA_TARGETS[config.lora_targets],
-            )
-        )
-    cast_training_params(unet, dtype=torch.float32)  # in half precision small updates would vanish
-    if not config.use_dora:
-        make_lean(unet)
+    add_lora(unet, config, LORA_TARGETS[config.lora_targets])
     _prepare(unet, config, checkpointing=_lora_checkpointing(unet, config))
-    scale = alpha / config.lora_rank
-
-    def export() -> dict[str, Tensor]:
-        # With these names diffusers reads every kind of layer. It assumes that alpha equals the rank, so multiply the
-        # second matrices by alpha / rank.
-        state = get_peft_model_state_dict(unet)
-        return {
-            f"unet.{name}": value.detach().float().mul(scale if "lora_B" in name else 1.0).cpu().contiguous()
-            for name, value in state.items()
-        }
-
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     return Trainable(
         kind="lora",
         weights=Group(params=parameters, lr=config.lora_lr, weight_decay=LORA_WEIGHT_DECAY),
         optimizer=config.optimizer,
         mixed_precision=config.use_dora,  # our own LoRA layers mix precisions themselves; peft's DoRA needs autocast
-        export=export,
+        export=lambda: exported_lora(unet, "unet", config),
     )
+
+
+def add_lora(model: Any, config: TrainingConfig, targets: list[str], **which: Any) -> None:
+    """Add fp32 matrices to the layers of `model` whose names end in one of `targets`.
+
+    which: further settings of peft's configuration.
+    """
+    with model.device:  # otherwise peft makes every matrix on the CPU and moves it
+        model.add_adapter(
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha or config.lora_rank,
+                use_dora=config.use_dora,
+                init_lora_weights="gaussian",
+                target_modules=targets,
+                **which,
+            )
+        )
+    cast_training_params(model, dtype=torch.float32)  # in half precision small updates would vanish
+    if not config.use_dora:
+        make_lean(model)
+
+
+def exported_lora(model: Any, part: str, config: TrainingConfig) -> dict[str, Tensor]:
+    """The matrices of `model`, which is the `part` "unet" or a text encoder, on the CPU in fp32."""
+    # With these names diffusers reads every kind of layer. It assumes that alpha equals the rank, so multiply the second
+    # matrices by alpha / rank.
+    scale = (config.lora_alpha or config.lora_rank) / config.lora_rank
+    # peft would ask the hub whether the vocabulary has grown. The token rows are exported on their own.
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {
+        f"{part}.{name}": value.detach().float().mul(scale if "lora_B" in name else 1.0).cpu().contiguous()
+        for name, value in state.items()
+    }
 
 
 def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[..., Any]:

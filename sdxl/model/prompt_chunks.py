@@ -1,0 +1,189 @@
+"""Texts as the text encoders read them: in chunks of 75 tokens, each with its begin and end.
+
+A text encoder has 77 places. The chunks of a longer text are encoded one by one, and their hidden states stand side by side,
+as in AUTOMATIC1111's web UI and the long-prompt pipelines of diffusers' community. Drawing and training both come here.
+Knows tokenizers, text encoders and token maps; does not know whether a text is a caption or a prompt.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from dataset_and_utils import TokenMap
+
+MOST_CHUNKS = 8
+"""Chunks of a text that are read. The cost of cross-attention grows with their number."""
+
+Contents = list[list[int]]
+"""The ids of each chunk of a text, without begin, end and padding; at least one chunk, which may be empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A text at the limit of what is read, in the user's words."""
+
+    limit: int
+    """How many tokens are read, without those that begin and end chunks."""
+    dropped: str
+    """What is beyond the limit, from the beginning of a word; empty if all of the text fits."""
+    lost: tuple[str, ...]
+    """The tokens of the token map that the text names only there."""
+
+
+def token_ids(
+    texts: Sequence[str], tokenizers: Sequence[CLIPTokenizer], token_map: TokenMap
+) -> list[tuple[Tensor, Tensor]]:
+    """The ids [77·n] of each text for each of two text encoders. n is the number of chunks of the longest text.
+
+    Words of the map may stand in the texts. The rows of such a word are never split over two chunks. What is beyond
+    `MOST_CHUNKS` is left out.
+
+    tokenizers: they know the map's placeholder tokens.
+    """
+    full = [token_map.substitute(text) for text in texts]
+    return filled_up([[_contents(text, one, token_map) for one in tokenizers] for text in full], tokenizers)
+
+
+def filled_up(
+    texts: Sequence[Sequence[Contents]], tokenizers: Sequence[CLIPTokenizer]
+) -> list[tuple[Tensor, Tensor]]:
+    """The ids [77·n] of each text for each encoder, with begin, end and padding. Shorter texts get empty chunks.
+
+    texts: for each text, its chunks by each of the tokenizers.
+    """
+    count = max((len(chunks) for text in texts for chunks in text), default=1)
+    rows = []
+    for text in texts:
+        first, second = (
+            torch.tensor(
+                [
+                    number
+                    for chunk in [*chunks, *[[]] * (count - len(chunks))]
+                    for number in _framed(chunk, one)
+                ]
+            )
+            for chunks, one in zip(text, tokenizers, strict=True)
+        )
+        rows.append((first, second))
+    return rows
+
+
+def contents_of(ids: Tensor, tokenizer: CLIPTokenizer) -> list[int]:
+    """The ids of a text without begin, end and padding: what `filled_up` put around its chunks is taken off [77·n]."""
+    found: list[int] = []
+    for chunk in ids.view(-1, tokenizer.model_max_length).tolist():
+        while chunk[-1] == tokenizer.pad_token_id:
+            chunk.pop()
+        if chunk[-1] == tokenizer.eos_token_id:  # one of two tokenizers also fills up with it
+            chunk.pop()
+        found += chunk[1:]
+    return found
+
+
+def split(ids: Sequence[int], tokenizer: CLIPTokenizer) -> Contents:
+    """The chunks of a text without new tokens, at most `MOST_CHUNKS`."""
+    room = _room(tokenizer)
+    chunks = [list(ids[start : start + room]) for start in range(0, len(ids), room)]
+    return chunks[:MOST_CHUNKS] or [[]]
+
+
+def encode(text_encoders: Sequence[Any], ids: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """SDXL's text conditioning for token ids 2×[b, 77·n].
+
+    Returns the concatenated penultimate hidden states of both encoders [b, 77·n, d₀+d₁], and the second encoder's pooled
+    projection of the first chunk [b, d]. Source: SDXL (arXiv:2307.01952), section 2.1.
+    """
+    hidden = []
+    pooled = None
+    for encoder, rows in zip(text_encoders, ids, strict=True):
+        chunks = rows.reshape(-1, encoder.config.max_position_embeddings)
+        output = encoder(chunks, output_hidden_states=True)
+        hidden.append(output.hidden_states[-2].reshape(*rows.shape, -1))
+        pooled = output[0]  # the last encoder is the second one, whose first output is the projection
+    assert pooled is not None and pooled.ndim == 2
+    return torch.cat(hidden, dim=-1), pooled.view(len(ids[1]), -1, pooled.shape[-1])[:, 0]
+
+
+def fit(text: str, tokenizers: Sequence[CLIPTokenizer], token_map: TokenMap) -> Fit:
+    """How `text`, in which words of the map may stand, fits all of `tokenizers`, which know the placeholder tokens."""
+    full = token_map.substitute(text)
+    start = min(_start_of_rest(full, tokenizer, token_map) for tokenizer in tokenizers)
+    kept, dropped = full[:start], full[start:].strip()
+    lost = []
+    for word, placeholder in token_map.placeholders.items():
+        if placeholder in dropped and placeholder not in kept:
+            lost.append(word)
+        dropped = dropped.replace(placeholder, word)
+    limit = MOST_CHUNKS * min(map(_room, tokenizers))
+    return Fit(limit=limit, dropped=dropped, lost=tuple(lost))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Tokens that stay in one chunk: a single one, or all rows of a new token."""
+
+    ids: list[int]
+    start: int
+    """Where it begins in the text."""
+
+
+def _contents(text: str, tokenizer: CLIPTokenizer, token_map: TokenMap) -> Contents:
+    chunks = _chunks(text, tokenizer, token_map)[:MOST_CHUNKS]
+    return [[number for piece in chunk for number in piece.ids] for chunk in chunks]
+
+
+def _start_of_rest(text: str, tokenizer: CLIPTokenizer, token_map: TokenMap) -> int:
+    """Where in `text` the first word begins that does not fit as a whole; the text's length if all of it fits."""
+    chunks = _chunks(text, tokenizer, token_map)
+    if len(chunks) <= MOST_CHUNKS:
+        return len(text)
+    start = chunks[MOST_CHUNKS][0].start
+    while start and text[start - 1].isalnum() and text[start].isalnum():
+        start -= 1
+    return start
+
+
+def _chunks(text: str, tokenizer: CLIPTokenizer, token_map: TokenMap) -> list[list[_Piece]]:
+    """All chunks of `text`, each as full as its pieces allow."""
+    room, chunks, used = _room(tokenizer), [[]], 0
+    for piece in _pieces(text, tokenizer, token_map):
+        if used + len(piece.ids) > room:
+            chunks.append([])
+            used = 0
+        chunks[-1].append(piece)
+        used += len(piece.ids)
+    return chunks
+
+
+def _pieces(text: str, tokenizer: CLIPTokenizer, token_map: TokenMap) -> list[_Piece]:
+    """The tokens of `text`, which has placeholder tokens instead of words. Placeholders stay together as the map says, and
+    as they stand in the text if the map does not know them."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    known = sorted(map(re.escape, token_map.placeholders.values()), key=len, reverse=True)
+    together = (match.span() for match in re.finditer("|".join([*known, "(?:<s[0-9]+>)+"]), text))
+    begin, end = next(together, (len(text), len(text)))
+    room, pieces = _room(tokenizer), []
+    for number, (start, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+        while start >= end and begin < len(text):
+            begin, end = next(together, (len(text), len(text)))
+        if pieces and begin <= pieces[-1].start and start < end and len(pieces[-1].ids) < room:
+            pieces[-1].ids.append(number)
+        else:
+            pieces.append(_Piece(ids=[number], start=start))
+    return pieces
+
+
+def _framed(chunk: Sequence[int], tokenizer: CLIPTokenizer) -> list[int]:
+    """A chunk with begin, end and padding, 77 ids in all."""
+    padding = [tokenizer.pad_token_id] * (_room(tokenizer) - len(chunk))
+    return [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id, *padding]  # type: ignore[list-item]
+
+
+def _room(tokenizer: CLIPTokenizer) -> int:
+    """Tokens of a chunk, without its begin and end."""
+    return tokenizer.model_max_length - 2
