@@ -24,7 +24,6 @@ from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.model.prompt_chunks import token_ids
 from sdxl.training.batches import Batches
 from sdxl.training.caption_encoding import encode_captions
-from sdxl.training.config import TrainingOptions
 from sdxl.training.contradictions import refuse_contradictions
 from sdxl.training.encoder_lora import with_encoder_lora
 from sdxl.training.examples import cache_examples
@@ -239,8 +238,8 @@ def test_settings_that_contradict_each_other():
         refuse_contradictions(options, max_train_steps=6, num_train_epochs=None)
 
     refuse(is_lora=True, text_encoder_lora=True, text_encoder_lr=1e-4)
-    with pytest.raises(UserInputError, match="text_encoder_lora is True, but without is_lora the whole UNet"):
-        refuse(text_encoder_lora=True, lora_rank=TrainingOptions.lora_rank, lora_lr=TrainingOptions.lora_lr)
+    with pytest.raises(UserInputError, match="text_encoder_lora is True, but with is_lora=false the whole UNet"):
+        refuse(text_encoder_lora=True, lora_rank=None, lora_lr=None, lora_targets=None)
     with pytest.raises(UserInputError, match=r"text_encoder_lr is 0\.0001, but without text_encoder_lora"):
         refuse(is_lora=True, text_encoder_lr=1e-4)
     with pytest.raises(UserInputError, match="text_encoder_lora is true, but pivot_fraction is 0"):

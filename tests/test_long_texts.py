@@ -204,7 +204,7 @@ def test_a_kept_caption_is_as_long_as_its_text(tmp_path: Path, components: Compo
     caption = f"{FILLED[: 4 * 74]}TOK and {FILLED[: 4 * 74]}"
     examples = cache_examples(dataset(tmp_path, caption), components, TOK, seed=0)
     kept = kept_examples(examples, components, TOK, token_init="TOK:fish", prompts=("a cup",)).examples
-    expected = token_ids([caption.replace("TOK", "fish"), "a cup"], components.tokenizers, TOK)
+    expected = token_ids(["a cup"] * 3 + [caption.replace("TOK", "fish")], components.tokenizers, TOK)
     for example, ids in zip(kept, expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(example.token_ids, ids, strict=True))
 
@@ -237,7 +237,7 @@ def test_a_training_refuses_before_pictures_are_prepared(tmp_path: Path, inputs:
 def test_a_training_counts_its_steps_before_pictures_are_prepared(tmp_path: Path):
     archive = write_zip(tmp_path / "x.zip", {"dog.png": png(0)[:-40]})
     quick = {name: value for name, value in QUICK.items() if name != "max_train_steps"}
-    with pytest.raises(ValueError, match="must be below the 2 steps"):
+    with pytest.raises(ValueError, match="must be below the 3 steps"):
         call(train.train, input_images=archive, **quick, num_train_epochs=3, lr_warmup_steps=5)
 
 

@@ -71,7 +71,9 @@ def test_epochs_count_pictures_however_many_a_step_takes(captioned_zip: Path, tm
     took = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
     out = run(tmp_path, **quick | took | {"input_images": uri, "num_train_epochs": 3})
     settings = json.loads((out / "training.json").read_text())["settings"]
-    assert settings["max_train_steps"] == 3  # 3 epochs × 4 pictures ÷ 2 × 2 a step
+    assert (
+        settings["max_train_steps"] == 6
+    )  # 3 epochs × 4 pictures ÷ 1 × 2 a step: the base teaches the other
 
 
 def test_the_call_of_the_first_years_works(tmp_path: Path):
@@ -88,7 +90,7 @@ def test_the_call_of_the_first_years_works(tmp_path: Path):
     )
     settings = json.loads((out / "training.json").read_text())["settings"]
     assert settings["is_lora"] is True and settings["ti_lr"] == pytest.approx(6e-4)
-    assert settings["max_train_steps"] == 2  # 4 epochs × 2 pictures ÷ 4 a step
+    assert settings["max_train_steps"] == 3  # 4 epochs × 2 pictures ÷ 3 a step: the base teaches the fourth
 
 
 def test_the_call_of_the_later_years_works(tmp_path: Path):
