@@ -25,6 +25,7 @@ from benchmarks.quality import about
 from benchmarks.training import ceiling_tflops
 from dataset_and_utils import TokenMap, eos_id, pool_at_eos
 from sdxl.process import keep_compiled_kernels
+from sdxl.serving.conditioning import Prompts, for_base
 from sdxl.serving.generation import _decode, generate
 from sdxl.serving.request import FineTuneOptions, GenerationRequest
 
@@ -129,9 +130,19 @@ def requests(predictor: Any, eager: Any, folder: Path, turns: int) -> dict[str, 
 def stages(pipeline: Any) -> dict[str, float]:
     """Milliseconds of a request outside the UNet: encode the prompt, and decode four pictures."""
     latents = torch.randn(4, 4, SIDE // 8, SIDE // 8, device=full_size.DEVICE, dtype=HALF)
+    prompts = Prompts(
+        prompt=PROMPT,
+        negative_prompt="",
+        token_map=TokenMap({}),
+        guidance_scale=GUIDANCE,
+        guidance_rescale=0.0,
+        count=1,
+        size=(SIDE, SIDE),
+        device=latents.device,
+    )
     with torch.no_grad():
         return {
-            "prompt_ms": milliseconds(lambda: pipeline.encode_prompt(PROMPT), 6),
+            "prompt_ms": milliseconds(lambda: for_base(pipeline, prompts), 6),
             "decode_4_ms": milliseconds(lambda: list(_decode(pipeline, latents)), 6),
         }
 

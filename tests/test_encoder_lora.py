@@ -154,14 +154,16 @@ def trained(make_once: Callable[..., Path], named_base: Path) -> Path:
 
     def make(folder: Path) -> None:
         archive = write_captioned_zip(folder / "captioned.zip")
-        quick = QUICK | {"max_train_steps": 2, "is_lora": True, "lora_lr": 3e-2}
+        quick = QUICK | {"max_train_steps": 2, "train_batch_size": 1, "is_lora": True, "lora_lr": 3e-2}
         # An alpha that is not the rank shows whether every reader scales alike.
         quick |= {"text_encoder_lora": True, "text_encoder_lr": 3e-2, "lora_rank": 4, "lora_alpha": 8}
-        for name, base in (("lora", named_base), ("dora", TINY_BASE)):
+        for name, base, targets in (("lora", named_base, "attention"), ("dora", TINY_BASE, "transformer")):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("SDXL_BASE", str(base))
                 patch.setenv("SDXL_WORKSPACE", str(folder / "workspace"))
-                tar = call(train.train, input_images=archive, use_dora=name == "dora", **quick)
+                tar = call(
+                    train.train, input_images=archive, use_dora=name == "dora", lora_targets=targets, **quick
+                )
                 unpack(Path(tar), folder / name, limits=fine_tune_files.LIMITS)
 
     return make_once("encoder_loras", make)
@@ -214,14 +216,16 @@ def test_the_file_for_web_uis_has_it_under_kohyas_names(trained: Path, named_bas
     tensors = load_file(path)
     for layer in (
         "lora_te1_text_model_encoder_layers_10_self_attn_q_proj",
-        "lora_te1_text_model_encoder_layers_0_mlp_fc2",
-        "lora_te2_text_model_encoder_layers_31_mlp_fc1",
+        "lora_te2_text_model_encoder_layers_31_self_attn_k_proj",
         "lora_te2_text_model_encoder_layers_5_self_attn_out_proj",
     ):
         assert tensors[f"{layer}.lora_down.weight"].shape[0] == 4 and tensors[f"{layer}.alpha"] == 8
-    assert (
-        "lora_te1_text_model_encoder_layers_11_mlp_fc1.alpha" not in tensors
-    )  # SDXL does not read this layer
+    # SDXL does not read the first encoder's last layer.
+    assert "lora_te1_text_model_encoder_layers_11_self_attn_q_proj.alpha" not in tensors
+    assert not any("mlp" in name for name in tensors)
+    of_dora = load_file(trained / "dora" / "web_ui" / "TOK_lora.safetensors")
+    for role in ("lora_up.weight", "dora_scale"):
+        assert f"lora_te2_text_model_encoder_layers_3_mlp_fc2.{role}" in of_dora
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["ss_text_encoder_lr"] == "0.03"
     of_web_uis, ours = quiet_pipeline(named_base), quiet_pipeline(named_base)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.real.findings import Notes, check
 from benchmarks.real.setup import Setup, level_difference, relative_error
+from dataset_and_utils import TokenMap
 from sdxl.model.components import load_unet
 from sdxl.serving.conditioning import Prompts, for_base
 from sdxl.serving.denoising import Conditioning
@@ -139,6 +140,7 @@ def conditioning(setup: Setup, pipeline: Any, prompt: str) -> Conditioning:
     prompts = Prompts(
         prompt=prompt,
         negative_prompt="",
+        token_map=TokenMap({}),
         guidance_scale=1.0,
         guidance_rescale=0.0,
         count=1,

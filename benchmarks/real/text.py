@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.real.findings import Notes, check
 from benchmarks.real.setup import Setup, relative_error
 from dataset_and_utils import TokenMap, pool_at_eos
+from sdxl.model.prompt_chunks import encode, token_ids
 from sdxl.serving.tuned_pipeline import PUBLISHED_EOS, LoadedFineTune, ScaledFineTune, TunedPipeline
 from sdxl.training.token_rows import TokenRows
 
@@ -24,7 +25,7 @@ def pooling(setup: Setup, notes: Notes) -> None:
     pipeline = tuned.pipeline
     word, ids = _whole_word(pipeline)
     prompt = f"a photo of a {word} on the beach, at sunset"
-    theirs = _encoded(_plain_encoders(setup, pipeline), prompt)
+    theirs = _encoded_by_diffusers(setup, pipeline, prompt)
     ours = _encoded(pipeline, prompt)
     for what, mine, plain in zip(("of all tokens", "pooled"), ours, theirs, strict=True):
         notes.at_most(f"difference from diffusers, {what}", 0.1, relative_error(mine, plain), unit=" %")
@@ -72,18 +73,21 @@ def embeddings(setup: Setup, notes: Notes) -> None:
         notes.between(f"{name}: length of new rows, as a share of common words'", 0.5, 2, pulled / known)
 
 
-def _plain_encoders(setup: Setup, pipeline: Any) -> Any:
-    """diffusers' pipeline with its text encoders only, in the precision and on the device of ours."""
+def _encoded_by_diffusers(setup: Setup, pipeline: Any, prompt: str) -> tuple[Tensor, Tensor]:
+    """The same as `_encoded` by diffusers' own pipeline, in the precision and on the device of ours."""
     plain = setup.plain_pipeline(pipeline.text_encoder.dtype, unet=None, vae=None)
-    return plain.to(pipeline._execution_device)
-
-
-def _encoded(pipeline: Any, prompt: str) -> tuple[Tensor, Tensor]:
-    """The embeddings [1, 77, d] and the pooled embedding [1, d] of a prompt."""
-    embeds, _, pooled, _ = pipeline.encode_prompt(
+    plain.to(pipeline._execution_device)
+    embeds, _, pooled, _ = plain.encode_prompt(
         prompt, device=pipeline._execution_device, do_classifier_free_guidance=False
     )
     return embeds, pooled
+
+
+def _encoded(pipeline: Any, prompt: str) -> tuple[Tensor, Tensor]:
+    """The embeddings [1, 77, d] and the pooled embedding [1, d] of a prompt, as drawing and training make them."""
+    first, second = token_ids([prompt], _tokenizers(pipeline), TokenMap({}))[0]
+    device = pipeline._execution_device
+    return encode(_encoders(pipeline), (first[None].to(device), second[None].to(device)))
 
 
 def _whole_word(pipeline: Any) -> tuple[str, list[int]]:

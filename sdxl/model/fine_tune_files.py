@@ -51,7 +51,8 @@ class TrainedFineTune:
     kind: str
     """"unet" or "lora"."""
     weights: dict[str, Tensor]
-    """UNet parameter name → tensor, or `unet.….lora_A.weight` and `…lora_B.weight` → tensor."""
+    """UNet parameter name → tensor, or `unet.….lora_A.weight` and `…lora_B.weight` → tensor, also for `text_encoder.…` and
+    `text_encoder_2.…`."""
     token_rows: list[Tensor]
     """[tokens, dim] for each text encoder."""
     token_map: TokenMap
