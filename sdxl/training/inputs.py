@@ -43,8 +43,12 @@ class TrainInputs:
     """How often every picture is shown; excludes `max_train_steps`."""
     max_train_steps: int | None = limited(ge=1)
     """Optimizer steps. None: as many as the epochs need, or the default."""
-    seed: int
-    """A random one if the user gave none."""
+    resume: str | None = None
+    """A state to go on from: a path, a URL or "auto"."""
+    init_from: str | None = None
+    """A fine-tune to start from: a path, a URL or a name on the hub."""
+    seed: int | None = limited(ge=0, le=2**32 - 1)
+    """None for a random one, or for that of the state to go on from."""
     global_caption: str | None
     caption_prefix: str
     bucketing: bool
@@ -108,7 +112,7 @@ class TrainInputs:
     ) -> TrainingConfig:
         """How to train on `images` prepared pictures, in `processes` that train together.
 
-        seed: replaces this process's own.
+        seed: that of the run, if it is known already.
         base: the base's name for the record.
 
         Raises:
@@ -128,7 +132,7 @@ class TrainInputs:
             base=base,
             resolution=resolution,
             max_train_steps=steps,
-            seed=self.seed if seed is None else seed,
+            seed=(self.seed or 0) if seed is None else seed,
             cuda_graph=speed != "eager",
             compile_blocks=speed in ("compiled", "fp8"),
         )
@@ -173,5 +177,4 @@ def train_inputs(given: Mapping[str, Any]) -> TrainInputs:
 
     options = TrainingOptions(**{entry.name: values.pop(entry.name) for entry in fields(TrainingOptions)})
     values["input_images"] = str(values["input_images"])
-    values["seed"] = settings.resolve_seed(values["seed"])
     return TrainInputs(**values, options=options)

@@ -57,6 +57,14 @@ class Optimizers:
         self._optimizers = make_optimizers(name, weights, rows, device=device)
         by_parameter = {id(group["params"][0]): group for group in self._groups()}
         self._weights, self._rows = (by_parameter[id(group.params[0])] for group in (weights, rows))
+        self.all = tuple(self._optimizers)
+        """The torch optimizers: one or two."""
+        self.parameters = tuple(p for group in self._groups() for p in group["params"])
+        """Everything that trains, also after it is frozen."""
+        self.numbers_of_rows = {
+            i for i, p in enumerate(self.parameters) if any(p is row for row in rows.params)
+        }
+        """Which of `parameters` are token rows."""
 
     @property
     def rows_train(self) -> bool:

@@ -25,6 +25,9 @@ from sdxl.training.data_parallel import rank, world_size
 from sdxl.training.loss import DenoisingLoss
 from sdxl.training.optimizers import Group, Optimizers
 from sdxl.training.preservation import PROMPTS, kept_examples
+from sdxl.training.run_state import RunState, undisturbed
+from sdxl.training.starting_point import StartingPoint
+from sdxl.training.states import RunStates
 from sdxl.training.step import TrainingStep
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import Trainable, as_base, full_unet, lora
@@ -53,12 +56,16 @@ def fine_tune(
     config: TrainingConfig,
     *,
     prior: ExampleDataset | None = None,
+    begin_with: StartingPoint | None = None,
+    states: RunStates | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_checkpoint: Callable[[int, TrainedFineTune], None] = lambda step, model: None,
 ) -> TrainedFineTune:
     """Train `components` on `dataset`. Full training changes their UNet in place; a LoRA stays in it as an adapter.
 
     prior: pictures that the base drew. They are learned together with the subject's, so that the base's skills remain.
+    begin_with: a fine-tune to start from.
+    states: saves the run's state on the way, and may hold one to go on from.
 
     Raises:
         TrainingDivergedError: the loss is not a number. `on_checkpoint` has received the weights before that step.
@@ -74,6 +81,8 @@ def fine_tune(
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
     trainable = (lora if config.is_lora else full_unet)(components.unet, config)
+    if begin_with is not None:
+        begin_with.apply(components.unet, tokens)
     weights, rows = trainable.weights, Group(params=tokens.parameters, lr=config.ti_lr)
     optimizers = Optimizers(trainable.optimizer, weights=weights, rows=rows, device=components.device)
 
@@ -90,12 +99,13 @@ def fine_tune(
     mixed = trainable.mixed_precision
     step = TrainingStep(loss, sources, optimizers, tokens, config, generator, mixed_precision=mixed)
 
-    numbers = range(config.max_train_steps)
-    progress = tqdm(numbers, desc="Training tokens and UNet", unit="step", mininterval=0.5)
+    # A state is all that has changed since here. A run that goes on from one starts after its step.
+    states = states or RunStates()
+    progress = _progress(states.begin(RunState(optimizers, sources, generator)), config.max_train_steps)
     for number in progress:
         # The pivot: the rows now describe the subject. Freeze them, so that captions need encoding only once and the
         # text encoders can leave the GPU. The UNet goes on learning what the rows cannot say.
-        if number == config.pivot_step:
+        if optimizers.rows_train and number >= config.pivot_step:
             progress.set_description("Training UNet")
             step.rebuild()
             tokens.freeze()
@@ -113,14 +123,16 @@ def fine_tune(
         if not all(map(math.isfinite, (value, *norms))):  # stop before broken gradients reach the weights
             on_checkpoint(number, _snapshot(trainable, tokens))
             raise _diverged(number + 1, value)
-        step.update()
+        with states.completing(number + 1):  # until its end the weights are between two steps
+            step.update()
         # ------------------------------------------------------------------------------------------------------------
 
         progress.set_postfix(loss=f"{value:.4f}", refresh=False)
         ti_rate = rows.lr * share if optimizers.rows_train else 0.0
-        on_step(_report(progress, number + 1, value, weights.lr * share, ti_rate))
-        if config.checkpointing_steps and (number + 1) % config.checkpointing_steps == 0:
-            on_checkpoint(number + 1, _snapshot(trainable, tokens))
+        with undisturbed(components.device):  # whatever they draw
+            on_step(_report(progress, number + 1, value, weights.lr * share, ti_rate))
+            if config.checkpointing_steps and (number + 1) % config.checkpointing_steps == 0:
+                on_checkpoint(number + 1, _snapshot(trainable, tokens))
 
     tokens.remove()
     return _snapshot(trainable, tokens)
@@ -182,6 +194,14 @@ def _snapshot(trainable: Trainable, tokens: NewTokens) -> TrainedFineTune:
     """Copies of everything that trains, on the CPU."""
     return TrainedFineTune(
         kind=trainable.kind, weights=trainable.export(), token_rows=tokens.export(), token_map=tokens.map
+    )
+
+
+def _progress(done: int, total: int) -> tqdm:
+    """The numbers of the steps, from 0, that are left of `total` after `done`, with a progress bar."""
+    steps = range(done, total)
+    return tqdm(
+        steps, desc="Training tokens and UNet", unit="step", mininterval=0.5, initial=done, total=total
     )
 
 
