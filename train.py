@@ -33,7 +33,9 @@ from sdxl.workspace import CHECKPOINTS, OUTPUT, RESULT, workspace_of_run
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
+    from sdxl.model.bases import Base
     from sdxl.model.components import Components
+    from sdxl.model.fine_tune_files import TrainedFineTune
     from sdxl.training.recipe import StepReport
     from sdxl.training.starting_point import StartingPoint
 
@@ -297,7 +299,6 @@ def run(
     from sdxl.model.base_checks import tell_of_distillation
     from sdxl.model.bases import find_base
     from sdxl.model.components import default_device, load_components, native_resolution
-    from sdxl.model.trained_web_ui import write_for_web_uis
     from sdxl.training import data_parallel, resuming
     from sdxl.training.announcement import announce
     from sdxl.training.early_check import early_check
@@ -329,13 +330,12 @@ def run(
     )
 
     # What the run begins with: the base, a fine-tune of it, or the state of a run that stopped.
-    device = default_device()
     keep_compiled_kernels()
+    device = default_device()
     components = load_components(base.folder, is_lora=config.is_lora, device=device, **base.replaced())
     begin_with = _starting_point(inputs.init_from, config, components) if inputs.init_from else None
-    chosen_settings = config.as_json() | preprocess_config.as_json()
     facts = base.facts() | ({"init_from": begin_with.digest} if begin_with else {})
-    record = fine_tune_files.run_record(chosen_settings, dataset_folder, facts)
+    record = fine_tune_files.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder, facts)
     saved = resuming.chosen(named, inputs.resume, record, seed=inputs.seed)
     if saved is not None:
         config = dataclasses.replace(config, seed=saved.notes.seed)
@@ -360,12 +360,7 @@ def run(
     )
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
-    output = workspace / OUTPUT
-
-    def save_checkpoint(step: int, model: fine_tune_files.TrainedFineTune) -> None:
-        folder = output / CHECKPOINTS / f"step-{step:06d}"
-        fine_tune_files.write_atomically(model, folder, record)
-
+    checkpoints = workspace / OUTPUT / CHECKPOINTS
     with resuming.states_of(config, record, saved, (examples, prior)) as states:
         trained = fine_tune(
             components,
@@ -375,19 +370,36 @@ def run(
             begin_with=begin_with,
             states=states,
             on_step=on_step or _record_metrics,
-            on_checkpoint=save_checkpoint,
+            on_checkpoint=lambda step, model: fine_tune_files.write_atomically(
+                model, checkpoints / f"step-{step:06d}", record
+            ),
         )
-        fine_tune_files.write(trained, output, record)
-        checkpoint_of = base if config.single_file else None
-        write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
-        fine_tune_files.pack(output, workspace / RESULT)
+        _write(trained, record, workspace, components, checkpoint_of=base if config.single_file else None)
     states.discard()
     shutil.rmtree(dataset_folder)
     shutil.rmtree(workspace / resuming.UNPACKED, ignore_errors=True)
-    # First by one rename: a kill while they are removed must not leave checkpoints that look whole.
-    shutil.rmtree(output.rename(workspace / f".{OUTPUT}.partial"))
     log.info("Done: %s contains the fine-tune.", RESULT)
     return workspace / RESULT
+
+
+def _write(
+    trained: "TrainedFineTune",
+    record: dict[str, Any],
+    workspace: pathlib.Path,
+    components: "Components",
+    *,
+    checkpoint_of: "Base | None",
+) -> None:
+    """Fine-tune → tar."""
+    from sdxl.model import fine_tune_files
+    from sdxl.model.trained_web_ui import write_for_web_uis
+
+    output = workspace / OUTPUT
+    fine_tune_files.write(trained, output, record)
+    write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
+    fine_tune_files.pack(output, workspace / RESULT)
+    # First by one rename: a kill while they are removed must not leave checkpoints that look whole.
+    shutil.rmtree(output.rename(workspace / f".{OUTPUT}.partial"))
 
 
 def _starting_point(source: str, config: TrainingConfig, components: "Components") -> "StartingPoint":

@@ -4,16 +4,17 @@ Knows such files and the declared inputs; does not know what the inputs mean. In
 out looks like one that was given with its default, so the file decides over those.
 """
 
+import contextlib
 import difflib
 import json
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path, PurePath
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from sdxl.declared_inputs import DeclaredInput
 from sdxl.errors import UserInputError, shortened
-from sdxl.files.fetching import fetch, is_remote
+from sdxl.files.fetching import fetch
 
 _LARGEST = 1 << 20
 """Bytes of such a file."""
@@ -65,7 +66,7 @@ def _read(source: str, inputs: Mapping[str, DeclaredInput]) -> dict[str, Any]:
             for setting, value in settings.items()
             if setting not in _OF_THE_MACHINE
         }
-    return {key: _typed(key, value, inputs, name) for key, value in content.items()}
+    return {str(key): _typed(key, value, inputs, name) for key, value in content.items()}
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
@@ -95,8 +96,8 @@ def _unreadable(name: str) -> UserInputError:
     )
 
 
-def _typed(key: Any, value: Any, inputs: Mapping[str, DeclaredInput], name: str) -> Any:
-    """`value` in the type of the input `key`.
+def _typed(key: Any, found: Any, inputs: Mapping[str, DeclaredInput], name: str) -> Any:
+    """The value `found` in the type of the input `key`.
 
     Raises:
         UserInputError: there is no such input, or the value is of another type.
@@ -107,25 +108,21 @@ def _typed(key: Any, value: Any, inputs: Mapping[str, DeclaredInput], name: str)
         similar = difflib.get_close_matches(shown, set(inputs) - {"config"}, n=1)
         hint = f"write {similar[0]}, or leave it out" if similar else "leave it out"
         raise UserInputError(f"{name} names {shown}, which is no input of a training: {hint}.")
+    value: Any = found
     if value is None and declared.default is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if declared.kind is float and isinstance(value, str):
-        try:  # 1e-4 is a text in YAML
-            value, is_number = float(value), True
-        except ValueError:
-            is_number = False
+        with contextlib.suppress(ValueError):
+            value = float(value)  # 1e-4 is a text in YAML
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if declared.kind is bool:
         fits, wanted = isinstance(value, bool), "true or false"
     elif declared.kind is int:
-        fits, wanted = is_number and float(value).is_integer(), "an integer"
+        fits, wanted = is_number and float(cast(Any, value)).is_integer(), "an integer"
     elif declared.kind is float:
         fits, wanted = is_number, "a number"
     else:
         fits, wanted = isinstance(value, str), "a text"
     if not fits:
         raise UserInputError(f"{key} is {shortened(repr(value))} in {name}, but must be {wanted}.")
-    if declared.kind in (int, float):
-        return declared.kind(value)
-    is_path = issubclass(declared.kind, PurePath) and not is_remote(value)
-    return value.removeprefix("@") if is_path else value
+    return declared.kind(cast(Any, value)) if is_number else value

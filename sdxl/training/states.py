@@ -119,7 +119,7 @@ class RunStates:
                 self._save_last(is_stopped=not isinstance(error, Exception))
             except Exception as problem:  # the run's own error must be seen
                 log.warning("The state could not be written: %s", problem)
-        self._wait()
+        self.wait()
         self._folder.close()
         if self._folder.last is not None:
             log.info(
@@ -129,7 +129,7 @@ class RunStates:
     def discard(self) -> None:
         """Delete the states of a run whose result is safe."""
         self._give_up.set()
-        self._wait()
+        self.wait()
         if self._folder is not None and rank() == 0:
             self._folder.remove()
 
@@ -139,7 +139,7 @@ class RunStates:
         step, own = self._boundary
         orders = gathered(own.as_json())  # in all processes, also in those that save nothing
         if rank() == 0 and not self._fails:
-            self._wait()
+            self.wait()
             if (image := self._copy(pinned=True)) is not None:
                 given = (image, self._notes(step, orders), self._copied)
                 self._writer = threading.Thread(target=self._write, args=given)
@@ -150,7 +150,7 @@ class RunStates:
         assert self._run is not None
         if is_stopped:
             self._give_up.set()  # of a state that is just being written: that of the last step is worth more
-        self._wait()
+        self.wait()
         self._give_up.clear()
         large = sum(tensor.nbytes for tensor in self._run.tensors().values()) > _AT_ONCE
         if self._boundary is None or world_size() > 1 or (is_stopped and large):
@@ -221,8 +221,8 @@ class RunStates:
         self._fails = True
         log.warning("No more states are saved, and the training goes on: %s.", why)
 
-    def _wait(self) -> None:
-        """Wait until the thread has written its state."""
+    def wait(self) -> None:
+        """Wait until the thread that writes a state has ended."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.join()
