@@ -21,7 +21,17 @@ ROOMS = {
     "speed": {"errors", "settings", "gpu"},
     "model": {"dataset_and_utils", "errors", "settings", "workspace", "files", "gpu"},
     "data": {"dataset_and_utils", "errors", "settings", "files"},
-    "training": {"dataset_and_utils", "errors", "settings", "gpu", "files", "model", "data", "speed"},
+    "training": {
+        "dataset_and_utils",
+        "errors",
+        "settings",
+        "gpu",
+        "declared_inputs",
+        "files",
+        "model",
+        "data",
+        "speed",
+    },
     "serving": {"dataset_and_utils", "errors", "settings", "gpu", "files", "model", "data", "speed"},
 }
 """Room, or module directly in `sdxl` → what it may import from this project besides itself."""

@@ -27,13 +27,13 @@ _EITHER = ("max_train_steps", "num_train_epochs")
 
 
 def with_config(given: Mapping[str, Any], inputs: Mapping[str, DeclaredInput]) -> dict[str, Any]:
-    """`given`, completed by the file that its input `config` names, and without that input.
+    """`given`, completed by the file that its input `config` names.
 
     Raises:
         UserInputError: the file cannot be read, names an unknown input, or gives one a value of another type.
     """
     completed = {name: given[name] for name in inputs if name in given}
-    source = inputs["config"].typed(completed.pop("config"))
+    source = inputs["config"].typed(completed["config"])
     if source is None:
         return completed
     values = _read(str(source), inputs)

@@ -145,6 +145,7 @@ def train_inputs(given: Mapping[str, Any]) -> TrainInputs:
         UserInputError: a value is wrong, an input is missing, or both names of one input are given.
     """
     values = dict(given)
+    values.pop("config", None)  # its inputs are in the others by now
     archive = values.pop("input_data_tar_or_zip")
     multiplier = values.pop("ti_learning_rate_multiplier")
     token = values.pop("token_string")

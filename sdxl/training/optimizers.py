@@ -61,10 +61,8 @@ class Optimizers:
         """The torch optimizers: one or two."""
         self.parameters = tuple(p for group in self._groups() for p in group["params"])
         """Everything that trains, also after it is frozen."""
-        self.numbers_of_rows = {
-            i for i, p in enumerate(self.parameters) if any(p is row for row in rows.params)
-        }
-        """Which of `parameters` are token rows."""
+        self.count_of_weights = len(weights.params)
+        """How many of them are `weights`: they come first."""
 
     @property
     def rows_train(self) -> bool:

@@ -89,13 +89,7 @@ def fine_tune(
     # What a step sees: a batch of the subject, one of the prior, and one that the base teaches. Their captions name no new
     # token, so these are encoded once.
     sources = _sources(components, dataset, prior, config)
-    loss = DenoisingLoss(
-        components=components,
-        config=config,
-        generator=generator,
-        base_unet=base_unet,
-        base_outside_masks=outside_masks,
-    )
+    loss = DenoisingLoss(components, config, generator, base_unet, base_outside_masks=outside_masks)
     mixed = trainable.mixed_precision
     step = TrainingStep(loss, sources, optimizers, tokens, config, generator, mixed_precision=mixed)
 
@@ -115,9 +109,7 @@ def fine_tune(
             optimizers.freeze_rows()
 
         # -------------------------------------------------------------------------------------- a single training step
-        share = learning_rate_share(
-            config.lr_scheduler, number, warmup=config.lr_warmup_steps, total=config.max_train_steps
-        )
+        share = _rate_share(config, number)
         optimizers.set_rates(weights=weights.lr * share, rows=rows.lr * share)
         value, norms = step.gradients(tuple(batches.draw() for batches in sources))
         if not all(map(math.isfinite, (value, *norms))):  # stop before broken gradients reach the weights
@@ -147,6 +139,12 @@ def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: in
         return step / warmup
     done = (step - warmup) / (total - warmup)
     return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+
+def _rate_share(config: TrainingConfig, step: int) -> float:
+    return learning_rate_share(
+        config.lr_scheduler, step, warmup=config.lr_warmup_steps, total=config.max_train_steps
+    )
 
 
 def _sources(

@@ -108,9 +108,9 @@ class RunState:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the gradients are no longer needed
         own = self.tensors()
-        rows = self._optimizers.numbers_of_rows
         for name in sorted(own.keys() | saved.keys()):
-            if name not in saved and name.startswith(_OPTIMIZER) and int(name.split(".")[2]) in rows:
+            of_text = name.startswith(_OPTIMIZER) and _weight_of(name) >= self._optimizers.count_of_weights
+            if of_text and name in own and name not in saved:
                 continue
             if name not in own or saved.get(name) != (own[name].dtype, tuple(own[name].shape)):
                 return name
@@ -158,6 +158,12 @@ class RunState:
 def undisturbed(device: torch.device) -> AbstractContextManager[None]:
     """What is drawn in this context from torch's own generators is not missing afterwards: stochastic rounding uses them."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _weight_of(name: str) -> int:
+    """The number of the weight in a name that begins with `_OPTIMIZER`; -1 if it has none."""
+    parts = name.split(".")
+    return int(parts[2]) if len(parts) > 3 and parts[2].isdecimal() else -1
 
 
 def _step_for_nothing(optimizer: Optimizer) -> None:

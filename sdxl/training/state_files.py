@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-import sdxl
+from sdxl import __version__
 from sdxl.errors import WeightsError
 from sdxl.files.checksums import checksum
 from sdxl.files.weight_files import WeightFile
@@ -69,7 +69,7 @@ class SavedState:
 
 def software() -> dict[str, str]:
     """The versions of this project and of the packages that compute a step."""
-    return {"sdxl": sdxl.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"sdxl": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def write_state(

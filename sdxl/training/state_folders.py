@@ -164,7 +164,7 @@ def _best(folders: Iterable[Path], seed: int | None) -> SavedState | None:
         try:
             state = read_state(folder)
         except WeightsError as error:
-            log.warning("%s", error)
+            log.warning("%s The one before it is used, if there is any.", error)
             continue
         if seed in (None, state.notes.seed):
             return state
