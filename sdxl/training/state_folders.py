@@ -127,8 +127,10 @@ def state_at(path: Path) -> SavedState:
     """
     if (path / STATE).is_file():
         return read_state(path)
-    found = [file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{STATE}")]
-    found = [folder for folder in found if not folder.name.startswith(".")]
+    visible = "[!.]*"  # others are being written or removed
+    found = [
+        file.parent for depth in (visible, f"{visible}/{visible}") for file in path.glob(f"{depth}/{STATE}")
+    ]
     if len(found) == 1:
         return read_state(found[0])
     best = _best(found, None)
