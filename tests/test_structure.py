@@ -28,6 +28,7 @@ ROOMS = {
         "settings",
         "gpu",
         "history",
+        "declared_inputs",
         "files",
         "model",
         "data",
