@@ -6,6 +6,7 @@ when a run starts, so that `--help` and wrong inputs are answered at once.
     python train.py -i input_images=@example_datasets/crowny.zip -i token_map=TOK:2 -o out/
 """
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -20,10 +21,11 @@ from coglet import server
 from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
-from sdxl.declared_inputs import as_declared, leave_downloads_to_us
-from sdxl.files.sources import allowed_base
+from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
+from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
 from sdxl.training.config import TrainingConfig
+from sdxl.training.config_file import with_config
 from sdxl.training.contradictions import without_effect
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.torchrun import run_in_each
@@ -31,8 +33,11 @@ from sdxl.workspace import CHECKPOINTS, OUTPUT, RESULT, workspace_of_run
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
+    from sdxl.model.bases import Base
     from sdxl.model.components import Components
+    from sdxl.model.fine_tune_files import TrainedFineTune
     from sdxl.training.recipe import StepReport
+    from sdxl.training.starting_point import StartingPoint
 
 log = logging.getLogger(__name__)
 
@@ -248,6 +253,23 @@ def train(
         description="Save the fine-tune after every so many steps, in the folder checkpoints of the tar. 0: never.",
         ge=0,
     ),
+    save_every: int = Input(
+        default=250,
+        description="Save the state of the run after every so many steps, and when it stops, so that resume can go on from it. The last two are kept until the run has finished. A LoRA's state has some 0.1 to 1 GB, that of full training 10 to 31 GB on disk and once in memory. 0: never.",
+        ge=0,
+    ),
+    resume: Optional[str] = Input(
+        default=None,
+        description="Go on from the state of a run that stopped: auto for one with the same settings and pictures, if there is any, or a state's folder, tar or URL. The result is the same as if the run had not stopped.",
+    ),
+    init_from: Optional[str] = Input(
+        default=None,
+        description="Begin with a fine-tune instead of with the base alone: a path, a URL or a name on the hub, in any form that drawing reads. A LoRA can begin with a LoRA, the whole UNet with anything.",
+    ),
+    config: Optional[Path] = Input(
+        default=None,
+        description="A file with inputs: training.json of an earlier training, or names and values as JSON or YAML. Inputs that you give and that differ from their defaults win over it.",
+    ),
     single_file: bool = Input(
         default=False,
         description="Also write the whole fine-tuned SDXL as one checkpoint file for web UIs, in the folder web_ui of the tar. About 7 GB more. Only for full training, is_lora=false.",
@@ -269,8 +291,10 @@ def train(
 ) -> Path:
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
     settings.set_behind_server(server.active)
-    given = as_declared(train, locals())
+    given = as_declared(train, with_config(locals(), declared_inputs(train)))
     given["base"] = allowed_base(given["base"], "base")
+    given["resume"] = allowed_state(given["resume"], "resume")
+    given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
     inputs = train_inputs(given)
     repeat_on_cpu()
     configure_logging()
@@ -298,8 +322,7 @@ def run(
     from sdxl.model.base_checks import tell_of_distillation
     from sdxl.model.bases import find_base
     from sdxl.model.components import default_device, load_components, native_resolution
-    from sdxl.model.trained_web_ui import write_for_web_uis
-    from sdxl.training import data_parallel
+    from sdxl.training import data_parallel, resuming
     from sdxl.training.announcement import announce
     from sdxl.training.early_check import early_check
     from sdxl.training.examples import cache_examples
@@ -310,6 +333,7 @@ def run(
         log.warning("%s", told)
 
     # Pictures → dataset folder.
+    named = resuming.opened(inputs.resume, workspace)
     base = find_base(inputs.source_of_base, called=inputs.base_is_called)
     tell_of_distillation(base.folder, base.name)
     resolution = native_resolution(base.folder) if inputs.resolution is None else inputs.resolution
@@ -326,14 +350,22 @@ def run(
         resolution=resolution,
         images=len(pictures),
         processes=data_parallel.world_size(),
-        seed=data_parallel.agreed(inputs.seed),
+        seed=data_parallel.agreed(settings.resolve_seed(inputs.seed)),
         base=base.name,
         token_init=start_words(inputs.options.token_init, captions, inputs.token_map, base.folder),
     )
-    record = fine_tune_files.run_record(
-        config.as_json() | preprocess_config.as_json(), dataset_folder, base.facts()
-    )
+
+    # What the run begins with: the base, a fine-tune of it, or the state of a run that stopped.
+    keep_compiled_kernels()
     device = default_device()
+    components = load_components(base.folder, is_lora=config.is_lora, device=device, **base.replaced())
+    begin_with = _starting_point(inputs.init_from, config, components) if inputs.init_from else None
+    facts = base.facts() | ({"init_from": begin_with.digest} if begin_with else {})
+    record = fine_tune_files.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder, facts)
+    saved = resuming.chosen(named, inputs.resume, record, seed=inputs.seed)
+    if saved is not None:
+        config = dataclasses.replace(config, seed=saved.notes.seed)
+        record["settings"]["seed"] = config.seed
     announce(
         config,
         device,
@@ -343,9 +375,7 @@ def run(
         given=inputs.instead_of_preset,
     )
 
-    # Dataset folder and base → fine-tune.
-    keep_compiled_kernels()
-    components = load_components(base.folder, is_lora=config.is_lora, device=device, **base.replaced())
+    # Dataset folder and base → fine-tune → tar.
     examples = cache_examples(
         dataset_folder,
         components,
@@ -356,30 +386,57 @@ def run(
     )
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
-    output = workspace / OUTPUT
-
-    def save_checkpoint(step: int, model: fine_tune_files.TrainedFineTune) -> None:
-        folder = output / CHECKPOINTS / f"step-{step:06d}"
-        fine_tune_files.write_atomically(model, folder, record)
-
-    trained = fine_tune(
-        components,
-        examples,
-        config,
-        prior=prior,
-        on_step=on_step or _record_metrics,
-        on_checkpoint=save_checkpoint,
-    )
-
-    # Fine-tune → tar.
-    fine_tune_files.write(trained, output, record)
-    write_for_web_uis(trained, output, record, components, checkpoint_of=base if config.single_file else None)
-    fine_tune_files.pack(output, workspace / RESULT)
+    checkpoints = workspace / OUTPUT / CHECKPOINTS
+    with resuming.states_of(config, record, saved, (examples, prior)) as states:
+        trained = fine_tune(
+            components,
+            examples,
+            config,
+            prior=prior,
+            begin_with=begin_with,
+            states=states,
+            on_step=on_step or _record_metrics,
+            on_checkpoint=lambda step, model: fine_tune_files.write_atomically(
+                model, checkpoints / f"step-{step:06d}", record
+            ),
+        )
+        _write(trained, record, workspace, components, checkpoint_of=base if config.single_file else None)
+    states.discard()
     shutil.rmtree(dataset_folder)
-    # First by one rename: a kill while they are removed must not leave checkpoints that look whole.
-    shutil.rmtree(output.rename(workspace / f".{OUTPUT}.partial"))
+    shutil.rmtree(workspace / resuming.UNPACKED, ignore_errors=True)
     log.info("Done: %s contains the fine-tune.", RESULT)
     return workspace / RESULT
+
+
+def _write(
+    trained: "TrainedFineTune",
+    record: dict[str, Any],
+    workspace: pathlib.Path,
+    components: "Components",
+    *,
+    checkpoint_of: "Base | None",
+) -> None:
+    """Fine-tune → tar."""
+    from sdxl.model import fine_tune_files
+    from sdxl.model.trained_web_ui import write_for_web_uis
+
+    output = workspace / OUTPUT
+    fine_tune_files.write(trained, output, record)
+    write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
+    fine_tune_files.pack(output, workspace / RESULT)
+    # First by one rename: a kill while they are removed must not leave checkpoints that look whole.
+    shutil.rmtree(output.rename(workspace / f".{OUTPUT}.partial"))
+
+
+def _starting_point(source: str, config: TrainingConfig, components: "Components") -> "StartingPoint":
+    """The fine-tune at `source`, to begin with: a path, a URL, a `data:` URI or a name on the hub."""
+    from sdxl.model.loaded_fine_tune import load_for
+    from sdxl.serving.fine_tune_cache import FineTuneCache
+    from sdxl.training.starting_point import StartingPoint
+
+    limits = dataclasses.replace(settings.cache_limits(), memory=0)
+    cache = FineTuneCache(settings.cache_folder(), limits, lambda files: load_for(components, files))
+    return StartingPoint(fine_tune=cache.get(source), config=config)
 
 
 def _prior(config: TrainingConfig, components: "Components", base: dict[str, Any]) -> "ExampleDataset":

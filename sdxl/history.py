@@ -29,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """How good the fine-tune of one moment is. Lower is better, except for `score`."""
+    """How good the fine-tune of one moment is."""
 
     step: int
     """After so many steps; 0 is the base."""
@@ -37,8 +37,10 @@ class Check:
     """Factor of the change of the weights."""
     held_out: dict[str, float]
     """Band of noise ("low", "middle", "high") → loss on what was kept out, divided by the base's."""
+    followed: float
+    """How much of the base's answer to another text is left when the text names the new token, 0 to 1."""
     drift: float
-    """How far the predictions for other prompts are from the base's, as a share of the predictions' size."""
+    """How far predictions for other texts have moved, as a share of what the text itself changes in them."""
     score: float
     """What the choice compares. Higher is better."""
 

@@ -39,6 +39,7 @@ VARIABLES = {
     "SDXL_PRIVATE_URLS": "1 lets requests to a server name URLs in private networks and on this machine. Default: 0.",
     "SDXL_DOWNLOAD_MINUTES": "Time limit for one download. Default: 60.",
     "SDXL_KEEP_MINUTES": "How long a server keeps the files of a result after the run. Default: 10.",
+    "SDXL_STATE": "Folder for the states of trainings, which a stopped one goes on from. In a container it should be one that outlives it. Default: state in SDXL_WORKSPACE.",
     "SDXL_WORKSPACE": "Folder in which each run creates its own folder. Default: the system's temporary folder.",
 }
 """Variable → description. No other file reads the environment for a setting of this project."""
@@ -195,6 +196,12 @@ def cache_folder() -> Path:
 def workspace_parent() -> Path:
     """The folder in which each run creates its own (`SDXL_WORKSPACE`)."""
     return Path(variable("SDXL_WORKSPACE") or tempfile.gettempdir())
+
+
+def state_folder() -> Path:
+    """The folder for the states of trainings (`SDXL_STATE`)."""
+    name = variable("SDXL_STATE")
+    return Path(name).expanduser() if name else workspace_parent() / "state"
 
 
 def keep_seconds() -> float:

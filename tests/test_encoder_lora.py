@@ -242,7 +242,9 @@ def test_settings_that_contradict_each_other():
         refuse_contradictions(options, max_train_steps=6, num_train_epochs=None)
 
     refuse(is_lora=True, text_encoder_lora=True, text_encoder_lr=1e-4)
-    with pytest.raises(UserInputError, match="text_encoder_lora is True, but with is_lora=false the whole UNet"):
+    with pytest.raises(
+        UserInputError, match="text_encoder_lora is True, but with is_lora=false the whole UNet"
+    ):
         refuse(text_encoder_lora=True, lora_rank=None, lora_lr=None, lora_targets=None)
     with pytest.raises(UserInputError, match=r"text_encoder_lr is 0\.0001, but without text_encoder_lora"):
         refuse(is_lora=True, text_encoder_lr=1e-4)

@@ -28,12 +28,23 @@ ROOMS = {
         "settings",
         "gpu",
         "history",
+        "declared_inputs",
         "files",
         "model",
         "data",
         "speed",
     },
-    "serving": {"dataset_and_utils", "errors", "settings", "gpu", "files", "model", "data", "speed"},
+    "serving": {
+        "dataset_and_utils",
+        "errors",
+        "settings",
+        "gpu",
+        "history",
+        "files",
+        "model",
+        "data",
+        "speed",
+    },
 }
 """Room, or module directly in `sdxl` → what it may import from this project besides itself."""
 TOP = {

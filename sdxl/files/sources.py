@@ -31,6 +31,21 @@ def allowed_base(source: str | None, name: str) -> str | None:
     return allowed_fine_tune(source, name)
 
 
+def allowed_state(source: str | None, name: str) -> str | None:
+    """The source of a training's state as the server may use it: there it is "auto", a URL or a `data:` URI.
+
+    name: the input's name.
+
+    Raises:
+        UserInputError: a path, behind a server.
+    """
+    if not source or source == "auto" or not settings.behind_server() or is_remote(source):
+        return source or None
+    raise UserInputError(
+        f"{name} is {shortened(source)}, but this server takes no paths: write auto, or give an http(s) URL or a data: URI."
+    )
+
+
 def allowed_fine_tune(source: str | None, name: str) -> str | None:
     """The source of a fine-tune as the server may use it; None and an empty text, which stand for none, as they are.
 

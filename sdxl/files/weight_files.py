@@ -224,7 +224,7 @@ class WeightFile:
 
         data = torch.frombuffer(block, dtype=torch.uint8)
         if pinned and torch.cuda.is_available():
-            _pin(data, block)
+            pin(data, block)
         return {
             name: _view(data[places[name] : places[name] + stop - start], dtype, shape)
             for name, (dtype, shape, start, stop) in entries.items()
@@ -279,7 +279,7 @@ def _view(part: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
     return part.view(dtype).view(shape)
 
 
-def _pin(data: Tensor, block: mmap.mmap) -> None:
+def pin(data: Tensor, block: mmap.mmap) -> None:
     """Pin the memory of `data` until its last view is gone; `block` owns that memory."""
     cudart: Any = torch.cuda.cudart()
     address, length = data.data_ptr(), data.nbytes

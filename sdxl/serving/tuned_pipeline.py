@@ -8,7 +8,7 @@ import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +18,9 @@ from dataset_and_utils import TokenMap, add_tokens, eos_id, pool_at_eos
 from sdxl.errors import WeightsError
 from sdxl.model.fine_tune_files import FineTuneFiles
 from sdxl.model.layer_names import LayerNames
-from sdxl.model.lora_formats import read_lora
-from sdxl.model.lora_metadata import read_config
+from sdxl.model.loaded_fine_tune import LoadedFineTune, load
 from sdxl.model.noise_schedule import prediction_type
-from sdxl.model.other_models import looks_like
-from sdxl.model.token_files import read_rows
 from sdxl.model.weight_changes import WeightChange
-from sdxl.model.whole_weights import read_whole
 from sdxl.speed.memory import free_bytes
 
 if TYPE_CHECKING:
@@ -38,29 +34,6 @@ _TOKENIZERS_KEPT = 4
 """Most extended pairs of tokenizers to keep; copying them takes a while."""
 _SPARE_ROWS = 64
 """Rows that a copied embedding table has for new tokens, so that it rarely has to grow."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LoadedFineTune:
-    """A fine-tune, read into memory and checked against one base."""
-
-    name: str
-    """The name for messages."""
-    whole: dict[str, Tensor] = field(default_factory=dict)
-    """Parameter of the UNet or a text encoder, such as "unet.conv_in.weight" → its new value; empty for a LoRA."""
-    lora: dict[str, WeightChange] = field(default_factory=dict)
-    """Parameter, such as "unet.mid_block.attentions.0.proj_in.weight" → its change."""
-    rows: tuple[Tensor, ...] = ()
-    """Token rows [tokens, dim_i] for text encoder i; empty if there are no new tokens."""
-    pooled_at_eos: bool = True
-    """Whether the rows were trained with prompts pooled at the end of the text."""
-    token_map: TokenMap
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        parts = (*self.whole.values(), *self.lora.values(), *self.rows)
-        return sum(part.nbytes for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,39 +119,13 @@ class TunedPipeline:
             WeightsError: the fine-tune does not fit this base.
             ContractError: its embeddings are malformed.
         """
-        predicted = prediction_type(self.pipeline.scheduler.config)
-        if files.prediction_type not in (None, predicted):
-            raise WeightsError(
-                f"{files.name} was trained on a base with {files.prediction_type}, but this base has {predicted}: use the "
-                "base that it was trained on, or set SDXL_PREDICTION if the base's files are wrong."
-            )
-        pinned = self.pipeline._execution_device.type == "cuda"
-        whole: dict[str, Tensor] = {}
-        for part, file in files.whole:
-            whole |= read_whole(file.read(pinned=pinned), part, self._names, self._parameters, file.name)
-        lora, tensors = {}, {}
-        if files.lora is not None:
-            tensors = files.lora.read(pinned=pinned)
-            config = None if files.lora_config is None else read_config(files.lora_config)
-            lora = read_lora(tensors, files.lora.metadata, self._names, files.lora.name, config)
-            for name, change in lora.items():
-                if name not in self._parameters or not change.fits(tuple(self._parameters[name].shape)):
-                    guess = looks_like({key: tensor.shape for key, tensor in tensors.items()})
-                    raise WeightsError(
-                        f"{files.lora.name} does not fit this base (at {name}){guess}: use the base that it was trained on."
-                    )
-        rows, at_eos, token_map = read_rows(
-            files, tensors, [self._base_value(name) for name in self._table_names]
-        )
-        widths = [table.weight.shape[1] for table in self._tables]  # type: ignore[union-attr]
-        if rows and [row.shape[1] for row in rows] != widths:
-            raise WeightsError(
-                f"{files.name} was made for text encoders of widths {[row.shape[1] for row in rows]}, but this base has "
-                f"{widths}: use the base that it was trained on."
-            )
-        rows = tuple(row.clone() for row in rows)
-        return LoadedFineTune(
-            name=files.name, whole=whole, lora=lora, rows=rows, pooled_at_eos=at_eos, token_map=token_map
+        return load(
+            files,
+            self._parameters,
+            self._names,
+            [self._base_value(name) for name in self._table_names],
+            predicted=prediction_type(self.pipeline.scheduler.config),
+            pinned=self.pipeline._execution_device.type == "cuda",
         )
 
     def activate(self, files: FineTuneFiles | None, *, lora_scale: float = 1.0) -> None:

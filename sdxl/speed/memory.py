@@ -1,7 +1,11 @@
-"""How much memory a GPU has left.
+"""How much memory a GPU and the machine have left.
 
-Knows CUDA's allocator; does not know what the memory is for.
+Knows CUDA's allocator and Linux; does not know what the memory is for.
 """
+
+import contextlib
+import re
+from pathlib import Path
 
 import torch
 
@@ -15,3 +19,24 @@ def free_bytes(device: torch.device) -> int:
     unused = reserved - torch.cuda.memory_allocated(device)  # the allocator reuses this without asking CUDA
     allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
     return min(free, allowed) + unused
+
+
+def free_host_bytes() -> int:
+    """Memory in bytes that this machine can still give, in a container with a limit at most what that leaves."""
+    free = 2**62
+    with contextlib.suppress(OSError, ValueError):
+        free = _number_after("MemAvailable:", Path("/proc/meminfo")) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max" if there is none
+        # The cache of files counts as used, but gives way.
+        cached = _number_after("inactive_file", group / "memory.stat")
+        free = min(free, limit - int((group / "memory.current").read_text()) + cached)
+    return free
+
+
+def _number_after(name: str, path: Path) -> int:
+    found = re.search(rf"^{re.escape(name)}\s+(\d+)", path.read_text(), re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{path} does not say {name}")
+    return int(found[1])

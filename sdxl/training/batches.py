@@ -73,6 +73,15 @@ class Batches:
         self._queues = [torch.empty(0, dtype=torch.long) for _ in self.buckets]
         self._shares = torch.stack([bucket.shares.sum() for bucket in self.buckets])
 
+    @property
+    def queues(self) -> list[Tensor]:
+        """For each bucket the rows [n] that come next, of passes that were shuffled already."""
+        return list(self._queues)
+
+    @queues.setter
+    def queues(self, queues: list[Tensor]) -> None:
+        self._queues = queues
+
     def draw(self) -> int:
         """Choose the next batch. Returns the number of its bucket, which then holds the choice."""
         number = 0

@@ -81,6 +81,8 @@ class TrainingOptions:
     """Steps in which the learning rates rise from 0; fewer than the steps of the run."""
     checkpointing_steps: int = limited(0, ge=0)
     """Save the fine-tune after every so many steps. 0: never."""
+    save_every: int = limited(250, ge=0)
+    """Save the run's state after every so many steps, and when it stops, so that it can go on. 0: never."""
     single_file: bool = False
     """Write a full fine-tune also as a single-file checkpoint."""
     snr_gamma: float = limited(5.0, gt=0)

@@ -5,12 +5,15 @@ Knows the group of processes; does not know what trains. In a single process not
 
 import gc
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sdxl.training import torchrun
+
+T = TypeVar("T")
 
 
 def join() -> None:
@@ -39,13 +42,21 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def agreed(number: int) -> int:
-    """The first process's `number`, in all of them."""
+def agreed(value: T) -> T:
+    """The first process's `value`, in all of them."""
     if world_size() == 1:
-        return number
-    shared = [number]
+        return value
+    shared = [value]
     dist.broadcast_object_list(shared)
     return shared[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The `value` of each process, in all of them."""
+    found = [value] * world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
 
 
 @torch.no_grad()

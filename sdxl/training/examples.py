@@ -4,7 +4,7 @@ Knows the frozen parts that encode pictures and captions; does not know what tra
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ def cache_examples(
     seed: int,
     views: int = 0,
     flip: bool = False,
+    leave_out: Collection[int] = (),
 ) -> ExampleDataset:
     """Encode the pictures and captions of a dataset folder. Adds the map's placeholder tokens to the tokenizers.
 
@@ -47,6 +48,7 @@ def cache_examples(
 
     views: how many random crops of each picture to learn, in addition to the whole picture.
     flip: learn every view mirrored too.
+    leave_out: numbers of pictures that are not learned, from 0.
 
     Raises:
         ContractError, DatasetError: the folder's table or pictures are wrong, or a caption names a token too late.
@@ -56,6 +58,7 @@ def cache_examples(
         fuse_blocks(components.vae)
     generator = torch.Generator(components.device).manual_seed(seed)
     pictures = read_dataset_folder(folder)
+    pictures = [picture for index, picture in enumerate(pictures) if index not in leave_out]
     captions = {prepared.picture.name: prepared.caption for prepared in pictures}
     cut = require_tokens_fit(captions, components.tokenizers, token_map)  # before any picture is encoded
     tell_of_cuts(cut)
@@ -72,16 +75,49 @@ def cache_examples(
         for (first, second), shown in zip(progress, _ahead(threads, tasks), strict=True):
             on_device = first.to(components.device), second.to(components.device)
             for view, latents in zip(shown, _encode(shown, components, generator), strict=True):
-                examples.append(
-                    Example(
-                        latents=latents,
-                        mask=_latent_mask(view.mask, latents),
-                        token_ids=on_device,
-                        time_ids=torch.tensor(view.time_ids, dtype=torch.float32, device=components.device),
-                        share=view.share,
-                    )
-                )
+                examples.append(_example(view, latents, on_device))
     return ExampleDataset(examples)
+
+
+def kept_out(pictures: int) -> set[int]:
+    """Which of so many pictures training does not see, so that it can be checked on them: one of 20, two of 40 or more."""
+    return {pictures // 2, pictures // 4} if pictures >= 40 else {pictures // 2} if pictures >= 20 else set()
+
+
+@torch.no_grad()
+def held_out_examples(
+    folder: Path, components: Components, token_map: TokenMap, *, seed: int, pictures: Collection[int]
+) -> ExampleDataset:
+    """What training does not see, all of one shape: the whole of `pictures`, or crops of the first two if there are none.
+
+    A picture without pixels to spare has no crops; then it is the whole picture, which training does see.
+    """
+    prepared = read_dataset_folder(folder)
+    numbers = sorted(pictures) or [index for index in range(min(len(prepared), 2))]
+    size = prepared[numbers[0]].framing.target_size
+    generator = torch.Generator(components.device).manual_seed(seed)
+    examples = []
+    for number in numbers:
+        picture = prepared[number]
+        if picture.framing.target_size != size:
+            continue
+        view = views_of(
+            picture, np.random.default_rng((seed, number, 1)), crops=0 if pictures else 1, flip=False
+        )[-1]
+        [(first, second)] = token_ids([picture.caption], components.tokenizers, token_map)
+        [latents] = _encode([view], components, generator)
+        examples.append(_example(view, latents, (first.to(components.device), second.to(components.device))))
+    return ExampleDataset(examples)
+
+
+def _example(view: View, latents: Tensor, ids: tuple[Tensor, Tensor]) -> Example:
+    return Example(
+        latents=latents,
+        mask=_latent_mask(view.mask, latents),
+        token_ids=ids,
+        time_ids=torch.tensor(view.time_ids, dtype=torch.float32, device=latents.device),
+        share=view.share,
+    )
 
 
 def _ahead(threads: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], depth: int = 4) -> Iterator[T]:

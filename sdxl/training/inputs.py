@@ -44,8 +44,12 @@ class TrainInputs:
     """How often every picture is shown; excludes `max_train_steps`."""
     max_train_steps: int | None = limited(ge=1)
     """Optimizer steps. None: as many as the epochs need, or as the preset says."""
-    seed: int
-    """A random one if the user gave none."""
+    resume: str | None = None
+    """A state to go on from: a path, a URL or "auto"."""
+    init_from: str | None = None
+    """A fine-tune to start from: a path, a URL or a name on the hub."""
+    seed: int | None = limited(ge=0, le=2**32 - 1)
+    """None for a random one, or for that of the state to go on from."""
     global_caption: str | None
     caption_prefix: str
     bucketing: bool
@@ -116,7 +120,7 @@ class TrainInputs:
     ) -> TrainingConfig:
         """How to train on `images` prepared pictures, in `processes` that train together.
 
-        seed: replaces this process's own.
+        seed: that of the run, if it is known already.
         base: the base's name for the record.
         token_init: the words that token rows start from, such as "TOK:dog". None: those that the user named.
 
@@ -140,7 +144,7 @@ class TrainInputs:
             base=base,
             resolution=resolution,
             max_train_steps=steps,
-            seed=self.seed if seed is None else seed,
+            seed=(self.seed or 0) if seed is None else seed,
             cuda_graph=speed != "eager",
             compile_blocks=speed in ("compiled", "fp8"),
         )
@@ -153,6 +157,7 @@ def train_inputs(given: Mapping[str, Any]) -> TrainInputs:
         UserInputError: a value is wrong, an input is missing, or both names of one input are given.
     """
     values = dict(given)
+    values.pop("config", None)  # its inputs are in the others by now
     archive = values.pop("input_data_tar_or_zip")
     multiplier = values.pop("ti_learning_rate_multiplier")
     token = values.pop("token_string")
@@ -188,5 +193,4 @@ def train_inputs(given: Mapping[str, Any]) -> TrainInputs:
 
     options = TrainingOptions(**{entry.name: values.pop(entry.name) for entry in fields(TrainingOptions)})
     values["input_images"] = str(values["input_images"])
-    values["seed"] = settings.resolve_seed(values["seed"])
     return TrainInputs(**values, options=options)

@@ -30,7 +30,7 @@ BELOW = 0.6
 composition is decided, which few pictures over-train first (T-LoRA, arXiv:2507.05964, lowers the rank there)."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class DenoisingLoss:
     """How well the UNet removes noise from a batch: L = E[ w(t) · ‖target − UNet(x_t, t, prompt)‖² ].
 

@@ -61,6 +61,12 @@ class Optimizers:
         self._optimizers = make_optimizers(name, weights, *text, device=device)
         by_parameter = {id(group["params"][0]): group for group in self._groups()}
         self._weights, *self._text = (by_parameter[id(group.params[0])] for group in (weights, *text))
+        self.all = tuple(self._optimizers)
+        """The torch optimizers: one or two."""
+        self.parameters = tuple(p for group in self._groups() for p in group["params"])
+        """Everything that trains, also after it is frozen."""
+        self.count_of_weights = len(weights.params)
+        """How many of them are `weights`: they come first."""
 
     @property
     def rows_train(self) -> bool:

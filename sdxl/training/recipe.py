@@ -26,6 +26,9 @@ from sdxl.training.encoder_lora import with_encoder_lora
 from sdxl.training.loss import DenoisingLoss
 from sdxl.training.optimizers import Group, Optimizers
 from sdxl.training.preservation import PROMPTS, kept_examples, weight_for
+from sdxl.training.run_state import RunState, undisturbed
+from sdxl.training.starting_point import StartingPoint
+from sdxl.training.states import RunStates
 from sdxl.training.step import TrainingStep
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import Trainable, as_base, full_unet, lora
@@ -54,12 +57,16 @@ def fine_tune(
     config: TrainingConfig,
     *,
     prior: ExampleDataset | None = None,
+    begin_with: StartingPoint | None = None,
+    states: RunStates | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_checkpoint: Callable[[int, TrainedFineTune], None] = lambda step, model: None,
 ) -> TrainedFineTune:
     """Train `components` on `dataset`. Full training changes their UNet in place; a LoRA stays in it as an adapter.
 
     prior: pictures that the base drew. They are learned together with the subject's, so that the base's skills remain.
+    begin_with: a fine-tune to start from.
+    states: saves the run's state on the way, and may hold one to go on from.
 
     Raises:
         TrainingDivergedError: the loss is not a number. `on_checkpoint` has received the weights before that step.
@@ -75,28 +82,25 @@ def fine_tune(
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
     trainable = _trainable(components, config)
+    if begin_with is not None:
+        begin_with.apply(components.unet, tokens)
     weights, encoders = trainable.weights, trainable.encoders
     rows, device = Group(params=tokens.parameters, lr=config.ti_lr), components.device
     optimizers = Optimizers(trainable.optimizer, weights=weights, rows=rows, encoders=encoders, device=device)
 
     # What a step sees: a batch of the subject, one of the prior, and one that the base teaches.
     sources = _sources(components, dataset, prior, config)
-    loss = DenoisingLoss(
-        components=components,
-        config=config,
-        generator=generator,
-        base_unet=base_unet,
-        base_outside_masks=outside_masks,
-    )
+    loss = DenoisingLoss(components, config, generator, base_unet, base_outside_masks=outside_masks)
     mixed = trainable.mixed_precision
     step = TrainingStep(loss, sources, optimizers, tokens, config, generator, mixed_precision=mixed)
 
-    numbers = range(config.max_train_steps)
-    progress = tqdm(numbers, desc="Training tokens and UNet", unit="step", mininterval=0.5)
+    # A state is all that has changed since here. A run that goes on from one starts after its step.
+    states = states or RunStates()
+    progress = _progress(states.begin(RunState(optimizers, sources, generator)), config.max_train_steps)
     for number in progress:
         # The pivot: the rows now describe the subject. Freeze all that reads the text, so that captions need encoding only
         # once and the text encoders can leave the GPU. The UNet goes on learning what the rows cannot say.
-        if number == config.pivot_step:
+        if optimizers.rows_train and number >= config.pivot_step:
             progress.set_description("Training UNet")
             step.rebuild()
             tokens.freeze()
@@ -106,22 +110,22 @@ def fine_tune(
             optimizers.freeze_text()
 
         # -------------------------------------------------------------------------------------- a single training step
-        share = learning_rate_share(
-            config.lr_scheduler, number, warmup=config.lr_warmup_steps, total=config.max_train_steps
-        )
+        share = _rate_share(config, number)
         optimizers.set_rates(weights=weights.lr * share, rows=rows.lr * share, encoders=encoders.lr * share)
         value, norms = step.gradients(tuple(batches.draw() for batches in sources))
         if not all(map(math.isfinite, (value, *norms))):  # stop before broken gradients reach the weights
             on_checkpoint(number, _snapshot(trainable, tokens))
             raise _diverged(number + 1, value)
-        step.update()
+        with states.completing(number + 1):  # until its end the weights are between two steps
+            step.update()
         # ------------------------------------------------------------------------------------------------------------
 
         progress.set_postfix(loss=f"{value:.4f}", refresh=False)
         ti_rate = rows.lr * share if optimizers.rows_train else 0.0
-        on_step(_report(progress, number + 1, value, weights.lr * share, ti_rate))
-        if config.checkpointing_steps and (number + 1) % config.checkpointing_steps == 0:
-            on_checkpoint(number + 1, _snapshot(trainable, tokens))
+        with undisturbed(components.device):  # whatever they draw
+            on_step(_report(progress, number + 1, value, weights.lr * share, ti_rate))
+            if config.checkpointing_steps and (number + 1) % config.checkpointing_steps == 0:
+                on_checkpoint(number + 1, _snapshot(trainable, tokens))
 
     tokens.remove()
     return _snapshot(trainable, tokens)
@@ -142,6 +146,12 @@ def _trainable(components: Components, config: TrainingConfig) -> Trainable:
     """What trains beside the token rows."""
     trainable = (lora if config.is_lora else full_unet)(components.unet, config)
     return with_encoder_lora(trainable, components, config) if config.text_encoder_lora else trainable
+
+
+def _rate_share(config: TrainingConfig, step: int) -> float:
+    return learning_rate_share(
+        config.lr_scheduler, step, warmup=config.lr_warmup_steps, total=config.max_train_steps
+    )
 
 
 def _sources(
@@ -190,6 +200,14 @@ def _snapshot(trainable: Trainable, tokens: NewTokens) -> TrainedFineTune:
     """Copies of everything that trains, on the CPU."""
     return TrainedFineTune(
         kind=trainable.kind, weights=trainable.export(), token_rows=tokens.export(), token_map=tokens.map
+    )
+
+
+def _progress(done: int, total: int) -> tqdm:
+    """The numbers of the steps, from 0, that are left of `total` after `done`, with a progress bar."""
+    steps = range(done, total)
+    return tqdm(
+        steps, desc="Training tokens and UNet", unit="step", mininterval=0.5, initial=done, total=total
     )
 
 
