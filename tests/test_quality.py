@@ -79,7 +79,18 @@ def test_a_small_run_of_the_quality_bench_goes_on_where_it_was(
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(base, "STEPS", 2)
     arguments = ["--subjects", "1", "--development", "--methods", "untuned", "lora_pivotal", "--steps", "2"]
-    arguments += ["--batch-size", "2", "--side", "64", "--seeds", "1", "--sampling-steps", "1", "--workers", "1"]
+    arguments += [
+        "--batch-size",
+        "2",
+        "--side",
+        "64",
+        "--seeds",
+        "1",
+        "--sampling-steps",
+        "1",
+        "--workers",
+        "1",
+    ]
     arguments += ["--device", "cpu", "--workdir", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
     quality.main(arguments)
     first = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "work").iterdir()}
@@ -136,7 +147,18 @@ def test_a_small_run_of_the_dreambench_writes_its_table(tmp_path: Path, capsys: 
         [
             str(tmp_path / "pictures"),
             *("--base", str(TINY_BASE), "--dino", dino, "--clip", clip, "--resolution", "64", "--steps", "2"),
-            *("--prompts", "2", "--seeds", "1", "--sampling-steps", "2", "--batch-size", "2", "--device", "cpu"),
+            *(
+                "--prompts",
+                "2",
+                "--seeds",
+                "1",
+                "--sampling-steps",
+                "2",
+                "--batch-size",
+                "2",
+                "--device",
+                "cpu",
+            ),
             *("--methods", "untuned base", "full UNet + pivotal", "--output", str(tmp_path / "out.json")),
         ]
     )

@@ -71,7 +71,9 @@ def test_epochs_count_pictures_however_many_a_step_takes(captioned_zip: Path, tm
     took = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "preservation": 1.0}
     out = run(tmp_path, **quick | took | {"input_images": uri, "num_train_epochs": 2})
     settings = json.loads((out / "training.json").read_text())["settings"]
-    assert settings["max_train_steps"] == 4  # 2 epochs × 4 pictures ÷ (1 × 2) a step: the base teaches the other
+    assert (
+        settings["max_train_steps"] == 4
+    )  # 2 epochs × 4 pictures ÷ (1 × 2) a step: the base teaches the other
 
 
 def test_the_call_of_the_first_years_works(tmp_path: Path):

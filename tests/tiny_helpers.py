@@ -1,6 +1,7 @@
 """Small versions of the captioner, segmenter, upscaler and safety checker: real classes, saved as folders. And a UNet
 that is narrower than the miniature's."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,13 @@ def narrow_unet() -> "UNet2DConditionModel":
     config: Any = UNet2DConditionModel.load_config(TINY_BASE / "unet")
     made: Any = UNet2DConditionModel.from_config({**config, **narrow})
     return made
+
+
+def write_narrow_base(folder: Path) -> Path:
+    """The miniature with `narrow_unet`."""
+    shutil.copytree(TINY_BASE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet"))
+    narrow_unet().half().save_pretrained(folder / "unet", variant="fp16")
+    return folder
 
 
 def write_captioner(folder: Path) -> Path:
