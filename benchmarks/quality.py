@@ -256,7 +256,9 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each method")
     parser.add_argument("--batch-size", type=int, default=32 if gpus else 4, help="pictures in each step")
     parser.add_argument("--sampling-steps", type=int, default=15)
-    parser.add_argument("--side", type=int, default=256, help="pixels of the pictures that are learned and drawn")
+    parser.add_argument(
+        "--side", type=int, default=256, help="pixels of the pictures that are learned and drawn"
+    )
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt")
     # Each process keeps a core busy. More than 20 on one GPU gain little.
     parser.add_argument("--workers", type=int, default=min(cores, 20 * max(gpus, 1)) if gpus else cores)
