@@ -54,7 +54,9 @@ def test_faces_are_masked_and_never_cut(tmp_path: Path, caplog: pytest.LogCaptur
     wide.paste(astronaut, (444, 0))
     buffer = io.BytesIO()
     wide.save(buffer, "PNG")
-    archive = write_zip(tmp_path / "x.zip", {"0.png": buffer.getvalue(), "1.jpg": photograph("coffee", (300, 200))})
+    archive = write_zip(
+        tmp_path / "x.zip", {"0.png": buffer.getvalue(), "1.jpg": photograph("coffee", (300, 200))}
+    )
     out = run(tmp_path, archive, target_size=128, use_face_detection_instead=True)
     mask = picture(out / "0.mask.png")
     assert mask.shape == picture(out / "0.src.png").shape[:2] == (128, 128)
