@@ -12,7 +12,7 @@ import logging
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from cog import Input, Path, current_scope
@@ -23,13 +23,14 @@ from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
 from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
+from sdxl.history import History
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
-from sdxl.training.config import TrainingConfig
+from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.config_file import with_config
 from sdxl.training.contradictions import without_effect
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.torchrun import run_in_each
-from sdxl.workspace import CHECKPOINTS, OUTPUT, RESULT, workspace_of_run
+from sdxl.workspace import CHECKPOINTS, OUTPUT, PREVIEWS, RESULT, workspace_of_run
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from sdxl.model.fine_tune_files import TrainedFineTune
     from sdxl.training.recipe import StepReport
     from sdxl.training.starting_point import StartingPoint
+    from sdxl.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -270,6 +272,16 @@ def train(
         default=None,
         description="A file with inputs: training.json of an earlier training, or names and values as JSON or YAML. Inputs that you give and that differ from their defaults win over it.",
     ),
+    checks: int = Input(
+        default=6,
+        description="How often to check the fine-tune on the way: what it has learned, whether prompts are still followed, and how far other prompts have changed. The best of these moments is handed over, and a run that only gets worse stops. 0: never, and the last step is handed over.",
+        ge=0,
+        le=100,
+    ),
+    preview_prompts: str = Input(
+        default="",
+        description='What previews show on the way: prompts, separated by |, such as "a photo of TOK on the moon|a photo of a dog". Default: made from your captions. none: no previews. They are in the folder previews of the tar. Needs checks.',
+    ),
     single_file: bool = Input(
         default=False,
         description="Also write the whole fine-tuned SDXL as one checkpoint file for web UIs, in the folder web_ui of the tar. About 7 GB more. Only for full training, is_lora=false.",
@@ -325,7 +337,7 @@ def run(
     from sdxl.training import data_parallel, resuming
     from sdxl.training.announcement import announce
     from sdxl.training.early_check import early_check
-    from sdxl.training.examples import cache_examples
+    from sdxl.training.examples import cache_examples, kept_out
     from sdxl.training.recipe import fine_tune
     from sdxl.training.start_words import start_words
 
@@ -383,7 +395,9 @@ def run(
         seed=config.seed,
         views=config.random_views or 0,
         flip=config.horizontal_flip,
+        leave_out=kept_out(len(pictures)) if config.checks else (),
     )
+    watch = _watch(config, components, dataset_folder, captions, workspace / OUTPUT)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     checkpoints = workspace / OUTPUT / CHECKPOINTS
@@ -395,12 +409,20 @@ def run(
             prior=prior,
             begin_with=begin_with,
             states=states,
+            watch=watch,
             on_step=on_step or _record_metrics,
             on_checkpoint=lambda step, model: fine_tune_files.write_atomically(
                 model, checkpoints / f"step-{step:06d}", record
             ),
         )
-        _write(trained, record, workspace, components, checkpoint_of=base if config.single_file else None)
+        _write(
+            trained,
+            record,
+            workspace,
+            components,
+            watch.history,
+            checkpoint_of=base if config.single_file else None,
+        )
     states.discard()
     shutil.rmtree(dataset_folder)
     shutil.rmtree(workspace / resuming.UNPACKED, ignore_errors=True)
@@ -408,11 +430,51 @@ def run(
     return workspace / RESULT
 
 
+def _watch(
+    config: TrainingConfig,
+    components: "Components",
+    dataset_folder: pathlib.Path,
+    captions: Sequence[str],
+    output: pathlib.Path,
+) -> "Watch":
+    """What checks the training. Previews are drawn into `output` by the first of several processes."""
+    from sdxl.serving.previews import preview_drawer, preview_prompts, preview_side
+    from sdxl.training.data_parallel import rank
+    from sdxl.training.examples import held_out_examples, kept_out
+    from sdxl.training.watch import Watch
+
+    if not config.checks:
+        return Watch()
+    token_map = TokenMap.parse(config.token_map)
+    watch = Watch(
+        checks=config.checks,
+        held_out=held_out_examples(
+            dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(captions))
+        ),
+    )
+    if config.preview_prompts != "none" and rank() == 0:
+        word = next(iter(token_map.parse_init(config.token_init).values()), "")
+        named = config.preview_prompts
+        watch.history.prompts = list(
+            prompts_of(named, name="preview_prompts") if named else preview_prompts(captions, token_map, word)
+        )
+        watch.draw = preview_drawer(
+            components,
+            token_map,
+            watch.history.prompts,
+            output / PREVIEWS,
+            side=preview_side(config.resolution),
+            seed=config.seed,
+        )
+    return watch
+
+
 def _write(
     trained: "TrainedFineTune",
     record: dict[str, Any],
     workspace: pathlib.Path,
     components: "Components",
+    history: History,
     *,
     checkpoint_of: "Base | None",
 ) -> None:
@@ -422,6 +484,7 @@ def _write(
 
     output = workspace / OUTPUT
     fine_tune_files.write(trained, output, record)
+    history.write(output)
     write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
     fine_tune_files.pack(output, workspace / RESULT)
     # First by one rename: a kill while they are removed must not leave checkpoints that look whole.

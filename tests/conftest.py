@@ -177,7 +177,7 @@ def call(function: Callable[..., Any], **inputs: Any) -> Any:
     return function(**{**declared, **inputs})
 
 
-QUICK = {"resolution": 64, "max_train_steps": 4, "train_batch_size": 2, "seed": 0}
+QUICK = {"resolution": 64, "max_train_steps": 4, "train_batch_size": 2, "seed": 0, "checks": 0}
 """Inputs of the shortest training that is one."""
 FULL = {"is_lora": False, "unet_learning_rate": 1e-3}
 """Inputs that make it one of the whole UNet, which changes at once."""

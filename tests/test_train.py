@@ -7,14 +7,17 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
 from sdxl.errors import UserInputError
 from sdxl.files.archives import unpack
+from sdxl.history import History
 from tests.conftest import FULL, QUICK, call, png, write_zip
 
 
@@ -63,6 +66,28 @@ def test_two_tokens_go_on_counting(tmp_path: Path):
     expected = {"CLOCK_TOK": "<s0><s1>", "MT_TOK": "<s2><s3><s4>"}
     assert json.loads((out / "special_params.json").read_text()) == expected
     assert len(load_file(out / "embeddings.pti")["text_encoders_1"]) == 5
+
+
+def test_a_training_is_watched(tmp_path: Path):
+    archive = write_zip(tmp_path / "x.zip", {"0.png": png(0), "0.txt": "a photo of TOK"})
+    inputs = QUICK | {"checks": 1, "preview_prompts": "TOK on the left|a red house"}
+    out = run(tmp_path / "watched", input_images=archive, **inputs, lora_lr=1e-3)
+    history = History.read(out)
+    assert [check.step for check in history.checks] == [4]
+    assert all(
+        check.drift > 0 and set(check.held_out) == {"low", "middle", "high"} for check in history.checks
+    )
+    assert history.choice is not None and history.choice.step == 4
+    assert history.prompts == ["TOK on the left", "a red house"]
+    assert [previews.step for previews in history.previews] == [0, 4]
+    before, after = (
+        [np.array(Image.open(out / name)) for name in previews.pictures] for previews in history.previews
+    )
+    assert not np.array_equal(before[0], after[0]), "the preview shows what was learned"
+    unwatched = run(tmp_path / "unwatched", input_images=archive, **QUICK, lora_lr=1e-3)
+    first, second = (load_file(folder / "lora.safetensors") for folder in (out, unwatched))
+    assert all(torch.equal(first[name], second[name]) for name in second), "to watch disturbs nothing"
+    assert not (unwatched / "previews").exists()
 
 
 def test_epochs_count_pictures_however_many_a_step_takes(captioned_zip: Path, tmp_path: Path):

@@ -10,6 +10,7 @@ LoRA (arXiv:2106.09685), SDXL (arXiv:2307.01952).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -32,6 +33,7 @@ from sdxl.training.states import RunStates
 from sdxl.training.step import TrainingStep
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import Trainable, as_base, full_unet, lora
+from sdxl.training.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ def fine_tune(
     prior: ExampleDataset | None = None,
     begin_with: StartingPoint | None = None,
     states: RunStates | None = None,
+    watch: Watch | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_checkpoint: Callable[[int, TrainedFineTune], None] = lambda step, model: None,
 ) -> TrainedFineTune:
@@ -67,6 +70,7 @@ def fine_tune(
     prior: pictures that the base drew. They are learned together with the subject's, so that the base's skills remain.
     begin_with: a fine-tune to start from.
     states: saves the run's state on the way, and may hold one to go on from.
+    watch: checks the fine-tune on the way, and chooses the moment to hand over. Without it, that is the last one.
 
     Raises:
         TrainingDivergedError: the loss is not a number. `on_checkpoint` has received the weights before that step.
@@ -82,6 +86,8 @@ def fine_tune(
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
     trainable = _trainable(components, config)
+    watch = watch or Watch()
+    watch.begin(components, config, mixed_precision=trainable.mixed_precision)
     if begin_with is not None:
         begin_with.apply(components.unet, tokens)
     weights, encoders = trainable.weights, trainable.encoders
@@ -104,6 +110,7 @@ def fine_tune(
             progress.set_description("Training UNet")
             step.rebuild()
             tokens.freeze()
+            watch.settle()
             encode_captions(components, sources, also_as_base=loss.base_reads_apart)
             for encoder in components.text_encoders:
                 encoder.requires_grad_(False).to(torch.device("cpu"))  # type: ignore[arg-type]
@@ -126,9 +133,11 @@ def fine_tune(
             on_step(_report(progress, number + 1, value, weights.lr * share, ti_rate))
             if config.checkpointing_steps and (number + 1) % config.checkpointing_steps == 0:
                 on_checkpoint(number + 1, _snapshot(trainable, tokens))
+            if watch.stops_after(number + 1, partial(_snapshot, trainable, tokens)):
+                break
 
     tokens.remove()
-    return _snapshot(trainable, tokens)
+    return watch.chosen(_snapshot(trainable, tokens))
 
 
 def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: int) -> float:
