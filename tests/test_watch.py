@@ -74,10 +74,10 @@ def test_a_unet_that_knows_a_picture_has_a_lower_loss_on_it(watched: tuple[Compo
     assert all(after.held_out[band] < 0.9 for band in BANDS) and after.drift > 0.0
 
 
-def test_texts_that_were_settled_need_no_text_encoders(watched: tuple[Components, Meter]):
+def test_texts_that_no_longer_change_need_no_text_encoders(watched: tuple[Components, Meter]):
     components, meter = watched
     before = meter.read()
-    meter.settle()
+    meter.freeze_text()
     for encoder in components.text_encoders:
         encoder.to("meta")  # type: ignore[arg-type]
     assert meter.read() == before

@@ -62,10 +62,10 @@ class Watch:
         )
         self._preview(0)
 
-    def settle(self) -> None:
+    def freeze_text(self) -> None:
         """The text encoders have learned all that they will, and are about to leave the device."""
         if self._meter is not None:
-            self._meter.settle()
+            self._meter.freeze_text()
 
     def stops_after(self, step: int, snapshot: Callable[[], TrainedFineTune]) -> bool:
         """Look after `step`, if it is time, and keep a snapshot of the best moment.
