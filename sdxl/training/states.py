@@ -86,6 +86,12 @@ class RunStates:
             _restore(run, self._goes_on)
             log.info("Going on after step %d, from %s.", self._saved_step, self._goes_on.folder)
         self._boundary = self._saved_step, run.order()
+        if self._every and rank() == 0:
+            assert self._folder is not None
+            told = (
+                "A state is saved every %d steps and when the run stops, in %s: resume=auto goes on from it."
+            )
+            log.info(told, self._every, self._folder.parent)
         return self._saved_step
 
     @contextmanager
