@@ -257,7 +257,7 @@ def train(
     ),
     save_every: int = Input(
         default=250,
-        description="Save the state of the run after every so many steps, and when it stops, so that resume can go on from it. The last two are kept until the run has finished. A LoRA's state has some 0.1 to 1 GB, that of full training 10 to 31 GB on disk and once in memory. 0: never.",
+        description="Save the state of the run after every so many steps, and when it stops, so that resume can go on from it. The last two are kept until the run has finished. For SDXL each has 0.5 to 2 GB for a LoRA, and 10 to 31 GB for full training, which needs as much memory too. 0: never.",
         ge=0,
     ),
     resume: Optional[str] = Input(

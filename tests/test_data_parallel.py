@@ -1,7 +1,9 @@
 """One training in two processes, on CPUs: equal weights everywhere, from the pictures of both."""
 
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,9 @@ from sdxl.model.components import load_components
 from sdxl.training import data_parallel
 from sdxl.training.examples import cache_examples
 from sdxl.training.recipe import fine_tune
+from sdxl.training.state_files import STATE
 from tests.conftest import QUICK, REPOSITORY, TINY_BASE, free_port
+from tests.test_resume import SMALL, Runs, assert_equal, narrow_components
 from tests.test_training import CONFIG
 
 
@@ -31,6 +35,7 @@ def work(rank: int, folder: str, port: int) -> None:
     assert mixed[0].tolist() == [[0.5] * 3] * 2 and mixed[1].tolist() == [1.0] * 4
 
     learn(folder, str(rank))
+    go_on(Path(folder))
     torch.distributed.destroy_process_group()
 
 
@@ -41,6 +46,22 @@ def learn(folder: str, name: str) -> None:
     losses: list[float] = []
     model = fine_tune(components, data, config, on_step=lambda report: losses.append(report.loss))
     torch.save({"weights": model.weights, "rows": model.token_rows, "losses": losses}, f"{folder}/{name}.pt")
+
+
+def go_on(folder: Path) -> None:
+    """Train, go back to the state amid the run, and end at the same weights."""
+    runs = Runs(narrow_components(torch.device("cpu")), folder / "state")
+    whole, losses = runs.train(SMALL, every=2)
+    if data_parallel.agreed(data_parallel.rank()) == data_parallel.rank():  # the states are complete
+        [last] = runs.state.glob("*/step-000004")
+        orders = json.loads((last / STATE).read_text())["orders"]
+        first, second = (order["generators"]["recipe"] for order in orders)
+        assert first != second, "each draws its own noise"
+        shutil.rmtree(last)
+    data_parallel.agreed(0)
+    resumed, after = runs.train(SMALL, go_on=True)
+    assert after == losses[2:]
+    assert_equal(whole, resumed)
 
 
 def test_two_processes_learn_as_one(captioned_zip: Path, tmp_path: Path):
