@@ -68,7 +68,6 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, class_: str = 
         "div",
         tag("table", tag("thead", head), tag("tbody", *body)),
         class_=f"table {class_}".strip(),
-        tabindex=0,
     )
 
 
