@@ -7,6 +7,7 @@ when a run starts, so that `--help` and wrong inputs are answered at once.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -23,13 +24,15 @@ from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
 from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
+from sdxl.history import History
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
+from sdxl.report.recorder import Recorder
 from sdxl.training.config import TrainingConfig
 from sdxl.training.config_file import with_config
 from sdxl.training.contradictions import without_effect
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.torchrun import run_in_each
-from sdxl.workspace import CHECKPOINTS, OUTPUT, RESULT, workspace_of_run
+from sdxl.workspace import CHECKPOINTS, OUTPUT, REPORT, RESULT, workspace_of_run
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
@@ -340,7 +343,10 @@ def run(
     archive = fetch(inputs.input_images, workspace / "fetched")
     preprocess_config = inputs.preprocess_config(resolution)
     check = early_check(inputs, base.folder, resolution)
-    dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config, check=check)
+    advice: list[str] = []
+    dataset_folder = prepare_dataset(
+        archive, workspace / "dataset", config=preprocess_config, check=check, on_advice=advice.extend
+    )
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 
     # Only now the pictures and captions are known, so the number of steps and the words to start from are too.
@@ -387,6 +393,7 @@ def run(
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     checkpoints = workspace / OUTPUT / CHECKPOINTS
+    recorder = Recorder(History(), workspace / OUTPUT)
     with resuming.states_of(config, record, saved, (examples, prior)) as states:
         trained = fine_tune(
             components,
@@ -395,12 +402,20 @@ def run(
             prior=prior,
             begin_with=begin_with,
             states=states,
-            on_step=on_step or _record_metrics,
+            on_step=recorder.before(on_step or _record_metrics),
             on_checkpoint=lambda step, model: fine_tune_files.write_atomically(
                 model, checkpoints / f"step-{step:06d}", record
             ),
         )
-        _write(trained, record, workspace, components, checkpoint_of=base if config.single_file else None)
+        tell = functools.partial(
+            recorder.finish,
+            record=record,
+            dataset_folder=dataset_folder,
+            advice=advice,
+            asked=inputs.asked,
+            described=_descriptions(),
+        )
+        _write(trained, record, workspace, components, tell, checkpoint_of=base if config.single_file else None)
     states.discard()
     shutil.rmtree(dataset_folder)
     shutil.rmtree(workspace / resuming.UNPACKED, ignore_errors=True)
@@ -413,16 +428,18 @@ def _write(
     record: dict[str, Any],
     workspace: pathlib.Path,
     components: "Components",
+    tell: Callable[[], None],
     *,
     checkpoint_of: "Base | None",
 ) -> None:
-    """Fine-tune → tar."""
+    """Fine-tune → tar. `tell` adds what is for people."""
     from sdxl.model import fine_tune_files
     from sdxl.model.trained_web_ui import write_for_web_uis
 
     output = workspace / OUTPUT
     fine_tune_files.write(trained, output, record)
     write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
+    tell()
     fine_tune_files.pack(output, workspace / RESULT)
     # First by one rename: a kill while they are removed must not leave checkpoints that look whole.
     shutil.rmtree(output.rename(workspace / f".{OUTPUT}.partial"))
@@ -454,6 +471,12 @@ def _prior(config: TrainingConfig, components: "Components", base: dict[str, Any
     return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
 
 
+def _descriptions() -> dict[str, str]:
+    """What each input means."""
+    declarations = {name: declared.declaration for name, declared in declared_inputs(train).items()}
+    return {name: getattr(one, "description", "") for name, one in declarations.items()}
+
+
 def _record_metrics(report: "StepReport") -> None:
     """Pass the numbers of a step to Cog, if Cog runs the training."""
     scope: Any = current_scope()
@@ -465,6 +488,13 @@ def _record_metrics(report: "StepReport") -> None:
         scope.record_metric("steps_per_second", float(report.steps_per_second))
 
 
+def _train_with_report(**inputs: Any) -> list[pathlib.Path]:
+    """Run the training; return the tar, and the report if there is one."""
+    tar = pathlib.Path(train(**inputs))
+    return [path for path in (tar, tar.with_name(REPORT)) if path.exists()]
+
+
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]
-    sys.exit(run_in_each(lambda argv: run_command_line(train, description=about, argv=argv)))
+    with_report = functools.wraps(train)(_train_with_report)
+    sys.exit(run_in_each(lambda argv: run_command_line(with_report, description=about, argv=argv)))

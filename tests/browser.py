@@ -23,7 +23,11 @@ class Page:
     """One open page. `errors` collects script errors, blocked parts and failed requests."""
 
     def __init__(self, to: int, back: int) -> None:
-        self._to, self._back, self._numbers = os.fdopen(to, "wb", 0), os.fdopen(back, "rb"), itertools.count(1)
+        self._to, self._back, self._numbers = (
+            os.fdopen(to, "wb", 0),
+            os.fdopen(back, "rb"),
+            itertools.count(1),
+        )
         self._session: dict[str, str] = {}
         self.errors: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]

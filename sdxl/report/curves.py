@@ -5,6 +5,7 @@ Knows the numbers of a history; does not know how a chart is drawn.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 from sdxl.history import Check, Step
 from sdxl.report.charts import Chart, Colour, Line, svg
@@ -210,7 +211,7 @@ def _speeds(steps: Sequence[Step]) -> list[tuple[float, float]]:
     ends = steps[size - 1 :: size]
     return [
         (later.step, (later.step - earlier.step) / (later.seconds - earlier.seconds))
-        for earlier, later in zip(ends, ends[1:], strict=False)
+        for earlier, later in pairwise(ends)
         if later.seconds > earlier.seconds
     ]
 

@@ -18,7 +18,7 @@ class Html(str):
     __slots__ = ()
 
 
-def tag(name: str, *children: str, **attributes: str | int | bool | None) -> Html:
+def tag(name: str, /, *children: str, **attributes: str | int | bool | None) -> Html:
     """The element `name`. Children that are not `Html` are escaped, and so are the values of attributes.
 
     attributes: `class_` stands for class, and `aria_label` for aria-label. None and False leave an attribute out; True

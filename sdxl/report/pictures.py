@@ -37,7 +37,7 @@ def mask_layer(path: Path, size: tuple[int, int]) -> Image.Image:
     with Image.open(path) as opened:
         mask = opened.convert("L").resize(size, Image.Resampling.BOX)
     layer = Image.new("RGBA", size, _MASKED)
-    layer.putalpha(mask.point(lambda value: (255 - value) * _MASKED[3] // 255))
+    layer.putalpha(mask.point([(255 - value) * _MASKED[3] // 255 for value in range(256)]))
     return layer
 
 

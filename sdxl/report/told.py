@@ -62,7 +62,9 @@ class Told:
         """What was trained, as a noun."""
         if not self.is_lora:
             return "full fine-tune"
-        return f"{'DoRA' if self.settings.get('use_dora') else 'LoRA'} of rank {self.settings.get('lora_rank')}"
+        return (
+            f"{'DoRA' if self.settings.get('use_dora') else 'LoRA'} of rank {self.settings.get('lora_rank')}"
+        )
 
     @property
     def total(self) -> int:

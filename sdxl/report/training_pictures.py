@@ -57,9 +57,7 @@ def _figure(picture: PreparedPicture, number: int, most_bytes: int) -> Html:
     layers = [image(small, f"Picture {number}: {caption}", most_bytes=most_bytes * 3 // 4)]
     if picture.mask is not None:
         mask = mask_layer(picture.mask, small.size)
-        layers.append(
-            image(mask, f"The mask of picture {number}", most_bytes=most_bytes // 4, class_="mask")
-        )
+        layers.append(image(mask, f"The mask of picture {number}", most_bytes=most_bytes // 4, class_="mask"))
     return tag(
         "figure",
         tag("div", *layers, class_="layers"),
@@ -78,7 +76,12 @@ def _crop(picture: PreparedPicture) -> Html:
     frame = tag("rect", width=covered_width, height=covered_height, class_="original")
     inside = tag("rect", x=left, y=top, width=target_width, height=target_height, class_="kept")
     drawn = tag(
-        "svg", frame, inside, viewBox=f"0 0 {covered_width} {covered_height}", class_="frame", aria_hidden="true"
+        "svg",
+        frame,
+        inside,
+        viewBox=f"0 0 {covered_width} {covered_height}",
+        class_="frame",
+        aria_hidden="true",
     )
     return tag("small", drawn, f"{sizes}, crop without {framing.cut_off:.0%}", class_="crop")
 

@@ -55,7 +55,9 @@ def _diffusers(told: Told, prompt: str) -> str:
     base, variant = json.dumps(told.base, ensure_ascii=False), ', variant="fp16"' if told.base == SDXL else ""
     one_file = told.base.endswith(".safetensors")
     kind, read = (
-        ("StableDiffusionXLPipeline", "from_single_file") if one_file else ("DiffusionPipeline", "from_pretrained")
+        ("StableDiffusionXLPipeline", "from_single_file")
+        if one_file
+        else ("DiffusionPipeline", "from_pretrained")
     )
     weights = (
         f'pipe.load_lora_weights("training_out", weight_name="{LORA}")'
@@ -94,12 +96,12 @@ def _web_uis(told: Told) -> list[Html]:
     a1111 = [*_into(weights, "models/Lora" if told.is_lora else "models/Stable-diffusion")]
     a1111 += [] if told.is_lora else _into(there, "embeddings")
     written = " ".join(f"embedding:{stem}" for word, stem in stems.items() if embeddings[word] in names)
-    in_prompts = " ".join(
-        [*(f"<lora:{Path(name).stem}:1>" for name in weights if told.is_lora), *told.words]
-    )
+    in_prompts = " ".join([*(f"<lora:{Path(name).stem}:1>" for name in weights if told.is_lora), *told.words])
     return [
         tag("h3", "In web UIs"),
-        tag("p", f"The tar's folder {WEB_UI} has ", join(_listed([tag("code", name) for name in files])), "."),
+        tag(
+            "p", f"The tar's folder {WEB_UI} has ", join(_listed([tag("code", name) for name in files])), "."
+        ),
         tag(
             "ul",
             tag("li", tag("strong", "ComfyUI: "), *comfy, "Write ", tag("code", written), "."),
@@ -127,4 +129,4 @@ def _listed(parts: list[Html]) -> list[str]:
     """Parts with commas between them, and the last one after "and"."""
     if len(parts) < 2:
         return [*parts]
-    return [part for head in parts[:-1] for part in (head, ", ")][:-1] + [" and ", parts[-1]]
+    return [*[part for head in parts[:-1] for part in (head, ", ")][:-1], " and ", parts[-1]]

@@ -86,6 +86,32 @@ class TrainInputs:
         return [name for name in steps if getattr(self, name) is not None] + [*given(self.options)]
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """The inputs that differ from their defaults, except for the pictures, the base and the seed."""
+        chosen = {
+            entry.name: (getattr(self.options, entry.name), entry.default)
+            for entry in fields(TrainingOptions)
+        }
+        of_pictures = {entry.name: entry.default for entry in fields(PreprocessConfig)}
+        of_pictures |= {"clipseg_temperature": of_pictures["mask_temperature"]}
+        others = (
+            "resolution",
+            "num_train_epochs",
+            "max_train_steps",
+            "global_caption",
+            "caption_prefix",
+            "bucketing",
+        )
+        masks = (
+            "mask_target_prompts",
+            "crop_based_on_salience",
+            "use_face_detection_instead",
+            "clipseg_temperature",
+        )
+        chosen |= {name: (getattr(self, name), of_pictures.get(name)) for name in (*others, *masks)}
+        return {name: value for name, (value, default) in chosen.items() if value != default}
+
+    @property
     def token_map(self) -> TokenMap:
         """The tokens to learn."""
         return TokenMap.parse(self.options.token_map)
