@@ -102,6 +102,11 @@ class Page:
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 
+    def close(self) -> None:
+        """Close the pipes, which ends a browser that still runs."""
+        self._to.close()
+        self._back.close()
+
 
 @contextlib.contextmanager
 def browser() -> Iterator[Page]:
@@ -121,4 +126,5 @@ def browser() -> Iterator[Page]:
         finally:
             with contextlib.suppress(AssertionError, OSError):
                 page.call("Browser.close")
+            page.close()
             process.wait(30)

@@ -73,13 +73,15 @@ def _decided_by_preset(told: Told) -> dict[str, Any]:
 
 
 def _instead_of(name: str, defaults: dict[str, Any], decided: dict[str, Any]) -> str:
+    if name in ("max_train_steps", "num_train_epochs"):
+        return "the steps of the preset"
     if name in decided:
         return f"{_shown(decided[name])} of the preset"
     return _shown(defaults.get(name))
 
 
 def _named(told: Told, name: str) -> Html:
-    description = told.described.get(name)
+    description = (told.described.get(name) or "").partition(". ")[0].rstrip(".")
     return tag("span", tag("code", name), tag("small", description) if description else Html())
 
 
@@ -88,5 +90,13 @@ def _shown(value: Any) -> str:
     if value is None or value == "":
         return "–"
     if isinstance(value, float):
-        return f"{value:g}"
+        return _short(value)
     return cut(value if isinstance(value, str) else json.dumps(value), _LONGEST)
+
+
+def _short(number: float) -> str:
+    """A number as people write it: small ones as 3e-4."""
+    if 0 < abs(number) < 0.01:
+        digits, _, exponent = f"{number:.3e}".partition("e")
+        return f"{float(digits):g}e{int(exponent)}"
+    return f"{number:g}"

@@ -29,7 +29,7 @@ _STAND_INS: dict[Colour, str] = {
     "mark": "#000005",
 }
 """matplotlib needs a colour. Each of these becomes a class, so that the page decides, for dark mode too."""
-_INCHES = (4.6, 2.7)
+_INCHES = (4.0, 2.5)
 _MOST_POINTS = 300
 """Points of a line. More cannot be told apart at this size."""
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -64,6 +64,8 @@ class Chart:
     marks: Sequence[tuple[float, str]] = ()
     """Moments along the axis, with their names."""
     logarithmic: bool = False
+    from_zero: bool = False
+    """Whether the axis of heights begins at 0. All heights must be finite then, and some above 0."""
 
 
 def thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -108,6 +110,8 @@ def _draw(axes: Axes, chart: Chart) -> None:
         )
     if chart.logarithmic:
         axes.set_yscale("log")
+    if chart.from_zero:
+        axes.set_ylim(0, 1.1 * max(max(line.ys) for line in chart.lines))
     axes.margins(x=0.02)
     if chart.level is not None:
         axes.axhline(chart.level, color=soft, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from sdxl.history import Check, Step
 from sdxl.report.charts import Chart, Colour, Line, svg
 from sdxl.report.markup import Html, section, table, tag
-from sdxl.report.overview import note
+from sdxl.report.overview import duration, note
 from sdxl.report.told import Told
 
 _BANDS: dict[str, Colour] = {"low": "one", "middle": "two", "high": "three"}
@@ -87,6 +87,10 @@ def _checks(told: Told) -> Iterator[Chart]:
             lines.append(
                 Line(label="other strengths", xs=points, ys=others, colour="three", kind="rings"),
             )
+        chosen = [check for check in every if told.is_chosen(check)]
+        if chosen:
+            at, heights = [check.step for check in chosen], [*map(value, chosen)]
+            lines.append(Line(label="chosen", xs=at, ys=heights, colour="mark", kind="rings"))
         return lines
 
     if any(math.isfinite(check.score) for check in every):
@@ -153,8 +157,9 @@ def _steps(told: Told) -> Iterator[Chart]:
     if speeds:
         yield Chart(
             name="speed",
+            from_zero=True,
             title="Steps per second",
-            explained=f"The steps took {steps[-1].seconds:.0f} seconds in all, this process's other work included.",
+            explained=f"All steps took {duration(steps[-1].seconds)}, with what was done between them.",
             lines=[
                 Line(
                     label="steps per second",
@@ -168,6 +173,7 @@ def _steps(told: Told) -> Iterator[Chart]:
         most = max(step.memory_gib for step in steps)
         yield Chart(
             name="memory",
+            from_zero=True,
             title="GPU memory",
             explained=f"The most that was in use up to each step, in GiB: {most:.1f} at the end.",
             lines=[

@@ -14,7 +14,7 @@ from sdxl.report.markup import Html, tag
 _QUALITIES = (82, 65, 45)
 """WebP qualities, tried in this order."""
 _SHRINK = 0.7
-"""Factor of the sides if even the lowest quality takes too much."""
+"""Largest factor of the sides if even the lowest quality takes too much."""
 _MASKED = (200, 30, 50, 165)
 """Colour and opacity over what a mask leaves out."""
 
@@ -46,6 +46,7 @@ def data_uri(picture: Image.Image, most_bytes: int) -> str:
 
     Where the bytes do not suffice, its quality falls, and then its size.
     """
+    uri = ""
     while True:
         for quality in _QUALITIES:
             buffer = io.BytesIO()
@@ -53,7 +54,10 @@ def data_uri(picture: Image.Image, most_bytes: int) -> str:
             uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
             if len(uri) <= most_bytes:
                 return uri
-        width, height = (max(1, int(length * _SHRINK)) for length in picture.size)
+            if len(uri) > 2 * most_bytes:  # a lower quality would not do
+                break
+        factor = min(_SHRINK, (most_bytes / len(uri)) ** 0.5)
+        width, height = (max(1, int(length * factor)) for length in picture.size)
         assert (width, height) != picture.size, "a single pixel fits"
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
 

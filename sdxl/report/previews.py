@@ -34,7 +34,7 @@ def previews(told: Told) -> Html:
             "div",
             *rows,
             id="strip",
-            class_="strip",
+            class_=f"strip {'few' if len(moments) < 7 else 'some' if len(moments) < 10 else 'many'}",
             role="region",
             aria_label="Previews, one row for each prompt",
             tabindex=0,

@@ -83,7 +83,7 @@ def _crop(picture: PreparedPicture) -> Html:
         class_="frame",
         aria_hidden="true",
     )
-    return tag("small", drawn, f"{sizes}, crop without {framing.cut_off:.0%}", class_="crop")
+    return tag("small", drawn, f"{sizes}, {framing.cut_off:.0%} cut off", class_="crop")
 
 
 def _advice(told: Told) -> Html:

@@ -7,9 +7,11 @@ import json
 import shlex
 from pathlib import Path
 
+from sdxl.files.sources import HUB_NAME
 from sdxl.model.fine_tune_files import EMBEDDINGS, LORA, UNET, WEB_UI
 from sdxl.model.web_ui_files import file_stems
 from sdxl.report.markup import Html, join, section, tag
+from sdxl.report.overview import note
 from sdxl.report.told import Told
 from sdxl.settings import SDXL
 from sdxl.workspace import RESULT
@@ -31,6 +33,9 @@ def usage(told: Told) -> Html:
         tag("pre", f"{base}python predict.py {inputs} -o pictures/"),
         tag("p", "With Cog:"),
         tag("pre", f"cog predict {inputs}"),
+        Html()
+        if HUB_NAME.fullmatch(told.base)
+        else note(f"For {told.base}, write where the base is on your machine."),
         tag("h3", "With diffusers"),
         tag(
             "p",
@@ -40,7 +45,7 @@ def usage(told: Told) -> Html:
             tag("code", "training_out/"),
             ".",
         ),
-        tag("pre", _diffusers(told, prompt)),
+        tag("pre", _diffusers(told, prompt), class_="program", tabindex=0),
         *_web_uis(told),
     )
 
@@ -122,7 +127,7 @@ def _into(names: list[str], folder: str) -> list[Html]:
     if not names:
         return []
     listed = join(_listed([tag("code", name) for name in names]))
-    return [join(["put ", listed, " into ", tag("code", folder), ". "])]
+    return [join(["Put ", listed, " into ", tag("code", folder), ". "])]
 
 
 def _listed(parts: list[Html]) -> list[str]:
