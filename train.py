@@ -334,6 +334,7 @@ def run(
 
     for told in without_effect(inputs.options):
         log.warning("%s", told)
+    recorder = Recorder(History(), workspace / OUTPUT, asked=inputs.asked, described=_descriptions())
 
     # Pictures → dataset folder.
     named = resuming.opened(inputs.resume, workspace)
@@ -343,9 +344,8 @@ def run(
     archive = fetch(inputs.input_images, workspace / "fetched")
     preprocess_config = inputs.preprocess_config(resolution)
     check = early_check(inputs, base.folder, resolution)
-    advice: list[str] = []
     dataset_folder = prepare_dataset(
-        archive, workspace / "dataset", config=preprocess_config, check=check, on_advice=advice.extend
+        archive, workspace / "dataset", config=preprocess_config, check=check, on_advice=recorder.take_advice
     )
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 
@@ -393,7 +393,6 @@ def run(
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     checkpoints = workspace / OUTPUT / CHECKPOINTS
-    recorder = Recorder(History(), workspace / OUTPUT)
     with resuming.states_of(config, record, saved, (examples, prior)) as states:
         trained = fine_tune(
             components,
@@ -407,15 +406,14 @@ def run(
                 model, checkpoints / f"step-{step:06d}", record
             ),
         )
-        tell = functools.partial(
-            recorder.finish,
-            record=record,
-            dataset_folder=dataset_folder,
-            advice=advice,
-            asked=inputs.asked,
-            described=_descriptions(),
+        _write(
+            trained,
+            record,
+            workspace,
+            components,
+            tell=lambda: recorder.finish(record, dataset_folder),
+            checkpoint_of=base if config.single_file else None,
         )
-        _write(trained, record, workspace, components, tell, checkpoint_of=base if config.single_file else None)
     states.discard()
     shutil.rmtree(dataset_folder)
     shutil.rmtree(workspace / resuming.UNPACKED, ignore_errors=True)
@@ -428,8 +426,8 @@ def _write(
     record: dict[str, Any],
     workspace: pathlib.Path,
     components: "Components",
-    tell: Callable[[], None],
     *,
+    tell: Callable[[], None],
     checkpoint_of: "Base | None",
 ) -> None:
     """Fine-tune → tar. `tell` adds what is for people."""

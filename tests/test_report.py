@@ -18,6 +18,7 @@ from sdxl.report.curves import smoothed
 from sdxl.report.events import EventFiles
 from sdxl.report.markup import tag
 from sdxl.report.pictures import data_uri
+from sdxl.report.recorder import Recorder
 from sdxl.report.writing import write_report
 from sdxl.training.inputs import TrainInputs, train_inputs
 from tests.browser import CHROMIUM, Page, browser
@@ -68,13 +69,13 @@ def history(folder: Path, prompts: list[str]) -> History:
     for place, step in enumerate((0, 4, 8, STEPS)):
         bands = {"low": 1.0 - step / 50, "middle": 1.0, "high": 1.1}
         told.checks.append(
-            Check(step=step, strength=1.0, held_out=bands, drift=step / 100, score=float(place))
+            Check(step=step, strength=1.0, held_out=bands, followed=0.9, drift=step / 100, score=float(place))
         )
         names = [f"previews/{step}-{number}.png" for number in range(len(prompts))]
         for name in names:
             noise(folder / name, 48, seed=step)
         told.previews.append(Previews(step=step, pictures=names))
-    told.checks.append(Check(step=STEPS, strength=0.8, held_out={}, drift=0.05, score=1.5))
+    told.checks.append(Check(step=STEPS, strength=0.8, held_out={}, followed=0.8, drift=0.05, score=1.5))
     return told
 
 
@@ -166,9 +167,15 @@ def test_the_page_has_every_part(whole: Callable[..., Path]):
         "2.11",
     ):
         assert told in text, told
-    for title in ("Score", "Loss on what was kept out", "Drift of other prompts", "Loss in training"):
+    for title in (
+        "Score",
+        "Loss on what was kept out",
+        "Prompts followed",
+        "Drift of other prompts",
+        "Loss in training",
+    ):
         assert f">{title}</title>" in page
-    assert page.count("<svg") - page.count('class="frame"') == 7
+    assert page.count("<svg") - page.count('class="frame"') == 8
 
 
 def test_the_page_asks_for_nothing_and_names_no_id_twice(whole: Callable[..., Path]):
@@ -243,7 +250,11 @@ def test_a_page_of_little_is_a_page(tmp_path: Path):
     nan = float("nan")
     told = History(
         steps=[Step(step=1, loss=nan, learning_rate=0.0, ti_learning_rate=0.0, seconds=0.0)],
-        checks=[Check(step=1, strength=1.0, held_out={"low": nan, "other": 1.0}, drift=nan, score=nan)],
+        checks=[
+            Check(
+                step=1, strength=1.0, held_out={"low": nan, "other": 1.0}, followed=nan, drift=nan, score=nan
+            )
+        ],
         previews=[Previews(step=1, pictures=[])],
     )
     page = write_report(
@@ -251,6 +262,17 @@ def test_a_page_of_little_is_a_page(tmp_path: Path):
     ).read_text()
     assert sections(page) == ["use", "curves", "pictures", "settings", "versions"]
     assert "A full fine-tune for" in page
+
+
+def test_a_report_that_fails_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = dataset(tmp_path / "dataset", [PLAIN])
+    picture_file(folder, 0).write_bytes(b"damaged")
+    result = tmp_path / "result"
+    result.mkdir()
+    Recorder(history(result, [PLAIN]), result, asked={}, described={}).finish(record(inputs()), folder)
+    assert "There is no report.html, because writing it failed" in caplog.text
+    assert "0.src.png is missing or damaged" in caplog.text
+    assert not any(tmp_path.rglob("*.html")) and (result / "history.json").is_file()
 
 
 def test_a_failure_leaves_no_page(tmp_path: Path):
@@ -271,6 +293,7 @@ def test_what_was_asked_is_what_differs_from_the_defaults():
         "clipseg_temperature": 0.5,
         "caption_prefix": "DOG, ",
         "resolution": 512,
+        "seed": 5,
     }
 
 
@@ -364,7 +387,7 @@ def test_event_files_follow_the_history(tmp_path: Path):
     for step in told.steps:
         grows.steps.append(step)
         events.update(grows)
-    events.update(told)
+    events.update(told, checks=True)
     events.close()
     read = reading.EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()

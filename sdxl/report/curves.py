@@ -85,7 +85,7 @@ def _checks(told: Told) -> Iterator[Chart]:
             points = [check.step for check in weakened]
             others = [*map(value, weakened)]
             lines.append(
-                Line(label="other strengths", xs=points, ys=others, colour="three", kind="rings"),
+                Line(label="other strengths", xs=points, ys=others, colour="soft", kind="rings"),
             )
         chosen = [check for check in every if told.is_chosen(check)]
         if chosen:
@@ -122,12 +122,21 @@ def _checks(told: Told) -> Iterator[Chart]:
             level=1.0,
             marks=marks,
         )
+    if any(math.isfinite(check.followed) for check in every):
+        yield Chart(
+            name="followed",
+            title="Prompts followed",
+            explained="How much of the base's answer to other words in a prompt is left beside the new words. "
+            "Near 0, its own pictures come whatever is asked for.",
+            lines=of(lambda check: check.followed, "three"),
+            marks=marks,
+        )
     if any(math.isfinite(check.drift) for check in every):
         yield Chart(
             name="drift",
             title="Drift of other prompts",
             explained="How far predictions for prompts without the new words have moved from the base's, as a share "
-            "of their size. Lower is better.",
+            "of what a prompt itself changes. Lower is better.",
             lines=of(lambda check: check.drift, "two"),
             marks=marks,
         )
@@ -238,12 +247,13 @@ def _table(told: Told) -> Html:
             f"{told.step_name(check.step)}{', chosen' if told.is_chosen(check) else ''}",
             f"{check.strength:g}",
             *(f"{check.held_out[band]:.3f}" if band in check.held_out else "–" for band in bands),
+            f"{check.followed:.3f}",
             f"{check.drift:.3f}",
             f"{check.score:.3f}",
         )
         for check in checks[:_MOST_CHECKS]
     ]
-    heads = ("moment", "strength", *(f"{band} noise" for band in bands), "drift", "score")
+    heads = ("moment", "strength", *(f"{band} noise" for band in bands), "followed", "drift", "score")
     left = len(checks) - len(rows)
     return tag(
         "details",

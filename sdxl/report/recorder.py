@@ -5,7 +5,7 @@ Knows what is written and when; does not know how a page or an event file is mad
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,23 @@ log = logging.getLogger(__name__)
 class Recorder:
     """Fills the steps of a history, and writes what is made of it."""
 
-    def __init__(self, history: History, folder: Path) -> None:
+    def __init__(
+        self, history: History, folder: Path, *, asked: Mapping[str, Any], described: Mapping[str, str]
+    ) -> None:
         """Write nothing yet.
 
         folder: where the result of the training will be.
+        asked: the inputs that were given, by name.
+        described: what an input means, by name.
         """
         self._history, self._folder = history, folder
+        self._asked, self._described = asked, described
+        self._advice: list[str] = []
         self._events = EventFiles(folder / EVENTS)
+
+    def take_advice(self, advice: Sequence[str]) -> None:
+        """Take the sentences on the pictures."""
+        self._advice = [*advice]
 
     def before(self, then: Callable[["StepReport"], None]) -> Callable[["StepReport"], None]:
         """A function that records the report of a step, and calls `then` with it."""
@@ -50,10 +60,10 @@ class Recorder:
 
         return record
 
-    def finish(self, **facts: Any) -> None:
+    def finish(self, record: Mapping[str, Any], dataset_folder: Path) -> None:
         """Write the history and the report into the result, and a copy of the report beside the result's folder.
 
-        facts: what else `write_report` takes.
+        record: the record of the run, as `training.json` has it.
         """
         self._events.update(self._history, checks=True)
         self._events.close()
@@ -61,7 +71,15 @@ class Recorder:
             from sdxl.report.writing import write_report  # here: matplotlib takes a second
 
             self._history.write(self._folder)
-            report = write_report(self._folder, history=self._history, **facts)
+            report = write_report(
+                self._folder,
+                history=self._history,
+                record=record,
+                dataset_folder=dataset_folder,
+                advice=self._advice,
+                asked=self._asked,
+                described=self._described,
+            )
             with atomic_path(self._folder.parent / REPORT) as partial:
                 shutil.copy2(report, partial)
         except Exception as error:

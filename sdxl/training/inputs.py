@@ -87,29 +87,20 @@ class TrainInputs:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The inputs that differ from their defaults, except for the pictures, the base and the seed."""
-        chosen = {
-            entry.name: (getattr(self.options, entry.name), entry.default)
-            for entry in fields(TrainingOptions)
+        """The inputs that differ from their defaults, except for the names of files."""
+        defaults = {
+            entry.name: entry.default
+            for kind in (PreprocessConfig, TrainingOptions)
+            for entry in fields(kind)
         }
-        of_pictures = {entry.name: entry.default for entry in fields(PreprocessConfig)}
-        of_pictures |= {"clipseg_temperature": of_pictures["mask_temperature"]}
-        others = (
-            "resolution",
-            "num_train_epochs",
-            "max_train_steps",
-            "global_caption",
-            "caption_prefix",
-            "bucketing",
-        )
-        masks = (
-            "mask_target_prompts",
-            "crop_based_on_salience",
-            "use_face_detection_instead",
-            "clipseg_temperature",
-        )
-        chosen |= {name: (getattr(self, name), of_pictures.get(name)) for name in (*others, *masks)}
-        return {name: value for name, (value, default) in chosen.items() if value != default}
+        defaults["clipseg_temperature"] = defaults["mask_temperature"]
+        files = ("input_images", "base", "resume", "init_from", "options")
+        own = {name: value for name, value in vars(self).items() if name not in files}
+        return {
+            name: value
+            for name, value in {**vars(self.options), **own}.items()
+            if value != defaults.get(name)
+        }
 
     @property
     def token_map(self) -> TokenMap:
