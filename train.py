@@ -7,6 +7,7 @@ when a run starts, so that `--help` and wrong inputs are answered at once.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -25,12 +26,13 @@ from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_t
 from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
 from sdxl.history import History
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
+from sdxl.report.recorder import Recorder
 from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.config_file import with_config
 from sdxl.training.contradictions import without_effect
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.torchrun import run_in_each
-from sdxl.workspace import CHECKPOINTS, OUTPUT, PREVIEWS, RESULT, workspace_of_run
+from sdxl.workspace import CHECKPOINTS, OUTPUT, PREVIEWS, REPORT, RESULT, workspace_of_run
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
@@ -343,6 +345,8 @@ def run(
 
     for told in without_effect(inputs.options):
         log.warning("%s", told)
+    history = History()
+    recorder = Recorder(history, workspace / OUTPUT, asked=inputs.asked, described=_descriptions())
 
     # Pictures → dataset folder.
     named = resuming.opened(inputs.resume, workspace)
@@ -352,7 +356,9 @@ def run(
     archive = fetch(inputs.input_images, workspace / "fetched")
     preprocess_config = inputs.preprocess_config(resolution)
     check = early_check(inputs, base.folder, resolution)
-    dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config, check=check)
+    dataset_folder = prepare_dataset(
+        archive, workspace / "dataset", config=preprocess_config, check=check, on_advice=recorder.take_advice
+    )
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 
     # Only now the pictures and captions are known, so the number of steps and the words to start from are too.
@@ -397,7 +403,7 @@ def run(
         flip=config.horizontal_flip,
         leave_out=kept_out(len(pictures)) if config.checks else (),
     )
-    watch = _watch(config, components, dataset_folder, captions, workspace / OUTPUT)
+    watch = _watch(config, components, dataset_folder, captions, history, workspace / OUTPUT)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     checkpoints = workspace / OUTPUT / CHECKPOINTS
@@ -410,7 +416,7 @@ def run(
             begin_with=begin_with,
             states=states,
             watch=watch,
-            on_step=on_step or _record_metrics,
+            on_step=recorder.before(on_step or _record_metrics),
             on_checkpoint=lambda step, model: fine_tune_files.write_atomically(
                 model, checkpoints / f"step-{step:06d}", record
             ),
@@ -420,7 +426,7 @@ def run(
             record,
             workspace,
             components,
-            watch.history,
+            tell=lambda: recorder.finish(record, dataset_folder),
             checkpoint_of=base if config.single_file else None,
         )
     states.discard()
@@ -435,9 +441,10 @@ def _watch(
     components: "Components",
     dataset_folder: pathlib.Path,
     captions: Sequence[str],
+    history: History,
     output: pathlib.Path,
 ) -> "Watch":
-    """What checks the training. Previews are drawn into `output` by the first of several processes."""
+    """What checks the training, and adds to its history. Previews are drawn into `output` by the first of several processes."""
     from sdxl.serving.previews import preview_drawer, preview_prompts, preview_side
     from sdxl.training.data_parallel import rank
     from sdxl.training.examples import held_out_examples, kept_out
@@ -448,6 +455,7 @@ def _watch(
     token_map = TokenMap.parse(config.token_map)
     watch = Watch(
         checks=config.checks,
+        history=history,
         held_out=held_out_examples(
             dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(captions))
         ),
@@ -474,18 +482,18 @@ def _write(
     record: dict[str, Any],
     workspace: pathlib.Path,
     components: "Components",
-    history: History,
     *,
+    tell: Callable[[], None],
     checkpoint_of: "Base | None",
 ) -> None:
-    """Fine-tune → tar."""
+    """Fine-tune → tar. `tell` adds what is for people."""
     from sdxl.model import fine_tune_files
     from sdxl.model.trained_web_ui import write_for_web_uis
 
     output = workspace / OUTPUT
     fine_tune_files.write(trained, output, record)
-    history.write(output)
     write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
+    tell()
     fine_tune_files.pack(output, workspace / RESULT)
     # First by one rename: a kill while they are removed must not leave checkpoints that look whole.
     shutil.rmtree(output.rename(workspace / f".{OUTPUT}.partial"))
@@ -517,6 +525,12 @@ def _prior(config: TrainingConfig, components: "Components", base: dict[str, Any
     return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
 
 
+def _descriptions() -> dict[str, str]:
+    """What each input means."""
+    declarations = {name: declared.declaration for name, declared in declared_inputs(train).items()}
+    return {name: getattr(one, "description", "") for name, one in declarations.items()}
+
+
 def _record_metrics(report: "StepReport") -> None:
     """Pass the numbers of a step to Cog, if Cog runs the training."""
     scope: Any = current_scope()
@@ -528,6 +542,13 @@ def _record_metrics(report: "StepReport") -> None:
         scope.record_metric("steps_per_second", float(report.steps_per_second))
 
 
+def _train_with_report(**inputs: Any) -> list[pathlib.Path]:
+    """Run the training; return the tar, and the report if there is one."""
+    tar = pathlib.Path(train(**inputs))
+    return [path for path in (tar, tar.with_name(REPORT)) if path.exists()]
+
+
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]
-    sys.exit(run_in_each(lambda argv: run_command_line(train, description=about, argv=argv)))
+    with_report = functools.wraps(train)(_train_with_report)
+    sys.exit(run_in_each(lambda argv: run_command_line(with_report, description=about, argv=argv)))

@@ -29,6 +29,8 @@ PREVIEWS = "previews"
 """The folder of previews in the result."""
 RESULT = "trained_model.tar"
 """The result of a training. It appears complete, by one rename, so a killed run that has it was finished."""
+REPORT = "report.html"
+"""The page for people in the result, and beside it."""
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.errors import TrainingDivergedError
 from sdxl.model.components import Components
 from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.speed.memory import peak_gib
 from sdxl.training.batches import Batches
 from sdxl.training.caption_encoding import encode_captions
 from sdxl.training.config import Schedule, TrainingConfig, prompts_of
@@ -52,6 +53,10 @@ class StepReport:
     """Of the token rows; 0 after the pivot."""
     steps_per_second: float
     """Over the last steps; 0 until it is known."""
+    seconds: float
+    """Since the first step of this process began; 0 without a progress bar."""
+    memory_gib: float
+    """The most GPU memory that this process has held so far; 0 on a CPU."""
 
 
 def fine_tune(
@@ -221,13 +226,16 @@ def _progress(done: int, total: int) -> tqdm:
 
 def _report(progress: tqdm, step: int, loss: float, rate: float, ti_rate: float) -> StepReport:
     progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+    shown = progress.format_dict
     return StepReport(
         step=step,
         total=progress.total,
         loss=loss,
         learning_rate=rate,
         ti_learning_rate=ti_rate,
-        steps_per_second=progress.format_dict["rate"] or 0.0,
+        steps_per_second=shown["rate"] or 0.0,
+        seconds=shown["elapsed"],
+        memory_gib=peak_gib(),
     )
 
 
