@@ -48,6 +48,7 @@ def prepare_dataset(
     config: PreprocessConfig,
     report: pathlib.Path | None = None,
     check: Callable[[Mapping[str, str]], object] = lambda captions: None,
+    on_advice: Callable[[list[str]], object] = lambda advice: None,
 ) -> pathlib.Path:
     """Prepare the pictures of `source`, a zip, a tar or a folder, in the dataset folder `folder`; return `folder`.
 
@@ -57,6 +58,7 @@ def prepare_dataset(
     report: a folder for advice.txt and contact_sheet.jpg.
     check: called before anything takes time, with each picture's name and its caption, or how its caption will begin.
         It may refuse them by an error.
+    on_advice: takes the sentences of advice, perhaps none.
 
     Raises:
         ArchiveError, ContractError, DatasetError: the archive, its table of captions or its pictures are wrong.
@@ -80,6 +82,7 @@ def prepare_dataset(
     write_captions(folder / TABLE, captions, [picture.framing for picture in pictures])
 
     advice = _advise(pictures, texts, given, config)
+    on_advice(advice)
     if report is not None:
         text = "\n".join(advice or ["Nothing to complain about."]) + "\n"
         (report / ADVICE).write_text(text, encoding="utf-8")

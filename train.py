@@ -7,12 +7,13 @@ when a run starts, so that `--help` and wrong inputs are answered at once.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from cog import Input, Path, current_scope
@@ -23,13 +24,15 @@ from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
 from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
+from sdxl.history import History
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
-from sdxl.training.config import TrainingConfig
+from sdxl.report.recorder import Recorder
+from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.config_file import with_config
 from sdxl.training.contradictions import without_effect
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.torchrun import run_in_each
-from sdxl.workspace import CHECKPOINTS, OUTPUT, RESULT, workspace_of_run
+from sdxl.workspace import CHECKPOINTS, OUTPUT, PREVIEWS, REPORT, RESULT, workspace_of_run
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from sdxl.model.fine_tune_files import TrainedFineTune
     from sdxl.training.recipe import StepReport
     from sdxl.training.starting_point import StartingPoint
+    from sdxl.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +259,7 @@ def train(
     ),
     save_every: int = Input(
         default=250,
-        description="Save the state of the run after every so many steps, and when it stops, so that resume can go on from it. The last two are kept until the run has finished. A LoRA's state has some 0.1 to 1 GB, that of full training 10 to 31 GB on disk and once in memory. 0: never.",
+        description="Save the state of the run after every so many steps, and when it stops, so that resume can go on from it. The last two are kept until the run has finished. For SDXL each has 0.5 to 2 GB for a LoRA, and 10 to 31 GB for full training, which needs as much memory too. 0: never.",
         ge=0,
     ),
     resume: Optional[str] = Input(
@@ -269,6 +273,16 @@ def train(
     config: Optional[Path] = Input(
         default=None,
         description="A file with inputs: training.json of an earlier training, or names and values as JSON or YAML. Inputs that you give and that differ from their defaults win over it.",
+    ),
+    checks: int = Input(
+        default=6,
+        description="How often to check the fine-tune on the way: what it has learned, whether prompts are still followed, and how far other prompts have changed. The best of these moments is handed over, and a run that only gets worse stops. 0: never, and the last step is handed over.",
+        ge=0,
+        le=100,
+    ),
+    preview_prompts: str = Input(
+        default="",
+        description='What previews show on the way: prompts, separated by |, such as "a photo of TOK on the moon|a photo of a dog". Default: made from your captions. none: no previews. They are in the folder previews of the tar. Needs checks.',
     ),
     single_file: bool = Input(
         default=False,
@@ -325,12 +339,14 @@ def run(
     from sdxl.training import data_parallel, resuming
     from sdxl.training.announcement import announce
     from sdxl.training.early_check import early_check
-    from sdxl.training.examples import cache_examples
+    from sdxl.training.examples import cache_examples, kept_out
     from sdxl.training.recipe import fine_tune
     from sdxl.training.start_words import start_words
 
     for told in without_effect(inputs.options):
         log.warning("%s", told)
+    history = History()
+    recorder = Recorder(history, workspace / OUTPUT, asked=inputs.asked, described=_descriptions())
 
     # Pictures → dataset folder.
     named = resuming.opened(inputs.resume, workspace)
@@ -340,7 +356,9 @@ def run(
     archive = fetch(inputs.input_images, workspace / "fetched")
     preprocess_config = inputs.preprocess_config(resolution)
     check = early_check(inputs, base.folder, resolution)
-    dataset_folder = prepare_dataset(archive, workspace / "dataset", config=preprocess_config, check=check)
+    dataset_folder = prepare_dataset(
+        archive, workspace / "dataset", config=preprocess_config, check=check, on_advice=recorder.take_advice
+    )
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 
     # Only now the pictures and captions are known, so the number of steps and the words to start from are too.
@@ -383,7 +401,9 @@ def run(
         seed=config.seed,
         views=config.random_views or 0,
         flip=config.horizontal_flip,
+        leave_out=kept_out(len(pictures)) if config.checks else (),
     )
+    watch = _watch(config, components, dataset_folder, captions, history, workspace / OUTPUT)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     checkpoints = workspace / OUTPUT / CHECKPOINTS
@@ -395,17 +415,66 @@ def run(
             prior=prior,
             begin_with=begin_with,
             states=states,
-            on_step=on_step or _record_metrics,
+            watch=watch,
+            on_step=recorder.before(on_step or _record_metrics),
             on_checkpoint=lambda step, model: fine_tune_files.write_atomically(
                 model, checkpoints / f"step-{step:06d}", record
             ),
         )
-        _write(trained, record, workspace, components, checkpoint_of=base if config.single_file else None)
+        _write(
+            trained,
+            record,
+            workspace,
+            components,
+            tell=lambda: recorder.finish(record, dataset_folder),
+            checkpoint_of=base if config.single_file else None,
+        )
     states.discard()
     shutil.rmtree(dataset_folder)
     shutil.rmtree(workspace / resuming.UNPACKED, ignore_errors=True)
     log.info("Done: %s contains the fine-tune.", RESULT)
     return workspace / RESULT
+
+
+def _watch(
+    config: TrainingConfig,
+    components: "Components",
+    dataset_folder: pathlib.Path,
+    captions: Sequence[str],
+    history: History,
+    output: pathlib.Path,
+) -> "Watch":
+    """What checks the training, and adds to its history. Previews are drawn into `output` by the first of several processes."""
+    from sdxl.serving.previews import preview_drawer, preview_prompts, preview_side
+    from sdxl.training.data_parallel import rank
+    from sdxl.training.examples import held_out_examples, kept_out
+    from sdxl.training.watch import Watch
+
+    if not config.checks:
+        return Watch()
+    token_map = TokenMap.parse(config.token_map)
+    watch = Watch(
+        checks=config.checks,
+        history=history,
+        held_out=held_out_examples(
+            dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(captions))
+        ),
+    )
+    if config.preview_prompts != "none" and rank() == 0:
+        word = next(iter(token_map.parse_init(config.token_init).values()), "")
+        named = config.preview_prompts
+        watch.history.prompts = list(
+            prompts_of(named, name="preview_prompts") if named else preview_prompts(captions, token_map, word)
+        )
+        watch.draw = preview_drawer(
+            components,
+            token_map,
+            watch.history.prompts,
+            output / PREVIEWS,
+            side=preview_side(config.resolution),
+            seed=config.seed,
+        )
+    return watch
 
 
 def _write(
@@ -414,15 +483,17 @@ def _write(
     workspace: pathlib.Path,
     components: "Components",
     *,
+    tell: Callable[[], None],
     checkpoint_of: "Base | None",
 ) -> None:
-    """Fine-tune → tar."""
+    """Fine-tune → tar. `tell` adds what is for people."""
     from sdxl.model import fine_tune_files
     from sdxl.model.trained_web_ui import write_for_web_uis
 
     output = workspace / OUTPUT
     fine_tune_files.write(trained, output, record)
     write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
+    tell()
     fine_tune_files.pack(output, workspace / RESULT)
     # First by one rename: a kill while they are removed must not leave checkpoints that look whole.
     shutil.rmtree(output.rename(workspace / f".{OUTPUT}.partial"))
@@ -454,6 +525,12 @@ def _prior(config: TrainingConfig, components: "Components", base: dict[str, Any
     return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
 
 
+def _descriptions() -> dict[str, str]:
+    """What each input means."""
+    declarations = {name: declared.declaration for name, declared in declared_inputs(train).items()}
+    return {name: getattr(one, "description", "") for name, one in declarations.items()}
+
+
 def _record_metrics(report: "StepReport") -> None:
     """Pass the numbers of a step to Cog, if Cog runs the training."""
     scope: Any = current_scope()
@@ -465,6 +542,13 @@ def _record_metrics(report: "StepReport") -> None:
         scope.record_metric("steps_per_second", float(report.steps_per_second))
 
 
+def _train_with_report(**inputs: Any) -> list[pathlib.Path]:
+    """Run the training; return the tar, and the report if there is one."""
+    tar = pathlib.Path(train(**inputs))
+    return [path for path in (tar, tar.with_name(REPORT)) if path.exists()]
+
+
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]
-    sys.exit(run_in_each(lambda argv: run_command_line(train, description=about, argv=argv)))
+    with_report = functools.wraps(train)(_train_with_report)
+    sys.exit(run_in_each(lambda argv: run_command_line(with_report, description=about, argv=argv)))

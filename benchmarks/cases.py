@@ -235,8 +235,23 @@ def fidelities(numbers: Numbers, untuned: Numbers) -> Numbers:
 
 
 def main() -> None:
-    """Run the cases on all subjects, then print the means and write them as JSON."""
+    """Run the cases on all subjects, then print the means and write them into `cases.json`. Cases that do not run stay."""
     args = _arguments()
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "cases.json"
+    numbers_out: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if few.NAME in args.cases:
+        measured, pictures = few.measure(args)
+        numbers_out |= measured
+        sys.stdout.write(few.markdown(measured["few"]["table"]) + "\n")
+        few.save_sheet(pictures, args.output / "few.jpg")
+    if {*args.cases} - {few.NAME}:
+        numbers_out |= _measure(args)
+    path.write_text(json.dumps(numbers_out, indent=2) + "\n")
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of all cases but few."""
     subjects = [(0 if args.development else 1) + 4 * i for i in range(args.subjects)]
     calls = [
         (name, seed, method, args)
@@ -246,12 +261,6 @@ def main() -> None:
         for method in methods_of(name)
     ]
     results: dict[tuple[str, int, str], Numbers] = {}
-    numbers_out: dict[str, Any] = {}
-    args.output.mkdir(parents=True, exist_ok=True)
-    if few.NAME in args.cases:
-        numbers_out, pictures = few.measure(args)
-        sys.stdout.write(few.markdown(numbers_out["few"]["table"]) + "\n")
-        few.save_sheet(pictures, args.output / "few.jpg")
     for i, numbers in in_processes(
         run_case, calls, workers=args.workers, device=args.device, desc="Cases and methods"
     ):
@@ -259,8 +268,7 @@ def main() -> None:
         results[name, seed, method.name] = numbers
     table = summarise(results)
     sys.stdout.write(json.dumps(table, indent=2) + "\n")
-    numbers_out |= {"subjects": subjects, "steps": args.steps, "cases": table}
-    (args.output / "cases.json").write_text(json.dumps(numbers_out | about(args.device), indent=2) + "\n")
+    return {"subjects": subjects, "steps": args.steps, "cases": table} | about(args.device)
 
 
 def methods_of(name: str) -> list[Method]:

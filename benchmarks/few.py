@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.quality import METHODS, run_all, sheet_pictures
+from benchmarks.quality import METHODS, about, run_all, sheet_pictures
 from benchmarks.scores import fidelity
 from benchmarks.subject_job import Method, training_pictures
 from sdxl.data.contact_sheet import Row, contact_sheet
@@ -59,7 +59,8 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, An
     subjects = [(0 if args.development else 1) + 2 * i for i in range(args.few_subjects)]
     results = run_all(subjects, methods(args.training_seeds, args.long_seeds), args)
     table = summarise(results)
-    return flat_keys(table) | {"few": {"subjects": subjects, "table": table}}, results
+    told = {"subjects": subjects, "steps": args.steps, "table": table} | about(args.device)
+    return flat_keys(table) | {"few": told}, results
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -20,7 +20,7 @@ from benchmarks.hostile_damage import COLOURS, pack, picture
 from sdxl.command_line import run_command_line
 from sdxl.model import fine_tune_files
 from sdxl.serving.tuned_pipeline import TunedPipeline
-from sdxl.workspace import CHECKPOINTS, OUTPUT
+from sdxl.workspace import CHECKPOINTS, OUTPUT, REPORT
 
 RUN_AGAIN_EVERY = 5
 """After every so many kills, a run in the same folder must succeed."""
@@ -150,7 +150,7 @@ def _run_again(archive: Path, output: Path, *, is_lora: bool, tuned: TunedPipeli
     found += [f"{path.relative_to(output)} is gone" for path in kept if not path.exists()]
     for folder in killed:
         for path in folder.rglob("*"):
-            whole = path.name == TAR or path in kept
+            whole = path.name in (TAR, REPORT) or path in kept
             if path.is_file() and not whole:
                 found.append(f"{path.relative_to(output)} is not swept")
     return found

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from benchmarks.hostile_kills import finish, training_set
+from benchmarks.hostile_kills import TAR, finish, training_set
 from sdxl.command_line import run_command_line
 from sdxl.errors import WeightsError
 from sdxl.files.archives import unpack
@@ -41,14 +41,14 @@ INPUTS = {
     "save_every": 1,
 }
 KINDS: dict[str, dict[str, Any]] = {"lora": {"is_lora": True}, "full": {"is_lora": False}}
-MOST_KILLS = 4
-"""Kills of one training. Then it may finish."""
 
 
 def main() -> None:
     """Kill trainings; write the numbers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trainings", type=int, default=50)
+    parser.add_argument("--most-kills", type=int, default=4, help="kills of one training")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="only such trainings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/resumed_kills.json"))
     args = parser.parse_args()
@@ -56,7 +56,12 @@ def main() -> None:
     result = {
         "machine": f"{platform.machine()} CPU",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
-        **kill_and_go_on(args.trainings, args.seed),
+        **kill_and_go_on(
+            args.trainings,
+            args.seed,
+            kinds=[args.kind] if args.kind else sorted(KINDS),
+            most_kills=args.most_kills,
+        ),
     }
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
@@ -73,7 +78,7 @@ def prepare() -> None:
     import sdxl.training.recipe  # noqa: F401
 
 
-def kill_and_go_on(count: int, seed: int, *, most_kills: int = MOST_KILLS) -> dict[str, Any]:
+def kill_and_go_on(count: int, seed: int, *, kinds: list[str], most_kills: int) -> dict[str, Any]:
     """Kill `count` trainings until each is finished; the numbers, with all that was wrong."""
     dice = random.Random(seed)
     wrong: list[str] = []
@@ -82,13 +87,13 @@ def kill_and_go_on(count: int, seed: int, *, most_kills: int = MOST_KILLS) -> di
     with tempfile.TemporaryDirectory() as made:
         archive = training_set(Path(made))
         seconds, expected = {}, {}
-        for kind in KINDS:
+        for kind in kinds:
             started = time.monotonic()
             if code := finish(start(archive, Path(made) / kind, kind)):
                 raise RuntimeError(f"the training that nobody killed ended with {code}")
-            seconds[kind], expected[kind] = time.monotonic() - started, weights_in(Path(made) / kind)
+            seconds[kind], expected[kind] = time.monotonic() - started, weights_in(Path(made) / kind / TAR)
         for number in tqdm(range(count), desc="Trainings", unit="training"):
-            output, kind = Path(made) / f"run-{number}", sorted(KINDS)[number % len(KINDS)]
+            output, kind = Path(made) / f"run-{number}", kinds[number % len(kinds)]
             found: list[str] = []
             for attempt in range(dice.randint(1, most_kills)):
                 pid = start(archive, output, kind)
@@ -105,9 +110,9 @@ def kill_and_go_on(count: int, seed: int, *, most_kills: int = MOST_KILLS) -> di
                 most_lost = max(most_lost, lost)
                 if lost > INPUTS["save_every"]:
                     found.append(f"{lost} steps are lost")
-            if not (output / "trained_model.tar").exists() and (code := finish(start(archive, output, kind))):
+            if not (output / TAR).exists() and (code := finish(start(archive, output, kind))):
                 found.append(f"the last run ended with {code}")
-            elif not equal(weights_in(output), expected[kind]):
+            elif not equal(weights_in(output / TAR), expected[kind]):
                 found.append("the weights differ")
             if any((output / "state").rglob("*.safetensors")):
                 found.append("states are left behind")
@@ -145,10 +150,10 @@ def start(archive: Path, output: Path, kind: str) -> int:
         os._exit(code)
 
 
-def weights_in(output: Path) -> Mapping[str, torch.Tensor]:
+def weights_in(tar: Path) -> Mapping[str, torch.Tensor]:
     """All tensors of a result."""
     with tempfile.TemporaryDirectory() as scratch:
-        unpack(output / "trained_model.tar", Path(scratch))
+        unpack(tar, Path(scratch))
         files = [*Path(scratch).glob("*.safetensors"), Path(scratch) / "embeddings.pti"]
         return {name: value for file in files for name, value in load_file(file).items()}
 
@@ -168,7 +173,7 @@ def _look(output: Path, found: list[str]) -> int:
             found.append(str(error))
     steps = output / "steps"
     done = int(steps.read_text() or 0) if steps.exists() else 0
-    is_finished = any(output.rglob("trained_model.tar"))
+    is_finished = any(output.rglob(TAR))
     return 0 if is_finished else max(done - last, 0)
 
 

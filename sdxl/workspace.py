@@ -25,8 +25,12 @@ _INTERMEDIATE = ("fetched", "dataset", "unpacked-*", "*.partial", ".*.partial")
 OUTPUT, CHECKPOINTS = "training_out", "checkpoints"
 """The folder in which a training collects its result, and the folder of earlier steps in it. The latter is kept, because it
 can replace a lost result."""
+PREVIEWS = "previews"
+"""The folder of previews in the result."""
 RESULT = "trained_model.tar"
 """The result of a training. It appears complete, by one rename, so a killed run that has it was finished."""
+REPORT = "report.html"
+"""The page for people in the result, and beside it."""
 
 
 @contextlib.contextmanager

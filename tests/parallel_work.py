@@ -4,8 +4,10 @@ Arguments: the folder with the data set, then those of train.py.
 """
 
 import dataclasses
+import json
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +18,9 @@ from sdxl.model.components import load_components
 from sdxl.training import data_parallel
 from sdxl.training.examples import cache_examples
 from sdxl.training.recipe import fine_tune
+from sdxl.training.state_files import STATE
 from tests.conftest import REPOSITORY, TINY_BASE
+from tests.test_resume import SMALL, Runs, assert_equal, narrow_components
 from tests.test_training import CONFIG
 
 MARK = "From here on train.py writes.\n"
@@ -33,6 +37,22 @@ def learn(folder: Path, name: str) -> None:
     torch.save({"weights": model.weights, "rows": model.token_rows, "losses": losses}, folder / f"{name}.pt")
 
 
+def go_on(folder: Path) -> None:
+    """Train, go back to the state amid the run, and end at the same weights."""
+    runs = Runs(narrow_components(torch.device("cpu")), folder / "state")
+    whole, losses = runs.train(SMALL, every=2)
+    if data_parallel.agreed(data_parallel.rank()) == data_parallel.rank():  # the states are complete
+        [last] = runs.state.glob("*/step-000004")
+        orders = json.loads((last / STATE).read_text())["orders"]
+        first, second = (order["generators"]["recipe"] for order in orders)
+        assert first != second, "each draws its own noise"
+        shutil.rmtree(last)
+    data_parallel.agreed(0)
+    resumed, after = runs.train(SMALL, go_on=True)
+    assert after == losses[2:]
+    assert_equal(whole, resumed)
+
+
 def work(folder: Path) -> None:
     """Check the group of processes, and train in it."""
     rank = int(os.environ["RANK"])
@@ -43,6 +63,7 @@ def work(folder: Path) -> None:
     data_parallel.average(mixed)
     assert mixed[0].tolist() == [[0.5] * 3] * 2 and mixed[1].tolist() == [1.0] * 4
     learn(folder, str(rank))
+    go_on(folder)
     torch.distributed.barrier()
     if rank == 0:
         sys.stderr.write(MARK)

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ablation, cases
+from benchmarks import ablation, cases, few
 from benchmarks import prompts as P
 from benchmarks.subject_job import SETTINGS
 from sdxl.training.config import TrainingConfig
@@ -112,3 +113,34 @@ def test_fidelity_is_between_the_untuned_base_and_real_pictures():
     numbers = {"real_TOK": 0.9, "similarity_TOK": 0.5, "prompt": 0.8}
     untuned = {"real_TOK": 0.9, "similarity_TOK": 0.1, "prompt": 0.7}
     assert cases.fidelities(numbers, untuned) == pytest.approx({"prompt": 0.8, "fidelity_TOK": 0.5})
+
+
+def test_few_pictures_are_summed_up_over_subjects_and_seeds(tmp_path: Path):
+    made = few.methods(2, 1)
+    assert [m.name for m in made[:3]] == ["untuned", "few_1/0", "few_1/1"] and made[-1].name == "few_6_long/0"
+    assert made[-1].steps_factor == 4 and made[-1].pictures == 6 and made[1].views is None
+    pictures = torch.zeros(len(P.subject_prompts()), 3, 8, 8, dtype=torch.uint8)
+
+    def result(seed: int, method: str, similarity: float, prior: float = 0.9) -> dict:
+        numbers = {"similarity": similarity, "real_similarity": 1.0, "prompt_all": 0.8, "prior_all": prior}
+        return {"seed": seed, "method": method, "pictures": pictures, **numbers}
+
+    results = [result(seed, "untuned", 0.0, 1.0) | {"known_all": 1.0} for seed in (1, 3)]
+    for method in made[1:]:
+        long = method.name.startswith(few.LONG)
+        results += [result(seed, method.name, (0.9 if long else 0.5) + seed / 100) for seed in (1, 3)]
+    table = few.summarise(results)
+    assert table["few_1"] == {
+        "score": pytest.approx(41.6),
+        "fidelity": pytest.approx(52.0),
+        "prompt": pytest.approx(80.0),
+        "drift": pytest.approx(10.0),
+        "score_error": pytest.approx(0.46, abs=0.01),
+        "runs": 4,
+    }
+    keys = few.flat_keys(table)
+    assert {*few.CASES, "few_worst_drift", "long_score_loss", "long_drift"} == {*keys}
+    assert keys["long_score_loss"] == pytest.approx(-32.0) and keys["few_worst_drift"] == pytest.approx(10.0)
+    assert "| 3 pictures, one caption for all | 41.6 ± 0.5 | 52 | 80 | 10.0 | 4 |" in few.markdown(table)
+    few.save_sheet(results, tmp_path / "few.jpg")
+    assert (tmp_path / "few.jpg").stat().st_size > 1000

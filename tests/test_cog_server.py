@@ -326,6 +326,7 @@ def test_a_cancelled_training_stops_and_the_server_goes_on(trainer: Server, capt
             pass
     assert last["status"] == "canceled" and "output" not in last, last
     assert last["metrics"]["step"] < 100_000
+    assert "The state after step" in last["logs"] or "the run stopped amid a step" in last["logs"]
     assert trainer.post({**inputs, "max_train_steps": 2}).json()["status"] == "succeeded"
 
 

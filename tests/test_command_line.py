@@ -170,7 +170,7 @@ def test_train_then_predict_as_the_readme_says(captioned_zip: Path, tmp_path: Pa
     )
     assert trained.returncode == 0, trained.stderr
     tar = tmp_path / "out" / "trained_model.tar"
-    assert trained.stdout.strip() == str(tar)
+    assert trained.stdout.split() == [str(tar), str(tar.with_name("report.html"))]
     with tarfile.open(tar) as opened:
         record = json.load(opened.extractfile("training.json"))  # type: ignore[arg-type]
     assert record["settings"]["max_train_steps"] == 2

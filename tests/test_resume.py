@@ -4,9 +4,11 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +18,19 @@ import pytest
 import torch
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap
-from sdxl.errors import TrainingDivergedError, WeightsError
+from sdxl import settings
+from sdxl.errors import TrainingDivergedError, UserInputError, WeightsError
+from sdxl.files.sources import allowed_state
 from sdxl.model.components import Components, add_placeholder_tokens, load_components
 from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.training.batches import Batches
+from sdxl.training.data_parallel import rank
 from sdxl.training.optimizers import Group, Optimizers
 from sdxl.training.recipe import StepReport, fine_tune
 from sdxl.training.resuming import chosen
 from sdxl.training.run_state import RunState
 from sdxl.training.state_files import RECORD, STATE, TENSORS, read_state, software
-from sdxl.training.state_folders import RunFolder, state_at
+from sdxl.training.state_folders import RunFolder, state_at, sweep
 from sdxl.training.states import RunStates
 from sdxl.training.step import TrainingStep
 from tests.conftest import TINY_BASE
@@ -76,7 +81,7 @@ class Runs:
             if report.step == until:
                 raise more.get("error", Stop())
 
-        folder = RunFolder(self.state, "key", saved)
+        folder = RunFolder(self.state, "key", saved if rank() == 0 else None)
         with RunStates(folder, {}, every=every, goes_on=saved) as states:
             model = fine_tune(components, data, config, prior=prior, states=states, on_step=on_step)
         states.wait()
@@ -257,6 +262,12 @@ def test_states_are_not_saved_where_there_is_no_room(
     ]
 
 
+def test_a_run_may_save_nothing(runs: Runs):
+    with pytest.raises(Stop):
+        runs.train(SMALL, until=1, every=0)
+    assert not runs.state.exists()
+
+
 def test_a_large_state_is_not_written_when_a_run_is_cancelled(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sdxl.training.states._AT_ONCE", 1000)
     with pytest.raises(Stop):
@@ -281,6 +292,27 @@ def kept(base: Components, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def state(kept: Path, runs: Runs) -> Path:
     """A copy of `kept`, from which `runs` goes on."""
     return Path(shutil.copytree(kept, runs.state / "key-x" / "step-000002"))
+
+
+def test_old_states_go_from_a_server_only(state: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = state.parent
+    (folder / ".step-000002.partial").mkdir()
+    (folder.parent / f".{folder.name}.partial").mkdir()
+    os.utime(folder, (0, 0))
+    sweep(folder.parent)
+    assert state.exists()
+    assert list(folder.parent.rglob("*.partial")) == []
+    monkeypatch.setattr(settings, "behind_server", lambda: True)
+    with pytest.raises(UserInputError, match=r"resume is .*, but this server takes no paths: write auto"):
+        allowed_state(str(folder), "resume")
+    assert allowed_state("auto", "resume") == "auto"
+    os.utime(folder, (time.time(), time.time() - 3600))
+    monkeypatch.setenv("SDXL_STATE", str(folder.parent))
+    sweep(settings.state_folder())
+    assert state.exists(), "for a week"
+    monkeypatch.delenv("SDXL_STATE")
+    sweep(folder.parent)
+    assert not folder.exists(), "for SDXL_KEEP_MINUTES"
 
 
 def change(state: Path, **changes: Any) -> None:

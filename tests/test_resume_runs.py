@@ -1,5 +1,8 @@
-"""Trainings as users run them: stopped, killed, in two processes, and started from files."""
+"""Trainings as users run them: stopped and killed, and going on."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,10 @@ import pytest
 import train
 from benchmarks.resumed_kills import equal, weights_in
 from sdxl import settings
-from sdxl.errors import WeightsError
+from sdxl.errors import UserInputError, WeightsError
 from sdxl.files.archives import pack_tar
 from sdxl.training.recipe import StepReport
-from tests.conftest import QUICK, call
+from tests.conftest import QUICK, REPOSITORY, call
 from tests.test_resume import Stop
 
 LORA = {**QUICK, "is_lora": True, "lora_lr": 1e-2}
@@ -50,7 +53,7 @@ def test_auto_goes_on_from_a_stopped_run(
 
     tar = call(train.train, input_images=captioned_zip, **{**LORA, "seed": None}, resume="auto")
     assert f"Going on after step 3, from {folder}." in caplog.messages
-    assert equal(weights_in(tar.parent), weights_in_tar(fine_tunes["lora"], tmp_path))
+    assert equal(weights_in(tar), weights_in(fine_tunes["lora"]))
     assert [path.name for path in tar.parent.iterdir()] == ["trained_model.tar"]
     assert not settings.state_folder().exists()
 
@@ -64,13 +67,39 @@ def test_auto_goes_on_from_a_stopped_run(
         )
     tar = call(train.train, input_images=captioned_zip, **LORA, resume=str(tmp_path / "state.tar"))
     assert any(message.startswith("Going on after step 3") for message in caplog.messages)
-    assert equal(weights_in(tar.parent), weights_in_tar(fine_tunes["lora"], tmp_path))
+    assert equal(weights_in(tar), weights_in(fine_tunes["lora"]))
     assert [path.name for path in tar.parent.iterdir()] == ["trained_model.tar"]
 
 
-def weights_in_tar(tar: Path, scratch: Path) -> Any:
-    (scratch / "named").mkdir(exist_ok=True)
-    link = scratch / "named" / "trained_model.tar"
-    if not link.exists():
-        link.symlink_to(tar)
-    return weights_in(scratch / "named")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.mkdir(), "x holds no state of a training: give a folder such as step-000250."),
+        (lambda path: path.write_bytes(b"PK nonsense"), "x cannot be unpacked|x is "),
+        (lambda path: pack_tar({"../../evil": Path(__file__)}, path), "x holds the unsafe path"),
+        (lambda path: None, "x does not exist"),
+    ],
+)
+def test_what_is_no_state_is_refused(captioned_zip: Path, tmp_path: Path, make: Any, message: str):
+    make(tmp_path / "x")
+    with pytest.raises(UserInputError, match=message):
+        call(train.train, input_images=captioned_zip, **LORA, resume=str(tmp_path / "x"))
+
+
+def test_killed_trainings_go_on_to_the_last_bit(tmp_path: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.resumed_kills",
+        "--trainings",
+        "2",
+        "--most-kills",
+        "1",
+        "--kind",
+        "lora",
+    ]
+    subprocess.run(
+        [*command, "--output", str(tmp_path / "r.json")], cwd=REPOSITORY, check=True, capture_output=True
+    )
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["kills"], result["wrong"]) == (2, 0), result["what_was_wrong"]

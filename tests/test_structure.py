@@ -45,6 +45,16 @@ ROOMS = {
         "data",
         "speed",
     },
+    "report": {
+        "dataset_and_utils",
+        "settings",
+        "history",
+        "workspace",
+        "files",
+        "model",
+        "data",
+        "training",
+    },
 }
 """Room, or module directly in `sdxl` → what it may import from this project besides itself."""
 TOP = {

@@ -5,16 +5,20 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
 from sdxl.errors import UserInputError
 from sdxl.files.archives import unpack
+from sdxl.history import History
 from tests.conftest import FULL, QUICK, call, png, write_zip
 
 
@@ -22,8 +26,9 @@ def run(tmp_path: Path, **inputs) -> Path:
     """Train, unpack the tar, return the folder."""
     tar = call(train.train, **inputs)
     assert tar.name == "trained_model.tar"
-    assert [path.name for path in tar.parent.iterdir()] == ["trained_model.tar"]
+    assert sorted(path.name for path in tar.parent.iterdir()) == ["report.html", "trained_model.tar"]
     unpack(tar, tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").read_bytes() == (tar.parent / "report.html").read_bytes()
     return tmp_path / "out"
 
 
@@ -31,6 +36,8 @@ def test_artifacts_of_a_full_training(captioned_zip: Path, tmp_path: Path):
     out = run(tmp_path, input_images=captioned_zip, single_file=True, **QUICK, **FULL)
     assert sorted(path.name for path in out.iterdir()) == [
         "embeddings.pti",
+        "history.json",
+        "report.html",
         "special_params.json",
         "training.json",
         "unet.safetensors",
@@ -63,6 +70,28 @@ def test_two_tokens_go_on_counting(tmp_path: Path):
     expected = {"CLOCK_TOK": "<s0><s1>", "MT_TOK": "<s2><s3><s4>"}
     assert json.loads((out / "special_params.json").read_text()) == expected
     assert len(load_file(out / "embeddings.pti")["text_encoders_1"]) == 5
+
+
+def test_a_training_is_watched(tmp_path: Path):
+    archive = write_zip(tmp_path / "x.zip", {"0.png": png(0), "0.txt": "a photo of TOK"})
+    inputs = QUICK | {"checks": 1, "preview_prompts": "TOK on the left|a red house"}
+    out = run(tmp_path / "watched", input_images=archive, **inputs, lora_lr=1e-3)
+    history = History.read(out)
+    assert [check.step for check in history.checks] == [4]
+    assert all(
+        check.drift > 0 and set(check.held_out) == {"low", "middle", "high"} for check in history.checks
+    )
+    assert history.choice is not None and history.choice.step == 4
+    assert history.prompts == ["TOK on the left", "a red house"]
+    assert [previews.step for previews in history.previews] == [0, 4]
+    before, after = (
+        [np.array(Image.open(out / name)) for name in previews.pictures] for previews in history.previews
+    )
+    assert not np.array_equal(before[0], after[0]), "the preview shows what was learned"
+    unwatched = run(tmp_path / "unwatched", input_images=archive, **QUICK, lora_lr=1e-3)
+    first, second = (load_file(folder / "lora.safetensors") for folder in (out, unwatched))
+    assert all(torch.equal(first[name], second[name]) for name in second), "to watch disturbs nothing"
+    assert not (unwatched / "previews").exists()
 
 
 def test_epochs_count_pictures_however_many_a_step_takes(captioned_zip: Path, tmp_path: Path):
@@ -119,12 +148,25 @@ def test_checkpoints_come_along_and_are_fine_tunes(captioned_zip: Path, tmp_path
     assert all(torch.equal(last[name], final[name]) for name in final)
 
 
-def test_equal_runs_give_equal_bytes(captioned_zip: Path, fine_tunes: dict[str, Path]):
+def test_equal_runs_give_equal_bytes(captioned_zip: Path, fine_tunes: dict[str, Path], tmp_path: Path):
+    """Except in the date of a file for web UIs, and in how long the steps took."""
     again = call(train.train, input_images=captioned_zip, **QUICK, **FULL)
-    one, other = (
-        re.sub(rb'"modelspec.date":"[\d-]+"', b"", tar.read_bytes()) for tar in (again, fine_tunes["full"])
-    )
-    assert one == other
+    one, other = tmp_path / "one", tmp_path / "other"
+    for tar, folder in ((again, one), (fine_tunes["full"], other)):
+        unpack(tar, folder)
+    histories = History.read(one), History.read(other)
+    for history in histories:
+        history.steps = [replace(step, seconds=0.0) for step in history.steps]
+    assert histories[0] == histories[1] and len(histories[0].steps) == 4
+    names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    for name in names:
+        if name.name not in ("history.json", "report.html"):
+            assert without_date(one / name) == without_date(other / name), name
+
+
+def without_date(path: Path) -> bytes:
+    return re.sub(rb'"modelspec.date":"[\d-]+"', b"", path.read_bytes())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.training.examples import cache_examples, held_out_examples, kept_out
 from sdxl.training.signals import BANDS, Meter, Signals
 from sdxl.training.token_rows import NewTokens
-from sdxl.training.watch import PATIENCE, Watch, every_for, with_scores
+from sdxl.training.watch import PATIENCE, Watch, _due, with_scores
 from tests.conftest import TINY_BASE, png, write_zip
 
 TOK = TokenMap.parse("TOK:2")
@@ -74,10 +74,10 @@ def test_a_unet_that_knows_a_picture_has_a_lower_loss_on_it(watched: tuple[Compo
     assert all(after.held_out[band] < 0.9 for band in BANDS) and after.drift > 0.0
 
 
-def test_texts_that_were_settled_need_no_text_encoders(watched: tuple[Components, Meter]):
+def test_texts_that_no_longer_change_need_no_text_encoders(watched: tuple[Components, Meter]):
     components, meter = watched
     before = meter.read()
-    meter.settle()
+    meter.freeze_text()
     for encoder in components.text_encoders:
         encoder.to("meta")  # type: ignore[arg-type]
     assert meter.read() == before
@@ -137,19 +137,25 @@ def moment(step: int) -> TrainedFineTune:
 
 
 def watch_of(followed: list[float], **changes) -> Watch:
-    watch = Watch(every=10, pivot=20, history=History(), **changes)
-    watch.meter = FakeMeter(followed)  # type: ignore[assignment]
+    """A watch that looks after every tenth step; the pivot is after the 20th."""
+    watch = Watch(checks=len(followed), **changes)
+    watch._meter = FakeMeter(followed)  # type: ignore[assignment]
+    watch._total, watch._pivot = 10 * len(followed), 20
     return watch
 
 
-def looks(watch: Watch, count: int) -> list[bool]:
-    return [watch.look(10 * (i + 1), lambda i=i: moment(10 * (i + 1))) for i in range(count)]
+def looks(watch: Watch) -> list[bool]:
+    """Whether the watch would stop after each tenth step."""
+    steps = range(1, watch._total + 1)
+    stops = [watch.stops_after(step, lambda step=step: moment(step)) for step in steps]
+    assert not any(stop for step, stop in zip(steps, stops, strict=True) if step % 10)
+    return stops[9::10]
 
 
 def test_the_best_moment_is_handed_over_with_its_reason():
     watch = watch_of([0.7, 0.9, 0.8, 0.6])
-    assert looks(watch, 4) == [False] * 4
-    assert watch.chosen(moment(40), 40).weights["step"] == 20
+    assert looks(watch) == [False] * 4
+    assert watch.chosen(moment(40)).weights["step"] == 20
     choice = watch.history.choice
     assert choice is not None and choice.step == 20
     assert choice.reason == "After step 20 prompts were followed better than at the end."
@@ -157,14 +163,16 @@ def test_the_best_moment_is_handed_over_with_its_reason():
 
 def test_the_last_moment_is_handed_over_if_none_was_clearly_better():
     watch = watch_of([0.7, 0.905, 0.9])
-    looks(watch, 3)
-    assert watch.chosen(moment(30), 30).weights["step"] == 30
+    looks(watch)
+    assert watch.chosen(moment(30)).weights["step"] == 30
     assert watch.history.choice is not None and watch.history.choice.step == 30
 
 
 def test_a_run_that_only_gets_worse_stops():
-    falling = [0.9, 0.9, *[0.5] * (PATIENCE + 1)]
-    assert looks(watch_of(falling), len(falling)) == [False] * (len(falling) - 1) + [True]
+    falling = [0.9, 0.9, *[0.5] * (PATIENCE + 3)]
+    assert looks(watch_of(falling)) == [False] * (2 + PATIENCE) + [True] * 3
+    rising = [0.5, 0.5, *[0.9] * (PATIENCE + 3)]
+    assert not any(looks(watch_of(rising)))
 
 
 def test_previews_that_fail_do_not_stop_a_training(caplog: pytest.LogCaptureFixture):
@@ -172,22 +180,23 @@ def test_previews_that_fail_do_not_stop_a_training(caplog: pytest.LogCaptureFixt
         raise OSError("the disk is full")
 
     watch = watch_of([0.5, 0.6], draw=fail)
-    assert looks(watch, 2) == [False, False]
+    assert looks(watch) == [False, False]
     assert (
-        "The previews after step 10 failed (the disk is full): training goes on without them." in caplog.text
+        "The previews after step 20 failed (the disk is full): training goes on without them." in caplog.text
     )
     assert watch.history.previews == []
 
 
-def test_a_run_is_looked_at_some_times_and_at_its_end():
-    watch = watch_of([])
-    assert [step for step in range(1, 26) if watch.due(step, 25)] == [10, 20, 25]
-    assert [every_for(steps) for steps in (1, 6, 7, 1000)] == [1, 1, 2, 167]
+@pytest.mark.parametrize(
+    ("total", "checks", "steps"), [(25, 2, [13, 25]), (4, 6, [1, 2, 3, 4]), (7, 0, []), (3, 1, [3])]
+)
+def test_a_run_is_looked_at_evenly_and_at_its_end(total: int, checks: int, steps: list[int]):
+    assert [step for step in range(1, total + 1) if _due(step, total, checks)] == steps
 
 
 def test_a_history_is_read_as_it_was_written(tmp_path: Path):
     watch = watch_of([0.7, 0.9])
-    looks(watch, 2)
-    watch.chosen(moment(20), 20)
+    looks(watch)
+    watch.chosen(moment(20))
     watch.history.write(tmp_path)
     assert History.read(tmp_path) == watch.history

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from dataset_and_utils import read_embeddings, write_embeddings
 from sdxl.errors import UserInputError, WeightsError
 from sdxl.files.archives import in_place, pack_tar
+from sdxl.files.checksums import checksum
 from sdxl.files.weight_files import WeightFile
+from sdxl.files.weight_image import StoppedError, WeightImage
 from sdxl.model import fine_tune_files
 from sdxl.model.components import load_components, load_unet
 from sdxl.model.token_files import read_rows
@@ -231,3 +234,27 @@ def test_words_without_rows_are_refused(tmp_path: Path):
             continue
         with pytest.raises(WeightsError, match=r"has words for other rows than the 2 in embeddings\.pti"):
             read_rows(files)
+
+
+def test_an_image_in_memory_is_the_file_that_the_library_reads(tmp_path: Path):
+    tensors = {
+        "b": torch.arange(6, dtype=torch.uint8),
+        "a": torch.randn(3, 5),
+        "half": torch.randn(7).bfloat16(),
+        "channels last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "none": torch.empty(0),
+        "number": torch.tensor(3.5),
+    }
+    image = WeightImage(tensors)
+    for name, value in tensors.items():
+        image.tensors[name].copy_(value)
+    assert image.write(tmp_path / "x.safetensors", threading.Event()) == checksum(tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").stat().st_size == image.nbytes
+    for read in (load_file(tmp_path / "x.safetensors"), WeightFile(tmp_path / "x.safetensors", "x").read()):
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], value) for name, value in tensors.items())
+    assert image.is_for(tensors) and not image.is_for({**tensors, "a": torch.randn(5, 3)})
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        image.write(tmp_path / "y", stop)

@@ -38,6 +38,11 @@ class Components:
     noise_scheduler: DDPMScheduler
     device: torch.device
 
+    def freeze_text(self) -> None:
+        """Move the text encoders to the CPU. Nothing in them takes gradients any longer."""
+        for encoder in self.text_encoders:
+            encoder.requires_grad_(False).to(torch.device("cpu"))  # type: ignore[arg-type]
+
 
 @contextlib.contextmanager
 def incomplete_base_named(folder: Path) -> Iterator[None]:

@@ -19,7 +19,7 @@ from sdxl.serving.request import GenerationRequest
 from sdxl.speed.autocast import autocast
 
 SAMPLER = "K_EULER"
-STEPS, GUIDANCE = 12, 5.0
+STEPS, GUIDANCE = 8, 5.0
 """How previews are drawn: fast rather than fine."""
 
 
@@ -65,7 +65,7 @@ def drawer(components: Components, token_map: TokenMap | None = None) -> Callabl
 
 
 def preview_prompts(captions: Sequence[str], token_map: TokenMap, word: str = "") -> list[str]:
-    """What previews show if the user does not say: a caption, then the subject in other company, place and style.
+    """What previews show if the user does not say: a caption, then the subject in another place and style.
 
     The last prompt names no new token, so its picture should not change.
 
@@ -76,7 +76,6 @@ def preview_prompts(captions: Sequence[str], token_map: TokenMap, word: str = ""
     return [
         captions[0],
         f"a photo of {thing} on a beach",
-        f"a photo of {thing} next to a red car",
         f"a pencil drawing of {thing}",
         f"a photo of a {word or 'dog'} on a beach",
     ]
@@ -102,6 +101,11 @@ def preview_drawer(
         return Previews(step=step, pictures=names)
 
     return previews
+
+
+def preview_side(resolution: int) -> int:
+    """The side of previews in pixels: smaller than `resolution` where that saves time, but not so small that SDXL fails."""
+    return min(resolution, max(512, resolution * 3 // 4 // 64 * 64))
 
 
 @contextmanager

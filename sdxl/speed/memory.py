@@ -1,4 +1,4 @@
-"""How much memory a GPU and the machine have left.
+"""How much memory a GPU and the machine have left, and how much was used.
 
 Knows CUDA's allocator and Linux; does not know what the memory is for.
 """
@@ -8,6 +8,11 @@ import re
 from pathlib import Path
 
 import torch
+
+
+def peak_gib() -> float:
+    """The most memory in GiB that this process has held on its GPU so far; 0 without one."""
+    return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
 
 
 def free_bytes(device: torch.device) -> int:

@@ -12,6 +12,8 @@ from dataset_and_utils import TokenMap
 from sdxl.data.caption_text import require_short
 from sdxl.errors import UserInputError
 
+MOST_PREVIEWS = 8
+"""Prompts in `preview_prompts`: each is drawn several times."""
 MOST_PRIOR_PROMPTS = 1000
 """Prompts in `prior_prompts`: the base draws at least one picture of each."""
 
@@ -83,6 +85,10 @@ class TrainingOptions:
     """Save the fine-tune after every so many steps. 0: never."""
     save_every: int = limited(250, ge=0)
     """Save the run's state after every so many steps, and when it stops, so that it can go on. 0: never."""
+    checks: int = limited(6, ge=0, le=100)
+    """How often the fine-tune is checked on the way, and the best of these moments handed over. 0: the last step is."""
+    preview_prompts: str = ""
+    """What the previews show, prompts separated by |; empty: prompts made from the captions; "none": no previews."""
     single_file: bool = False
     """Write a full fine-tune also as a single-file checkpoint."""
     snr_gamma: float = limited(5.0, gt=0)
@@ -129,6 +135,11 @@ class TrainingOptions:
         for name in ("prior_prompts", "preservation_prompts"):
             if text := getattr(self, name):
                 prompts_of(text, name=name)
+        if (
+            self.preview_prompts
+            and len(prompts_of(self.preview_prompts, name="preview_prompts")) > MOST_PREVIEWS
+        ):
+            raise UserInputError(f"preview_prompts may have at most {MOST_PREVIEWS} prompts: give fewer.")
 
     @property
     def taught_at_once(self) -> int:

@@ -54,6 +54,10 @@ def refuse_contradictions(
         raise UserInputError(
             "preservation_prompts is given, but preservation is 0: set it to 1, or leave out preservation_prompts."
         )
+    if options.preview_prompts and not options.checks:
+        raise UserInputError(
+            "preview_prompts is given, but checks is 0, so no previews are drawn: raise checks, or leave out preview_prompts."
+        )
     token_map = TokenMap.parse(options.token_map)
     for name, prompt in _prompts(options):
         if token_map.named_in(prompt):

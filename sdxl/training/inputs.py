@@ -86,6 +86,23 @@ class TrainInputs:
         return [name for name in steps if getattr(self, name) is not None] + [*given(self.options)]
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """The inputs that differ from their defaults, except for the names of files."""
+        defaults = {
+            entry.name: entry.default
+            for kind in (PreprocessConfig, TrainingOptions)
+            for entry in fields(kind)
+        }
+        defaults["clipseg_temperature"] = defaults["mask_temperature"]
+        files = ("input_images", "base", "resume", "init_from", "options")
+        own = {name: value for name, value in vars(self).items() if name not in files}
+        return {
+            name: value
+            for name, value in {**vars(self.options), **own}.items()
+            if value != defaults.get(name)
+        }
+
+    @property
     def token_map(self) -> TokenMap:
         """The tokens to learn."""
         return TokenMap.parse(self.options.token_map)

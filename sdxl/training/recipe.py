@@ -10,6 +10,8 @@ LoRA (arXiv:2106.09685), SDXL (arXiv:2307.01952).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,6 +20,7 @@ from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.errors import TrainingDivergedError
 from sdxl.model.components import Components
 from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.speed.memory import peak_gib
 from sdxl.training.batches import Batches
 from sdxl.training.caption_encoding import encode_captions
 from sdxl.training.config import Schedule, TrainingConfig, prompts_of
@@ -32,6 +35,7 @@ from sdxl.training.states import RunStates
 from sdxl.training.step import TrainingStep
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import Trainable, as_base, full_unet, lora
+from sdxl.training.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,10 @@ class StepReport:
     """Of the token rows; 0 after the pivot."""
     steps_per_second: float
     """Over the last steps; 0 until it is known."""
+    seconds: float
+    """Since the first step of this process began; 0 without a progress bar."""
+    memory_gib: float
+    """The most GPU memory that this process has held so far; 0 on a CPU."""
 
 
 def fine_tune(
@@ -59,6 +67,7 @@ def fine_tune(
     prior: ExampleDataset | None = None,
     begin_with: StartingPoint | None = None,
     states: RunStates | None = None,
+    watch: Watch | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_checkpoint: Callable[[int, TrainedFineTune], None] = lambda step, model: None,
 ) -> TrainedFineTune:
@@ -67,6 +76,7 @@ def fine_tune(
     prior: pictures that the base drew. They are learned together with the subject's, so that the base's skills remain.
     begin_with: a fine-tune to start from.
     states: saves the run's state on the way, and may hold one to go on from.
+    watch: checks the fine-tune on the way, and chooses the moment to hand over. Without it, that is the last one.
 
     Raises:
         TrainingDivergedError: the loss is not a number. `on_checkpoint` has received the weights before that step.
@@ -77,11 +87,12 @@ def fine_tune(
 
     # What trains: the new token rows up to the pivot, the UNet's weights or LoRA matrices in every step. Processes that
     # train together start from equal weights. From then on each draws its own noise.
-    outside_masks = _uses_base_outside_masks(dataset, config)
-    base_unet = as_base(components.unet, config) if outside_masks or config.preservation else None
+    base_unet, outside_masks = _teacher(components, dataset, config)
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
     trainable = _trainable(components, config)
+    states, watch, mixed = states or RunStates(), watch or Watch(), trainable.mixed_precision
+    watch.begin(components, config, mixed_precision=mixed)
     if begin_with is not None:
         begin_with.apply(components.unet, tokens)
     weights, encoders = trainable.weights, trainable.encoders
@@ -91,23 +102,18 @@ def fine_tune(
     # What a step sees: a batch of the subject, one of the prior, and one that the base teaches.
     sources = _sources(components, dataset, prior, config)
     loss = DenoisingLoss(components, config, generator, base_unet, base_outside_masks=outside_masks)
-    mixed = trainable.mixed_precision
     step = TrainingStep(loss, sources, optimizers, tokens, config, generator, mixed_precision=mixed)
 
     # A state is all that has changed since here. A run that goes on from one starts after its step.
-    states = states or RunStates()
     progress = _progress(states.begin(RunState(optimizers, sources, generator)), config.max_train_steps)
     for number in progress:
         # The pivot: the rows now describe the subject. Freeze all that reads the text, so that captions need encoding only
         # once and the text encoders can leave the GPU. The UNet goes on learning what the rows cannot say.
         if optimizers.rows_train and number >= config.pivot_step:
             progress.set_description("Training UNet")
-            step.rebuild()
-            tokens.freeze()
             encode_captions(components, sources, also_as_base=loss.base_reads_apart)
-            for encoder in components.text_encoders:
-                encoder.requires_grad_(False).to(torch.device("cpu"))  # type: ignore[arg-type]
-            optimizers.freeze_text()
+            for part in (watch, step, tokens, optimizers, components):
+                part.freeze_text()
 
         # -------------------------------------------------------------------------------------- a single training step
         share = _rate_share(config, number)
@@ -120,15 +126,19 @@ def fine_tune(
             step.update()
         # ------------------------------------------------------------------------------------------------------------
 
-        progress.set_postfix(loss=f"{value:.4f}", refresh=False)
-        ti_rate = rows.lr * share if optimizers.rows_train else 0.0
         with undisturbed(components.device):  # whatever they draw
-            on_step(_report(progress, number + 1, value, weights.lr * share, ti_rate))
+            on_step(
+                _report(
+                    progress, number + 1, value, weights.lr * share, rows.lr * share * optimizers.rows_train
+                )
+            )
             if config.checkpointing_steps and (number + 1) % config.checkpointing_steps == 0:
                 on_checkpoint(number + 1, _snapshot(trainable, tokens))
+            if watch.stops_after(number + 1, partial(_snapshot, trainable, tokens)):
+                break
 
     tokens.remove()
-    return _snapshot(trainable, tokens)
+    return watch.chosen(_snapshot(trainable, tokens))
 
 
 def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: int) -> float:
@@ -191,9 +201,12 @@ def _sources(
     return sources
 
 
-def _uses_base_outside_masks(dataset: ExampleDataset, config: TrainingConfig) -> bool:
-    """Whether the base teaches outside masks, and there is any mask that leaves something out."""
-    return config.mask_base_target and any(bool((e.mask < 1).any()) for e in dataset.examples)
+def _teacher(
+    components: Components, dataset: ExampleDataset, config: TrainingConfig
+) -> tuple[Callable[..., Any] | None, bool]:
+    """The base's UNet if it teaches anything, and whether it teaches outside masks: if any leaves something out."""
+    outside = config.mask_base_target and any(bool((e.mask < 1).any()) for e in dataset.examples)
+    return as_base(components.unet, config) if outside or config.preservation else None, outside
 
 
 def _snapshot(trainable: Trainable, tokens: NewTokens) -> TrainedFineTune:
@@ -212,13 +225,17 @@ def _progress(done: int, total: int) -> tqdm:
 
 
 def _report(progress: tqdm, step: int, loss: float, rate: float, ti_rate: float) -> StepReport:
+    progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+    shown = progress.format_dict
     return StepReport(
         step=step,
         total=progress.total,
         loss=loss,
         learning_rate=rate,
         ti_learning_rate=ti_rate,
-        steps_per_second=progress.format_dict["rate"] or 0.0,
+        steps_per_second=shown["rate"] or 0.0,
+        seconds=shown["elapsed"],
+        memory_gib=peak_gib(),
     )
 
 

@@ -77,7 +77,7 @@ class Meter:
             self._predicted(self._encoded(self._ids(plain, TokenMap({}))), _ANSWERS_AT)
         )
 
-    def settle(self) -> None:
+    def freeze_text(self) -> None:
         """Read the texts for the last time, because the text encoders are about to leave the device."""
         self._last = self._texts()
 

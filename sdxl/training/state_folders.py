@@ -40,7 +40,7 @@ class RunFolder:
 
         key: what the new folder's name begins with.
         """
-        self._parent, self._key = parent, key
+        self.parent, self._key = parent, key
         self.path: Path | None = None
         self.last: Path | None = None
         """The last complete state."""
@@ -53,7 +53,7 @@ class RunFolder:
     @property
     def nearest(self) -> Path:
         """The folder, or what exists above it."""
-        folder = self.path or self._parent.absolute()
+        folder = self.path or self.parent.absolute()
         return next(path for path in (folder, *folder.parents) if path.exists())
 
     def write(
@@ -66,8 +66,8 @@ class RunFolder:
             OSError: it cannot be written.
         """
         if self.path is None:
-            self._parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=f"{self._key}-", dir=self._parent))
+            self.parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f"{self._key}-", dir=self.parent))
             self._lock = _lock(self.path)
         target = self.path / f"step-{notes.step:06d}"
         for old in set(_states_in(self.path)) - {self.last}:
@@ -85,7 +85,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let others use the folder, and leave none that is empty."""
-        for folder in (self.path, self._parent):
+        for folder in (self.path, self.parent):
             if folder is not None:
                 with contextlib.suppress(OSError):
                     folder.rmdir()

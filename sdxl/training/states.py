@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 _AT_ONCE = 1_500_000_000
 """Bytes of the largest state that is written when a run is cancelled. More would take longer than a cancel may."""
 
+_POLL_S = 0.05
+"""Seconds of one wait for a thread. A call that blocks longer could not be interrupted when a run is cancelled."""
+
 
 class RunStates:
     """Saves the states of one run, and sets the run to the state that it goes on from."""
@@ -86,6 +89,12 @@ class RunStates:
             _restore(run, self._goes_on)
             log.info("Going on after step %d, from %s.", self._saved_step, self._goes_on.folder)
         self._boundary = self._saved_step, run.order()
+        if self._every and rank() == 0:
+            assert self._folder is not None
+            told = (
+                "A state is saved every %d steps and when the run stops, in %s: resume=auto goes on from it."
+            )
+            log.info(told, self._every, self._folder.parent)
         return self._saved_step
 
     @contextmanager
@@ -102,10 +111,10 @@ class RunStates:
         try:
             yield
             self._boundary = step, self._run.order()
-            if step % self._every == 0:
-                self._save()
         finally:
             self._stops.release()
+        if step % self._every == 0:
+            self._save()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -148,15 +157,18 @@ class RunStates:
     def _save_last(self, *, is_stopped: bool) -> None:
         """Write the state of the last complete step, unless that takes longer than a stop may or is impossible."""
         assert self._run is not None
-        if is_stopped:
-            self._give_up.set()  # of a state that is just being written: that of the last step is worth more
+        large = sum(tensor.nbytes for tensor in self._run.tensors().values()) > _AT_ONCE
+        why_not = "it is too large to be written in time" if is_stopped and large else None
+        if self._boundary is None:
+            why_not = "the run stopped amid a step"
+        elif world_size() > 1:
+            why_not = "several processes trained"
+        if is_stopped and (large or not why_not):
+            self._give_up.set()  # of a state that is just being written: there is no time, or that of this step is worth more
         self.wait()
         self._give_up.clear()
-        large = sum(tensor.nbytes for tensor in self._run.tensors().values()) > _AT_ONCE
-        if self._boundary is None or world_size() > 1 or (is_stopped and large):
-            why = "the run stopped amid a step" if self._boundary is None else "it is too large"
-            why = "several processes trained" if world_size() > 1 else why
-            log.info("No state of the last step is written, because %s.", why)
+        if self._boundary is None or why_not:
+            log.info("No state of the last step is written, because %s.", why_not)
             return
         step, order = self._boundary
         if step > self._saved_step and not self._fails:
@@ -223,9 +235,9 @@ class RunStates:
 
     def wait(self) -> None:
         """Wait until the thread that writes a state has ended."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.join()
+        while self._writer is not None and self._writer.is_alive():
+            self._writer.join(_POLL_S)
+        self._writer = None
 
 
 def _restore(run: RunState, saved: SavedState) -> None:

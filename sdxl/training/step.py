@@ -74,7 +74,7 @@ class TrainingStep:
         else:
             self._compute_update()
 
-    def rebuild(self) -> None:
+    def freeze_text(self) -> None:
         """Drop all graphs, because what trains is about to change; the next steps capture new ones."""
         self._graphed.forget()
 

@@ -130,7 +130,7 @@ class NewTokens:
         for rows in self.by_encoder:
             rows.pull_to_scale()
 
-    def freeze(self) -> None:
+    def freeze_text(self) -> None:
         """Stop computing gradients of the rows."""
         for rows in self.parameters:
             rows.requires_grad_(False).grad = None

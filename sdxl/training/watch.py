@@ -4,19 +4,23 @@ Knows when to look and what is better; does not know how signals are computed or
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
+from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.history import Check, Choice, History, Previews
+from sdxl.model.components import Components
 from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.data_parallel import agreed
+from sdxl.training.preservation import PROMPTS
 from sdxl.training.signals import Meter
 
 log = logging.getLogger(__name__)
 
-CHECKS = 6
-"""How often a run is checked by default."""
+PREVIEWED = 2
+"""Previews are drawn at every so many looks, and at the last."""
 PATIENCE = 3
 """A run stops when so many checks in a row, after the pivot, were worse than an earlier one."""
 MARGIN = 0.02
@@ -25,61 +29,81 @@ MARGIN = 0.02
 
 @dataclass(kw_only=True)
 class Watch:
-    """Looks at a training every `every` steps, and at its end."""
+    """Looks at a training several times, and at its end. `Watch()` never looks."""
 
-    every: int
-    """Steps between two looks; 0: only count steps."""
-    pivot: int
-    """The step from which the token rows no longer change."""
-    history: History
+    checks: int = 0
+    """How often to look."""
+    held_out: ExampleDataset | None = None
+    """What training does not see; not None if `checks` is above 0."""
     draw: Callable[[int], Previews] | None = None
     """Draws the previews of a moment with the present weights; None: there are none."""
-    meter: Meter | None = None
+    history: History = field(default_factory=History)
+    """What was seen; the choice too, at the end."""
+    _meter: Meter | None = field(default=None, init=False)
+    _total: int = field(default=0, init=False)
+    _pivot: int = field(default=0, init=False)
     _best: TrainedFineTune | None = field(default=None, init=False)
     _best_at: int = field(default=0, init=False)
 
-    def begin(self, meter: Meter) -> None:
-        """Take the meter, and draw what the base makes of the prompts."""
-        self.meter = meter
+    def begin(self, components: Components, config: TrainingConfig, *, mixed_precision: bool) -> None:
+        """Keep what the base predicts, and draw what it makes of the prompts: nothing has trained yet."""
+        if not self.checks:
+            return
+        assert self.held_out is not None
+        self._total, self._pivot = config.max_train_steps, config.pivot_step
+        self._meter = Meter(
+            components,
+            self.held_out,
+            TokenMap.parse(config.token_map),
+            words=config.token_init,
+            texts=texts_beside(config),
+            seed=config.seed,
+            mixed_precision=mixed_precision,
+        )
         self._preview(0)
 
-    def due(self, step: int, total: int) -> bool:
-        """Whether to look after `step` (from 1) of `total`."""
-        return bool(self.every) and (step % self.every == 0 or step == total)
+    def freeze_text(self) -> None:
+        """The text encoders have learned all that they will, and are about to leave the device."""
+        if self._meter is not None:
+            self._meter.freeze_text()
 
-    def look(self, step: int, snapshot: Callable[[], TrainedFineTune]) -> bool:
-        """Read the signals after `step`, keep a snapshot if this moment is the best, and draw previews.
+    def stops_after(self, step: int, snapshot: Callable[[], TrainedFineTune]) -> bool:
+        """Look after `step`, if it is time, and keep a snapshot of the best moment.
 
-        Returns whether the training may as well stop.
+        Returns whether the training may as well stop, because it only gets worse.
         """
-        assert self.meter is not None
-        signals = self.meter.read()
-        self.history.checks.append(Check(step=step, strength=1.0, score=0.0, **vars(signals)))
+        if self._meter is None or not _due(step, self._total, self.checks):
+            return False
+        self.history.checks.append(Check(step=step, strength=1.0, score=0.0, **vars(self._meter.read())))
         self.history.checks = with_scores(self.history.checks)
-        best = max(self.history.checks, key=lambda check: check.score)
         # All processes have the same weights, but may round differently: the first one decides.
-        if agreed(int(best.step == step)):
+        if agreed(int(self._best_check().step == step)):
             self._best, self._best_at = snapshot(), step
-        self._preview(step)
+        if (self.checks - len(self.history.checks)) % PREVIEWED == 0:
+            self._preview(step)
         return bool(agreed(int(self._has_fallen())))
 
-    def chosen(self, last: TrainedFineTune, step: int) -> TrainedFineTune:
-        """The fine-tune to hand over, of the best moment or of the `last` one, with the reason in the history."""
-        checks = {check.step: check for check in self.history.checks}
-        if self._best is None or step not in checks:
+    def chosen(self, last: TrainedFineTune) -> TrainedFineTune:
+        """The fine-tune to hand over: that of the best moment or the `last` one. The history says why."""
+        if self._best is None:
             return last
-        best, end = checks[self._best_at], checks[step]
-        earlier = best.step != end.step and best.score > end.score + MARGIN
-        reason = _reason(best, end) if earlier else "No earlier moment was clearly better than the last."
-        chosen = best if earlier else end
-        self.history.choice = Choice(step=chosen.step, strength=1.0, reason=reason)
-        log.info("The fine-tune after step %d is handed over. %s", chosen.step, reason)
-        return self._best if earlier else last
+        end = self.history.checks[-1]
+        best = next(check for check in self.history.checks if check.step == self._best_at)
+        if best is not end and best.score > end.score + MARGIN:
+            choice, reason = best, _reason(best, end)
+        else:
+            choice, reason = end, "No earlier moment was clearly better than the last."
+        self.history.choice = Choice(step=choice.step, strength=1.0, reason=reason)
+        log.info("The fine-tune after step %d is handed over. %s", choice.step, reason)
+        return self._best if choice is best else last
+
+    def _best_check(self) -> Check:
+        return max(self.history.checks, key=lambda check: check.score)
 
     def _has_fallen(self) -> bool:
-        after = [check for check in self.history.checks if check.step > self.pivot]
-        best = max(self.history.checks, key=lambda check: check.score)
-        return len(after) > PATIENCE and all(check.score < best.score - MARGIN for check in after[-PATIENCE:])
+        after = [check for check in self.history.checks if check.step > self._pivot]
+        enough = self._best_check().score - MARGIN
+        return len(after) > PATIENCE and all(check.score < enough for check in after[-PATIENCE:])
 
     def _preview(self, step: int) -> None:
         """Draw previews. A failure is told, and does not stop the training."""
@@ -123,6 +147,13 @@ def _reason(best: Check, end: Check) -> str:
     return f"After step {best.step} {' and '.join(reasons)} than at the end."
 
 
-def every_for(steps: int, checks: int = CHECKS) -> int:
-    """The steps between two looks of a run of `steps` that is looked at about `checks` times."""
-    return max(-(-steps // checks), 1)
+def _due(step: int, total: int, checks: int) -> bool:
+    """Whether to look after `step` (from 1) of `total`, for `checks` looks in all, evenly, the last one at the end."""
+    return step * checks // total > (step - 1) * checks // total
+
+
+def texts_beside(config: TrainingConfig) -> Sequence[str]:
+    """What the meter asks for beside the subject: what preservation keeps, or common things."""
+    named = config.preservation_prompts
+    texts = prompts_of(named, name="preservation_prompts") if named else PROMPTS
+    return texts if len(texts) > 1 else [*texts, *PROMPTS]

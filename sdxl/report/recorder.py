@@ -1,0 +1,86 @@
+"""Records a training: its history while it runs, and the report when it has finished.
+
+Knows what is written and when; does not know how a page or an event file is made. Failures are told and stop no training.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdxl.files.archives import atomic_path
+from sdxl.history import History, Step
+from sdxl.report.events import EVENTS, EventFiles
+from sdxl.workspace import REPORT
+
+if TYPE_CHECKING:
+    from sdxl.training.recipe import StepReport
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Fills the steps of a history, and writes what is made of it."""
+
+    def __init__(
+        self, history: History, folder: Path, *, asked: Mapping[str, Any], described: Mapping[str, str]
+    ) -> None:
+        """Write nothing yet.
+
+        folder: where the result of the training will be.
+        asked: the inputs that were given, by name.
+        described: what an input means, by name.
+        """
+        self._history, self._folder = history, folder
+        self._asked, self._described = asked, described
+        self._advice: list[str] = []
+        self._events = EventFiles(folder / EVENTS)
+
+    def take_advice(self, advice: Sequence[str]) -> None:
+        """Take the sentences on the pictures."""
+        self._advice = [*advice]
+
+    def before(self, then: Callable[["StepReport"], None]) -> Callable[["StepReport"], None]:
+        """A function that records the report of a step, and calls `then` with it."""
+
+        def record(report: "StepReport") -> None:
+            self._history.steps.append(
+                Step(
+                    step=report.step,
+                    loss=report.loss,
+                    learning_rate=report.learning_rate,
+                    ti_learning_rate=report.ti_learning_rate,
+                    seconds=report.seconds,
+                    memory_gib=report.memory_gib,
+                )
+            )
+            self._events.update(self._history)
+            then(report)
+
+        return record
+
+    def finish(self, record: Mapping[str, Any], dataset_folder: Path) -> None:
+        """Write the history and the report into the result, and a copy of the report beside the result's folder.
+
+        record: the record of the run, as `training.json` has it.
+        """
+        self._events.update(self._history, checks=True)
+        self._events.close()
+        try:
+            from sdxl.report.writing import write_report  # here: matplotlib takes a second
+
+            self._history.write(self._folder)
+            report = write_report(
+                self._folder,
+                history=self._history,
+                record=record,
+                dataset_folder=dataset_folder,
+                advice=self._advice,
+                asked=self._asked,
+                described=self._described,
+            )
+            with atomic_path(self._folder.parent / REPORT) as partial:
+                shutil.copy2(report, partial)
+        except Exception as error:
+            log.warning("There is no %s, because writing it failed: %s.", REPORT, error)
