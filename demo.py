@@ -74,7 +74,9 @@ def main() -> None:
     ]
     contact_sheet(rows, text=20).save(output / "contact_sheet.png")
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    print(f"\nDone in {minutes} min {seconds} s. Look at {output / 'contact_sheet.png'}")
+    print(
+        f"\nDone in {minutes} min {seconds} s. Look at {output / 'contact_sheet.png'} and {output / 'report.html'}"
+    )
 
 
 def train(output: Path) -> None:

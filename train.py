@@ -345,8 +345,7 @@ def run(
 
     for told in without_effect(inputs.options):
         log.warning("%s", told)
-    history = History()
-    recorder = Recorder(history, workspace / OUTPUT, asked=inputs.asked, described=_descriptions())
+    recorder = Recorder(History(), workspace / OUTPUT, asked=inputs.asked, described=_descriptions())
 
     # Pictures → dataset folder.
     named = resuming.opened(inputs.resume, workspace)
@@ -403,7 +402,7 @@ def run(
         flip=config.horizontal_flip,
         leave_out=kept_out(len(pictures)) if config.checks else (),
     )
-    watch = _watch(config, components, dataset_folder, captions, history, workspace / OUTPUT)
+    watch = _watch(config, components, dataset_folder, captions, recorder.history, workspace / OUTPUT)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     checkpoints = workspace / OUTPUT / CHECKPOINTS
@@ -430,8 +429,8 @@ def run(
             checkpoint_of=base if config.single_file else None,
         )
     states.discard()
-    shutil.rmtree(dataset_folder)
-    shutil.rmtree(workspace / resuming.UNPACKED, ignore_errors=True)
+    for folder in (dataset_folder, workspace / resuming.UNPACKED):
+        shutil.rmtree(folder, ignore_errors=True)
     log.info("Done: %s contains the fine-tune.", RESULT)
     return workspace / RESULT
 

@@ -39,6 +39,8 @@ INPUTS = {
     "random_views": 0,
     "seed": 0,
     "save_every": 1,
+    "checks": 2,
+    "preview_prompts": "none",
 }
 KINDS: dict[str, dict[str, Any]] = {"lora": {"is_lora": True}, "full": {"is_lora": False}}
 

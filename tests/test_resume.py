@@ -33,6 +33,7 @@ from sdxl.training.state_files import RECORD, STATE, TENSORS, read_state, softwa
 from sdxl.training.state_folders import RunFolder, state_at, sweep
 from sdxl.training.states import RunStates
 from sdxl.training.step import TrainingStep
+from sdxl.training.watch import Watch
 from tests.conftest import TINY_BASE
 from tests.test_faults import full_disk
 from tests.test_training import CONFIG
@@ -369,12 +370,14 @@ def test_a_strangers_order_is_refused(base: Components, spoil: Callable[[Any], o
     weights, rows = (Group(params=[torch.nn.Parameter(torch.ones(2))], lr=1.0) for _ in range(2))
     optimizers = Optimizers("adamw", weights=weights, rows=rows, device=base.device)
     batches = Batches(examples(base), 2, seed=0)
-    run = RunState(optimizers, [batches], torch.Generator())
+    run = RunState(optimizers, [batches], torch.Generator(), Watch())
     order = run.order().as_json()
-    run.restore({}, {}, order)
+    run.restore({}, {}, order, run.watched())
+    with pytest.raises(WeightsError, match="checks in the state are damaged"):
+        run.restore({}, {}, order, {"checks": [{"step": "x"}]})
     spoil(order)
-    with pytest.raises(WeightsError, match="order of pictures is damaged"):
-        run.restore({}, {}, order)
+    with pytest.raises(WeightsError, match="The order of pictures or the checks in the state are damaged"):
+        run.restore({}, {}, order, run.watched())
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Recorder:
         asked: the inputs that were given, by name.
         described: what an input means, by name.
         """
-        self._history, self._folder = history, folder
+        self.history, self._folder = history, folder
         self._asked, self._described = asked, described
         self._advice: list[str] = []
         self._events = EventFiles(folder / EVENTS)
@@ -45,7 +45,7 @@ class Recorder:
         """A function that records the report of a step, and calls `then` with it."""
 
         def record(report: "StepReport") -> None:
-            self._history.steps.append(
+            self.history.steps.append(
                 Step(
                     step=report.step,
                     loss=report.loss,
@@ -55,7 +55,7 @@ class Recorder:
                     memory_gib=report.memory_gib,
                 )
             )
-            self._events.update(self._history)
+            self._events.update(self.history)
             then(report)
 
         return record
@@ -65,15 +65,15 @@ class Recorder:
 
         record: the record of the run, as `training.json` has it.
         """
-        self._events.update(self._history, checks=True)
+        self._events.update(self.history, checks=True)
         self._events.close()
         try:
             from sdxl.report.writing import write_report  # here: matplotlib takes a second
 
-            self._history.write(self._folder)
+            self.history.write(self._folder)
             report = write_report(
                 self._folder,
-                history=self._history,
+                history=self.history,
                 record=record,
                 dataset_folder=dataset_folder,
                 advice=self._advice,

@@ -74,8 +74,7 @@ def fine_tune(
     """Train `components` on `dataset`. Full training changes their UNet in place; a LoRA stays in it as an adapter.
 
     prior: pictures that the base drew. They are learned together with the subject's, so that the base's skills remain.
-    begin_with: a fine-tune to start from.
-    states: saves the run's state on the way, and may hold one to go on from.
+    begin_with: a fine-tune to start from. states: saves the run's state on the way, and may hold one to go on from.
     watch: checks the fine-tune on the way, and chooses the moment to hand over. Without it, that is the last one.
 
     Raises:
@@ -92,6 +91,7 @@ def fine_tune(
     generator.manual_seed(config.seed + rank())
     trainable = _trainable(components, config)
     states, watch, mixed = states or RunStates(), watch or Watch(), trainable.mixed_precision
+    snapshot = partial(_snapshot, trainable, tokens)
     watch.begin(components, config, mixed_precision=mixed)
     if begin_with is not None:
         begin_with.apply(components.unet, tokens)
@@ -105,7 +105,8 @@ def fine_tune(
     step = TrainingStep(loss, sources, optimizers, tokens, config, generator, mixed_precision=mixed)
 
     # A state is all that has changed since here. A run that goes on from one starts after its step.
-    progress = _progress(states.begin(RunState(optimizers, sources, generator)), config.max_train_steps)
+    done = watch.caught_up(states.begin(RunState(optimizers, sources, generator, watch)), snapshot)
+    progress = _progress(done, config.max_train_steps)
     for number in progress:
         # The pivot: the rows now describe the subject. Freeze all that reads the text, so that captions need encoding only
         # once and the text encoders can leave the GPU. The UNet goes on learning what the rows cannot say.
@@ -115,16 +116,15 @@ def fine_tune(
             for part in (watch, step, tokens, optimizers, components):
                 part.freeze_text()
 
-        # -------------------------------------------------------------------------------------- a single training step
+        # A single training step.
         share = _rate_share(config, number)
         optimizers.set_rates(weights=weights.lr * share, rows=rows.lr * share, encoders=encoders.lr * share)
         value, norms = step.gradients(tuple(batches.draw() for batches in sources))
         if not all(map(math.isfinite, (value, *norms))):  # stop before broken gradients reach the weights
-            on_checkpoint(number, _snapshot(trainable, tokens))
+            on_checkpoint(number, snapshot())
             raise _diverged(number + 1, value)
         with states.completing(number + 1):  # until its end the weights are between two steps
             step.update()
-        # ------------------------------------------------------------------------------------------------------------
 
         with undisturbed(components.device):  # whatever they draw
             on_step(
@@ -133,12 +133,12 @@ def fine_tune(
                 )
             )
             if config.checkpointing_steps and (number + 1) % config.checkpointing_steps == 0:
-                on_checkpoint(number + 1, _snapshot(trainable, tokens))
-            if watch.stops_after(number + 1, partial(_snapshot, trainable, tokens)):
+                on_checkpoint(number + 1, snapshot())
+            if watch.stops_after(number + 1, snapshot):
                 break
 
     tokens.remove()
-    return watch.chosen(_snapshot(trainable, tokens))
+    return watch.chosen(snapshot())
 
 
 def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: int) -> float:

@@ -18,11 +18,14 @@ from torch.optim import Optimizer
 from sdxl.errors import WeightsError
 from sdxl.training.batches import Batches
 from sdxl.training.optimizers import Optimizers
+from sdxl.training.watch import Watch
 
 Scalars = dict[str, float | int]
 """Name → a number that an optimizer keeps beside its tensors."""
 _OPTIMIZER = "optimizer."
 """What the names begin with of what an optimizer remembers; its number and that of the weight follow."""
+_BEST = "best."
+"""The same for the fine-tune of the best moment."""
 _LONGEST_QUEUE = 1 << 20
 """Rows. A bucket's queue has at most as many as a batch and a pass through the bucket have."""
 
@@ -48,19 +51,25 @@ class RunState:
     """The changing parts of a run, to be copied and to be set."""
 
     def __init__(
-        self, optimizers: Optimizers, sources: Sequence[Batches], generator: torch.Generator
+        self, optimizers: Optimizers, sources: Sequence[Batches], generator: torch.Generator, watch: Watch
     ) -> None:
         """generator: draws all that is random in a step, on the device that trains."""
         self.device = generator.device
         self._optimizers, self._sources, self._generator = optimizers, sources, generator
+        self._watch = watch
 
     def tensors(self) -> dict[str, Tensor]:
-        """What trains and what the optimizers remember: name → the tensor itself, on its own device."""
+        """What trains, what the optimizers remember and the best moment so far: name → the tensor itself, on its own device."""
         found = {f"weight.{i}": p.detach() for i, p in enumerate(self._optimizers.parameters)}
+        found |= {f"{_BEST}{name}": tensor for name, tensor in self._watch.tensors().items()}
         for state, key, name in self._entries():
             if isinstance(state[key], Tensor):
                 found |= {f"{name}{inner}": part for inner, part in _parts(state[key])}
         return found
+
+    def watched(self) -> dict[str, Any]:
+        """What the watch has seen."""
+        return self._watch.as_json()
 
     def scalars(self) -> Scalars:
         """The numbers that optimizers keep: of each weight, and of each group of weights."""
@@ -74,12 +83,21 @@ class RunState:
             queues=[batches.queues for batches in self._sources],
         )
 
-    def restore(self, tensors: Mapping[str, Tensor], scalars: Scalars, order: Mapping[str, Any]) -> None:
+    def restore(
+        self,
+        tensors: Mapping[str, Tensor],
+        scalars: Scalars,
+        order: Mapping[str, Any],
+        watched: Mapping[str, Any],
+    ) -> None:
         """Set everything. Call `differs` first: it checks `tensors`.
 
         Raises:
-            WeightsError: `order` is not that of such a run.
+            WeightsError: `order` or `watched` is not that of such a run.
         """
+        best = {
+            name.removeprefix(_BEST): tensor for name, tensor in tensors.items() if name.startswith(_BEST)
+        }
         with torch.no_grad():
             for name, target in self.tensors().items():
                 if name in tensors:
@@ -90,8 +108,11 @@ class RunState:
                 where[key] = type(where[key])(scalars[name])
         try:
             self._set_order(order)
+            self._watch.restore(watched, best)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-            raise WeightsError("The state's order of pictures is damaged: take another state.") from error
+            raise WeightsError(
+                "The order of pictures or the checks in the state are damaged: take another state."
+            ) from error
 
     def differs(self, saved: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str | None:
         """The first name for which a saved tensor, of this type and shape, is not as in this run; None if all fit.
@@ -109,6 +130,8 @@ class RunState:
             torch.cuda.empty_cache()  # the gradients are no longer needed
         own = self.tensors()
         for name in sorted(own.keys() | saved.keys()):
+            if name.startswith(_BEST):  # the watch checks these
+                continue
             of_text = name.startswith(_OPTIMIZER) and _weight_of(name) >= self._optimizers.count_of_weights
             if of_text and name in own and name not in saved:
                 continue

@@ -46,6 +46,8 @@ class StateNotes:
     """Numbers of the optimizers."""
     orders: list[dict[str, Any]]
     """`Order.as_json` of each process."""
+    watched: dict[str, Any]
+    """What was seen of the fine-tune on the way, as `Watch.as_json` tells it."""
     pictures: str
     """The digest of what was learned, as it was encoded."""
 
@@ -129,7 +131,9 @@ def kinds(file: WeightFile) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 
 def _notes(about: Mapping[str, Any]) -> StateNotes:
-    step, seed, scalars, orders = (about[name] for name in ("step", "seed", "scalars", "orders"))
+    step, seed, scalars, orders, watched = (
+        about[name] for name in ("step", "seed", "scalars", "orders", "watched")
+    )
     numbers = isinstance(scalars, dict) and all(
         type(value) in (int, float) and math.isfinite(value) for value in scalars.values()
     )
@@ -137,7 +141,12 @@ def _notes(about: Mapping[str, Any]) -> StateNotes:
     if not fine or not isinstance(orders, list) or not 0 < len(orders) <= _MOST_PROCESSES:
         raise ValueError("a note is not what it should be")
     return StateNotes(
-        step=step, seed=seed, scalars=scalars, orders=orders, pictures=str(about.get("pictures"))
+        step=step,
+        seed=seed,
+        scalars=scalars,
+        orders=orders,
+        watched=dict(watched),
+        pictures=str(about.get("pictures")),
     )
 
 

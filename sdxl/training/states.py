@@ -178,8 +178,14 @@ class RunStates:
 
     def _notes(self, step: int, orders: list[dict[str, Any]]) -> StateNotes:
         assert self._run is not None
-        scalars = self._run.scalars()
-        return StateNotes(step=step, seed=self._seed, scalars=scalars, orders=orders, pictures=self._pictures)
+        return StateNotes(
+            step=step,
+            seed=self._seed,
+            scalars=self._run.scalars(),
+            orders=orders,
+            watched=self._run.watched(),
+            pictures=self._pictures,
+        )
 
     @torch.no_grad()
     def _copy(self, *, pinned: bool) -> WeightImage | None:
@@ -253,7 +259,7 @@ def _restore(run: RunState, saved: SavedState) -> None:
             f"{name} holds weights of another precision, optimizer or shape than this run (at {differs}): give the settings "
             "and the kind of GPU of its run."
         )
-    run.restore(saved.file.read(), notes.scalars, notes.orders[rank()])
+    run.restore(saved.file.read(), notes.scalars, notes.orders[rank()], notes.watched)
 
 
 def _gigabytes(count: int) -> str:

@@ -4,9 +4,14 @@ Knows when to look and what is better; does not know how signals are computed or
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.history import Check, Choice, History, Previews
@@ -40,6 +45,7 @@ class Watch:
     history: History = field(default_factory=History)
     """What was seen; the choice too, at the end."""
     _meter: Meter | None = field(default=None, init=False)
+    _token_map: TokenMap | None = field(default=None, init=False)
     _total: int = field(default=0, init=False)
     _pivot: int = field(default=0, init=False)
     _best: TrainedFineTune | None = field(default=None, init=False)
@@ -51,10 +57,11 @@ class Watch:
             return
         assert self.held_out is not None
         self._total, self._pivot = config.max_train_steps, config.pivot_step
+        self._token_map = TokenMap.parse(config.token_map)
         self._meter = Meter(
             components,
             self.held_out,
-            TokenMap.parse(config.token_map),
+            self._token_map,
             words=config.token_init,
             texts=texts_beside(config),
             seed=config.seed,
@@ -83,9 +90,59 @@ class Watch:
             self._preview(step)
         return bool(agreed(int(self._has_fallen())))
 
+    def caught_up(self, done: int, snapshot: Callable[[], TrainedFineTune]) -> int:
+        """Look after the step `done` if it is time and nobody has: a state is saved before that. Returns `done`."""
+        seen = any(check.step == done for check in self.history.checks)
+        if done and not seen:
+            self.stops_after(done, snapshot)
+        return done
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The best fine-tune so far: name → tensor on the CPU."""
+        if self._best is None:
+            return {}
+        rows = {f"rows.{number}": rows for number, rows in enumerate(self._best.token_rows)}
+        return {f"weights.{name}": tensor for name, tensor in self._best.weights.items()} | rows
+
+    def as_json(self) -> dict[str, Any]:
+        """All that was seen, besides previews."""
+        kind = "" if self._best is None else self._best.kind
+        return {
+            "checks": [asdict(check) for check in self.history.checks],
+            "best": self._best_at,
+            "kind": kind,
+        }
+
+    def restore(self, told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `as_json` and `tensors` told, which may come from a stranger.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not what they tell.
+        """
+        checks = [Check(**check) for check in told["checks"]]
+        for check in checks:
+            numbers = [check.strength, check.followed, check.drift, check.score, *check.held_out.values()]
+            if type(check.step) is not int or not all(math.isfinite(number) for number in numbers):
+                raise ValueError("a check is not what it should be")
+        if not self.checks or not tensors:
+            return
+        self.history.checks, self._best_at = checks, int(told["best"])
+        if all(check.step != self._best_at for check in checks):
+            raise ValueError("the best moment was not checked")
+        weights = {
+            name.removeprefix("weights."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("weights.")
+        }
+        rows = [tensors[f"rows.{number}"] for number in (0, 1)]
+        assert self._token_map is not None
+        self._best = TrainedFineTune(
+            kind=str(told["kind"]), weights=weights, token_rows=rows, token_map=self._token_map
+        )
+
     def chosen(self, last: TrainedFineTune) -> TrainedFineTune:
         """The fine-tune to hand over: that of the best moment or the `last` one. The history says why."""
-        if self._best is None:
+        if self._best is None or _shapes(self._best) != _shapes(last):  # a state may have held anything
             return last
         end = self.history.checks[-1]
         best = next(check for check in self.history.checks if check.step == self._best_at)
@@ -114,6 +171,11 @@ class Watch:
         except Exception as error:
             log.warning("The previews after step %d failed (%s): training goes on without them.", step, error)
             self.draw = None
+
+
+def _shapes(model: TrainedFineTune) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    rows = {f"rows.{number}": rows for number, rows in enumerate(model.token_rows)}
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in (model.weights | rows).items()}
 
 
 def with_scores(checks: list[Check]) -> list[Check]:
