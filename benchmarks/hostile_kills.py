@@ -75,11 +75,11 @@ def kill_trainings(count: int, seed: int, tuned: TunedPipeline) -> dict[str, Any
     again = 0
     with tempfile.TemporaryDirectory() as made:
         archive = training_set(Path(made))
-        seconds = {
-            kind: _whole_run(archive, Path(made) / f"whole-{kind}", is_lora=kind) for kind in (False, True)
-        }
+        seconds: dict[bool, float] = {}
         for number in tqdm(range(count), desc="Kills", unit="kill"):
             output, is_lora = Path(made) / str(number), dice.random() < 0.5
+            if is_lora not in seconds:
+                seconds[is_lora] = _whole_run(archive, Path(made) / f"whole-{is_lora}", is_lora=is_lora)
             pid = start_training(archive, output, is_lora=is_lora)
             if number % 2:
                 _wait_until_packing(output, pid)

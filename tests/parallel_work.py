@@ -19,7 +19,7 @@ from sdxl.training import data_parallel
 from sdxl.training.examples import cache_examples
 from sdxl.training.recipe import fine_tune
 from sdxl.training.state_files import STATE
-from tests.conftest import REPOSITORY, TINY_BASE
+from tests.conftest import REPOSITORY
 from tests.test_resume import SMALL, Runs, assert_equal, narrow_components
 from tests.test_training import CONFIG
 
@@ -27,10 +27,10 @@ MARK = "From here on train.py writes.\n"
 """Written to stderr when no process writes any more."""
 
 
-def learn(folder: Path, name: str) -> None:
-    """Train on the data set in `folder`; what was learned is in the file `name`.pt."""
+def learn(folder: Path, name: str, base: Path) -> None:
+    """Train `base` on the data set in `folder`; what was learned is in the file `name`.pt."""
     config = dataclasses.replace(CONFIG, is_lora=True, lora_lr=1e-3, max_train_steps=4)
-    components = load_components(TINY_BASE, is_lora=True, device=torch.device("cpu"))
+    components = load_components(base, is_lora=True, device=torch.device("cpu"))
     data = cache_examples(folder / "dataset", components, TokenMap.parse(config.token_map), seed=0)
     losses: list[float] = []
     model = fine_tune(components, data, config, on_step=lambda report: losses.append(report.loss))
@@ -62,7 +62,7 @@ def work(folder: Path) -> None:
     mixed = [torch.full((2, 3), float(rank)), torch.full((4,), 2.0 * rank, dtype=torch.bfloat16)]
     data_parallel.average(mixed)
     assert mixed[0].tolist() == [[0.5] * 3] * 2 and mixed[1].tolist() == [1.0] * 4
-    learn(folder, str(rank))
+    learn(folder, str(rank), Path(os.environ["SDXL_BASE"]))
     go_on(folder)
     torch.distributed.barrier()
     if rank == 0:

@@ -158,7 +158,10 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_train_then_predict_as_the_readme_says(captioned_zip: Path, tmp_path: Path):
+def test_train_then_predict_as_the_readme_says(
+    captioned_zip: Path, narrow_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SDXL_BASE", str(narrow_base))
     quick = ["resolution=64", "max_train_steps=2", "seed=0", "train_batch_size=2", "checks=1"]
     trained = python(
         "train.py",

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from preprocess import PreprocessConfig, prepare_dataset
-from tests.conftest import QUICK, REPOSITORY, TINY_BASE, free_port, write_captioned_zip
+from tests.conftest import QUICK, REPOSITORY, free_port, write_captioned_zip
 from tests.parallel_work import MARK, learn
 from tests.test_training import CONFIG
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, narrow_base: Path) -> Path:
     """With a data set, `out` of a train.py that torchrun started, its `log`, and what each process learned."""
     folder = tmp_path_factory.mktemp("parallel")
     archive = write_captioned_zip(folder / "captioned.zip")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {name: value for name, value in QUICK.items() if name != "seed"} | {"max_train_steps": 2}
     inputs = {"input_images": f"@{archive}", **settings}
     command += ["-o", str(folder / "out"), *(f"-i{name}={value}" for name, value in inputs.items())]
-    environment = os.environ | {"SDXL_BASE": str(TINY_BASE), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"SDXL_BASE": str(narrow_base), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
@@ -34,10 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_learn_as_one(folder: Path):
+def test_two_processes_learn_as_one(folder: Path, narrow_base: Path):
     first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     assert first["losses"] == second["losses"], "both report the mean"
-    learn(folder, "alone")
+    learn(folder, "alone", narrow_base)
     alone = torch.load(folder / "alone.pt")
     assert first["losses"] != pytest.approx(alone["losses"], rel=1e-3), "each sees other pictures and noise"
     for name, value in first["weights"].items():

@@ -29,8 +29,12 @@ FULL_DISK = {1: "a picture", 40: "the embeddings", 2000: "the weights"}
 TRAININGS = """
 import os, resource, sys
 from sdxl.command_line import run_command_line
+from sdxl.process import configure_logging
 from train import train
 
+configure_logging()
+import predict, sdxl.training.optimizers
+print("Imported.", file=sys.stderr)
 out, sizes, *argv = sys.argv[1:]
 for kib in map(int, sizes.split()):
     os.environ.pop("SDXL_WORKSPACE", None)
@@ -53,7 +57,9 @@ def test_a_full_disk_ends_a_training_in_one_sentence(captioned_zip: Path, tmp_pa
         text=True,
         check=True,
     )
-    logs = done.stderr.split("Ended with 1.\n")
+    said_on_import, _, log = done.stderr.partition("Imported.\n")
+    assert said_on_import + done.stdout == "", "the libraries of optimizers are silent"
+    logs = log.split("Ended with 1.\n")
     assert len(logs) == len(FULL_DISK) + 1, done.stderr
     for log, what in zip(logs, FULL_DISK.values(), strict=False):
         [said] = [line for line in log.splitlines() if line.startswith("Error: ")]

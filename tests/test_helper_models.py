@@ -133,8 +133,8 @@ FACE = (178, 72, 270, 182)
 
 
 def test_a_face_is_found_on_a_photograph(astronaut: Image.Image):
-    (face,) = find_faces(astronaut)
-    assert overlap(face, FACE) >= 0.6
+    (face,) = find_faces(astronaut.reduce(2))
+    assert overlap([2 * side for side in face], FACE) >= 0.6
     turned = astronaut.rotate(15, center=(224, 127), resample=Image.Resampling.BICUBIC)
     (face,) = find_faces(turned.crop((74, 0, 374, 300)))
     assert overlap((face[0] + 74, face[1], face[2] + 74, face[3]), FACE) >= 0.6

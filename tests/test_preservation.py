@@ -64,7 +64,7 @@ def test_other_captions_keep_what_they_mean(dataset_folder: Path, narrow_base: P
         config = dataclasses.replace(
             CONFIG,
             is_lora=is_lora,
-            max_train_steps=12,
+            max_train_steps=8,
             train_batch_size=4,
             lora_lr=3e-3,
             unet_learning_rate=3e-4,

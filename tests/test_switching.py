@@ -67,7 +67,7 @@ def fine_tunes(
 
 def draw(tuned: TunedPipeline) -> np.ndarray:
     request = GenerationRequest(
-        prompt="a TOK", width=64, height=64, num_inference_steps=2, guidance_scale=4.0, seed=0
+        prompt="a TOK", width=64, height=64, num_inference_steps=1, guidance_scale=4.0, seed=0
     )
     return np.array(generate(tuned.pipeline, request, tuned.token_map)[0])
 

@@ -19,7 +19,12 @@ import train
 from sdxl.errors import UserInputError
 from sdxl.files.archives import unpack
 from sdxl.history import History
-from tests.conftest import FULL, QUICK, call, png, write_zip
+from tests.conftest import FULL, QUICK, TINY_BASE, call, png, write_zip
+
+
+@pytest.fixture(autouse=True)
+def _narrow_base(monkeypatch: pytest.MonkeyPatch, narrow_base: Path) -> None:
+    monkeypatch.setenv("SDXL_BASE", str(narrow_base))
 
 
 def run(tmp_path: Path, **inputs) -> Path:
@@ -32,7 +37,8 @@ def run(tmp_path: Path, **inputs) -> Path:
     return tmp_path / "out"
 
 
-def test_artifacts_of_a_full_training(captioned_zip: Path, tmp_path: Path):
+def test_artifacts_of_a_full_training(captioned_zip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SDXL_BASE", str(TINY_BASE))
     out = run(tmp_path, input_images=captioned_zip, single_file=True, **QUICK, **FULL)
     assert sorted(path.name for path in out.iterdir()) == [
         "embeddings.pti",
@@ -150,8 +156,11 @@ def test_checkpoints_come_along_and_are_fine_tunes(captioned_zip: Path, tmp_path
     assert all(torch.equal(last[name], final[name]) for name in final)
 
 
-def test_equal_runs_give_equal_bytes(captioned_zip: Path, fine_tunes: dict[str, Path], tmp_path: Path):
+def test_equal_runs_give_equal_bytes(
+    captioned_zip: Path, fine_tunes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Except in the date of a file for web UIs, and in how long the steps took."""
+    monkeypatch.setenv("SDXL_BASE", str(TINY_BASE))
     again = call(train.train, input_images=captioned_zip, **QUICK, **FULL)
     one, other = tmp_path / "one", tmp_path / "other"
     for tar, folder in ((again, one), (fine_tunes["full"], other)):
