@@ -52,7 +52,7 @@ class Case:
     captions: list[str]
     prompts: list[str]
     judge: Callable[[Tensor, Scorer], Numbers]
-    """Takes the drawn pictures, [prompts, 3, 256, 256] in 0..1."""
+    """Takes the drawn pictures, [prompts, 3, side, side] in 0..1."""
 
 
 def two_subjects(seed: int) -> Case:
@@ -210,7 +210,7 @@ def judge_method(case: Case, method: Method, args: argparse.Namespace) -> Number
                 method,
                 base=BASE,
                 token_map=case.token_map,
-                resolution=256,
+                resolution=args.side,
                 steps=args.steps,
                 batch_size=args.batch_size,
                 device=args.device,
@@ -218,7 +218,7 @@ def judge_method(case: Case, method: Method, args: argparse.Namespace) -> Number
         pipeline = TunedPipeline(load_pipeline(BASE, torch.device(args.device)))
         pipeline.activate(tuned)
         pipeline.pipeline.set_progress_bar_config(disable=True)
-        drawn = draw(pipeline, case.prompts, 100, side=256, steps=args.sampling_steps)
+        drawn = draw(pipeline, case.prompts, 100, side=args.side, steps=args.sampling_steps)
     return case.judge(drawn, Scorer(device=args.device))
 
 

@@ -108,9 +108,9 @@ class Encoders:
         )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run every subject and method, print the table and write it as JSON."""
-    args = _arguments()
+    args = _arguments(arguments)
     base = local_folder(args.base)
     subjects = {
         folder.name: _pictures(folder) for folder in sorted(args.pictures.iterdir()) if folder.is_dir()
@@ -216,7 +216,7 @@ def _tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dreambench", description=__doc__)
     parser.add_argument("pictures", type=Path, help="folder with one folder of pictures for each subject")
     parser.add_argument("--base", required=True, help="SDXL as a folder or a hub name")
@@ -231,7 +231,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clip", default=CLIP)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/dreambench.json"))
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 if __name__ == "__main__":

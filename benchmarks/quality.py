@@ -89,9 +89,9 @@ SHEET_SIDE, SHEET_TEXT = 200, 20
 """Pixels. A page that is 900 pixels wide shows a sheet of five or six columns with letters of at least 14."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run all jobs, then write the table, the JSON file and the sheet."""
-    args = _arguments()
+    args = _arguments(arguments)
     first = 0 if args.development else 1
     subjects = [first + 2 * i for i in range(args.subjects)]
     methods = [method for method in METHODS if method.name in args.methods]
@@ -134,6 +134,7 @@ def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace
         batch_size=args.batch_size,
         seeds=args.seeds,
         sampling_steps=args.sampling_steps,
+        side=args.side,
         device=args.device,
     )
     for i, result in in_processes(work, missing, workers=args.workers, device=args.device, desc="Jobs"):
@@ -231,6 +232,7 @@ def _files(args: argparse.Namespace, seed: int, method: Method) -> tuple[Path, P
             args.batch_size,
             args.seeds,
             args.sampling_steps,
+            args.side,
             prompts.training_captions(count=prompts.MOST_PICTURES),
         ]
     )
@@ -254,6 +256,9 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each method")
     parser.add_argument("--batch-size", type=int, default=32 if gpus else 4, help="pictures in each step")
     parser.add_argument("--sampling-steps", type=int, default=15)
+    parser.add_argument(
+        "--side", type=int, default=256, help="pixels of the pictures that are learned and drawn"
+    )
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt")
     # Each process keeps a core busy. More than 20 on one GPU gain little.
     parser.add_argument("--workers", type=int, default=min(cores, 20 * max(gpus, 1)) if gpus else cores)
@@ -262,7 +267,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument(
         "--subjects", type=int, default=3, help="how many judging subjects, with odd seeds from 1"
@@ -285,7 +290,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sheet-subjects", type=int, default=3)
     add_job_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 if __name__ == "__main__":

@@ -102,9 +102,17 @@ SETTINGS: dict[str, Any] = {
 
 
 def run_job(
-    seed: int, method: Method, *, steps: int, batch_size: int, seeds: int, sampling_steps: int, device: str
+    seed: int,
+    method: Method,
+    *,
+    steps: int,
+    batch_size: int,
+    seeds: int,
+    sampling_steps: int,
+    side: int = 256,
+    device: str,
 ) -> dict[str, Any]:
-    """The figures of one job, and its `pictures` of the first seed, uint8 [prompts, 3, 256, 256]."""
+    """The figures of one job, and its `pictures` of the first seed, uint8 [prompts, 3, side, side]."""
     torch.manual_seed(0)
     started = time.monotonic()
     if device == "cuda":
@@ -112,12 +120,12 @@ def run_job(
     with tempfile.TemporaryDirectory() as folder:
         tuned = None
         if method.trained:
-            tuned = _learn(seed, method, Path(folder), steps, batch_size, device)
+            tuned = _learn(seed, method, Path(folder), steps, batch_size, side, device)
         learnt = time.monotonic()
         pipeline = TunedPipeline(load_pipeline(BASE, torch.device(device)))
         pipeline.activate(tuned)
         pipeline.pipeline.set_progress_bar_config(disable=True)
-        numbers, pictures = _judge(seed, method, pipeline, seeds, sampling_steps, device)
+        numbers, pictures = _judge(seed, method, pipeline, seeds, sampling_steps, side, device)
     numbers["train_seconds"] = round(learnt - started, 1) if method.trained else 0.0
     numbers["seconds"] = round(time.monotonic() - started, 1)
     if device == "cuda":
@@ -224,7 +232,7 @@ def write_renders(folder: Path, images: Tensor, captions: list[str], masks: Tens
 
 
 def _learn(
-    seed: int, method: Method, folder: Path, steps: int, batch_size: int, device: str
+    seed: int, method: Method, folder: Path, steps: int, batch_size: int, side: int, device: str
 ) -> fine_tune_files.FineTuneFiles:
     shown = training_pictures(seed, method.raw_side, method.pictures)
     captions = P.training_captions(method.called, method.pictures)
@@ -242,7 +250,7 @@ def _learn(
         method,
         base=BASE,
         token_map=f"{P.NAME}:{method.rows}",
-        resolution=256,
+        resolution=side,
         steps=steps,
         batch_size=batch_size,
         device=device,
@@ -256,7 +264,7 @@ def _grown(mask: Tensor) -> Tensor:
 
 
 def _judge(
-    seed: int, method: Method, tuned: TunedPipeline, seeds: int, sampling_steps: int, device: str
+    seed: int, method: Method, tuned: TunedPipeline, seeds: int, sampling_steps: int, side: int, device: str
 ) -> tuple[dict[str, float], Tensor]:
     scorer = Scorer(device=device)
     asked = P.subject_prompts(method.called) * seeds
@@ -266,7 +274,7 @@ def _judge(
     prompts += [P.DIVERSITY_PROMPT] * 6
     # On a GPU draw all in one batch: for small pictures the launches take the time, not the arithmetic.
     everything = draw(
-        tuned, prompts, 100, side=256, steps=sampling_steps, at_once=len(prompts) if device != "cpu" else 10
+        tuned, prompts, 100, side=side, steps=sampling_steps, at_once=len(prompts) if device != "cpu" else 10
     )
     pictures, rest = everything[: len(asked)], everything[len(asked) :]
 

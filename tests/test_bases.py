@@ -24,7 +24,7 @@ from sdxl.model.components import load_components
 from sdxl.model.ldm_names import CLIP_G, CLIP_L, UNET, VAE
 from sdxl.model.single_file_base import prediction_of
 from sdxl.serving.pipeline import load_pipeline
-from tests.conftest import REPOSITORY, TINY_BASE, call, write_captioned_zip
+from tests.conftest import QUICK, REPOSITORY, TINY_BASE, call, write_captioned_zip
 from tests.single_files import EXTRA, checkpoint, weights_of, write
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -70,16 +70,13 @@ def test_a_single_file_becomes_the_folder_that_it_came_from(
     assert same(weights_of(found.folder / "vae"), convert_ldm_vae_checkpoint(dict(cast), vae))
 
 
-def test_a_training_on_the_single_file_is_that_on_its_folder(
-    named_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("SDXL_CONFIG", str(named_base))
-    single_file = write(tmp_path / "base.safetensors", checkpoint(named_base))
+def test_a_training_on_the_single_file_is_that_on_its_folder(tensors: dict[str, Tensor], tmp_path: Path):
+    single_file = write(tmp_path / "base.safetensors", tensors)
     archive = write_captioned_zip(tmp_path / "x.zip")
-    quick = {"max_train_steps": 2, "train_batch_size": 1, "seed": 0, "random_views": 0, "resolution": 64}
+    quick = QUICK | {"max_train_steps": 2, "train_batch_size": 1}
     lora = {"is_lora": True, "lora_lr": 1e-2, "lora_rank": 2, "lora_targets": "attention"}
     files = {}
-    for name, base in {"file": single_file, "folder": named_base}.items():
+    for name, base in {"file": single_file, "folder": TINY_BASE}.items():
         tar = call(train.train, input_images=archive, base=str(base), **quick, **lora)
         with tarfile.open(tar) as opened:
             files[name] = {
@@ -91,7 +88,7 @@ def test_a_training_on_the_single_file_is_that_on_its_folder(
     assert files["file"]["embeddings.pti"] == files["folder"]["embeddings.pti"]
     records = {name: json.loads(of["training.json"]) for name, of in files.items()}
     assert records["file"]["settings"].pop("base") == str(single_file)
-    assert records["folder"]["settings"].pop("base") == str(named_base)
+    assert records["folder"]["settings"].pop("base") == str(TINY_BASE)
     assert records["file"] == records["folder"]
     assert records["file"]["prediction_type"] == "epsilon"
     assert records["file"]["zero_terminal_snr"] is False

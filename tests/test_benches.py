@@ -102,7 +102,7 @@ def test_a_style_is_known_by_its_inks(scorer: Scorer):
 
 
 def test_a_case_runs_through(monkeypatch: pytest.MonkeyPatch):
-    args = argparse.Namespace(steps=2, batch_size=2, device="cpu", sampling_steps=1)
+    args = argparse.Namespace(steps=2, batch_size=2, device="cpu", sampling_steps=1, side=64)
     case = dataclasses.replace(cases.cluttered(0), prompts=["a photo of TOK"])
     case = dataclasses.replace(case, judge=lambda drawn, scorer: {"count": float(len(drawn))})
     method = dataclasses.replace(cases.LORA, views=0, masks=True)

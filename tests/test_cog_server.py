@@ -176,12 +176,11 @@ def test_pictures_of_several_shapes_go_from_the_preprocessor_through_a_training(
 
 
 def test_weights_given_at_start_serve_requests_that_name_none(
-    trainer: Server, predictor: Server, captioned_zip: Path, tmp_path: Path
+    predictor: Server, fine_tunes: dict[str, Path], tmp_path: Path
 ):
-    training = trainer.post({"input_images": data_uri(captioned_zip.read_bytes()), **QUICK}).json()
-    tar = tmp_path / "trained_model.tar"
-    tar.write_bytes(base64.b64decode(training["output"].split(",", 1)[1]))
-    expected = predictor.post({**SMALL, "replicate_weights": training["output"]}).json()["output"]
+    tar = fine_tunes["lora"]
+    weights = data_uri(tar.read_bytes(), "application/x-tar")
+    expected = predictor.post({**SMALL, "replicate_weights": weights}).json()["output"]
     with serve(tmp_path / "workspace", "predict.py:Predictor", weights=str(tar)) as tuned:
         assert tuned.post(SMALL).json()["output"] == expected
 

@@ -25,11 +25,11 @@ def test_inputs_can_be_made_again():
 
 
 def test_hostile_inputs_and_a_kill(tmp_path: Path):
-    command = [sys.executable, "-m", "benchmarks.hostile", "--inputs", "20", "--kills", "1"]
+    command = [sys.executable, "-m", "benchmarks.hostile", "--inputs", "11", "--kills", "1"]
     subprocess.run(
         [*command, "--output", str(tmp_path / "r.json")], cwd=REPOSITORY, check=True, capture_output=True
     )
     result = json.loads((tmp_path / "r.json").read_text())
-    assert result["inputs"] == result["used"] + result["refused"] == 20, result["what_was_bad"]
+    assert result["inputs"] == result["used"] + result["refused"] == 11, result["what_was_bad"]
     assert result["used"] >= result["undamaged"] == 2
     assert (result["kills"], result["lost"]) == (1, 0), result["what_was_lost"]

@@ -28,7 +28,7 @@ from sdxl.training.optimizers import Group, Optimizers
 from sdxl.training.step import TrainingStep
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import as_base, full_unet, lora
-from tests.conftest import TINY_BASE, png, write_zip
+from tests.conftest import png, write_zip
 from tests.test_training import CONFIG
 
 SEED, BATCH, SIDE = 1, 3, 64
@@ -96,8 +96,8 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def base() -> Components:
-    made = load_components(TINY_BASE, is_lora=False, device=torch.device("cpu"))
+def base(narrow_base: Path) -> Components:
+    made = load_components(narrow_base, is_lora=False, device=torch.device("cpu"))
     for module in (made.unet, *made.text_encoders):
         module.double()
     return made

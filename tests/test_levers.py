@@ -29,7 +29,6 @@ from sdxl.training.prior import PriorConfig, prior_dataset
 from sdxl.training.random_views import LARGEST_ZOOM
 from sdxl.training.recipe import StepReport, fine_tune, learning_rate_share
 from sdxl.training.text_conditioning import TextConditioning
-from tests.conftest import TINY_BASE
 from tests.test_training import CONFIG, run  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
@@ -68,13 +67,13 @@ def test_batches_show_examples_as_often_as_their_shares_say():
     assert [seen[i] / 4000 for i in range(7)] == pytest.approx(shares, rel=0.05)
 
 
-def test_a_run_over_two_shapes_learns_from_both(run):  # noqa: F811
+def test_a_run_over_two_shapes_learns_from_both(run, narrow_base: Path):  # noqa: F811
     _, dataset, _ = run()
     wide = [
         dataclasses.replace(e, latents=e.latents[:, :4], mask=e.mask[:, :4]) for e in dataset.examples[:2]
     ]
     mixed = ExampleDataset([*dataset.examples[:2], *wide])
-    fresh = load_components(TINY_BASE, is_lora=False, device=CPU)
+    fresh = load_components(narrow_base, is_lora=False, device=CPU)
     cache_examples_tokens(fresh)
     losses: list[float] = []
     fine_tune(
@@ -106,8 +105,8 @@ def striped(tmp_path: Path) -> Path:
     )
 
 
-def test_views_tell_where_they_were_cut(striped: Path):
-    components = load_components(TINY_BASE, is_lora=False, device=CPU)
+def test_views_tell_where_they_were_cut(striped: Path, narrow_base: Path):
+    components = load_components(narrow_base, is_lora=False, device=CPU)
     data = cache_examples(striped, components, TokenMap.parse("TOK:2"), seed=0, views=20)
     assert len(data) == 21
     whole, *views = (e.time_ids.tolist() for e in data.examples)
@@ -123,16 +122,16 @@ def test_views_tell_where_they_were_cut(striped: Path):
     assert np.corrcoef([left for left, _ in by_left], widths)[0, 1] < -0.5
 
 
-def test_flipped_pictures_are_learned_too(striped: Path):
-    components = load_components(TINY_BASE, is_lora=False, device=CPU)
+def test_flipped_pictures_are_learned_too(striped: Path, narrow_base: Path):
+    components = load_components(narrow_base, is_lora=False, device=CPU)
     data = cache_examples(striped, components, TokenMap.parse("TOK:2"), seed=0, flip=True)
     plain, mirrored = data.examples
     assert torch.equal(plain.mask.flip(-1), mirrored.mask)
     assert not torch.allclose(plain.latents, mirrored.latents, atol=0.1)
 
 
-def test_a_mirrored_cut_is_told_from_the_other_side(striped: Path):
-    components = load_components(TINY_BASE, is_lora=False, device=CPU)
+def test_a_mirrored_cut_is_told_from_the_other_side(striped: Path, narrow_base: Path):
+    components = load_components(narrow_base, is_lora=False, device=CPU)
     data = cache_examples(striped, components, TokenMap.parse("TOK:2"), seed=0, views=6, flip=True)
     ids = [example.time_ids.tolist() for example in data.examples]
     for (_, _, top, left, *_), (_, _, mirrored_top, from_right, *_) in zip(ids[:7], ids[7:], strict=True):
@@ -168,11 +167,11 @@ def test_mask_floor_lets_the_background_count_a_little():
 
 
 @pytest.mark.parametrize("is_lora", [True, False])
-def test_outside_masks_the_base_is_the_teacher(run, is_lora: bool):  # noqa: F811
+def test_outside_masks_the_base_is_the_teacher(run, is_lora: bool, narrow_base: Path):  # noqa: F811
     """Pictures that are masked out altogether teach nothing: the base already draws them as the base does."""
     _, dataset, _ = run(is_lora=is_lora, max_train_steps=1)
     hidden = ExampleDataset([dataclasses.replace(e, mask=torch.zeros_like(e.mask)) for e in dataset.examples])
-    fresh = load_components(TINY_BASE, is_lora=is_lora, device=CPU)
+    fresh = load_components(narrow_base, is_lora=is_lora, device=CPU)
     cache_examples_tokens(fresh)
     before = fresh.unet.conv_in.weight.detach().clone()
     losses: list[float] = []
@@ -180,7 +179,7 @@ def test_outside_masks_the_base_is_the_teacher(run, is_lora: bool):  # noqa: F81
     fine_tune(fresh, hidden, config, on_step=lambda report: losses.append(report.loss))
     assert max(losses) < 1e-10 and torch.equal(before, fresh.unet.conv_in.weight)
     shown = dataclasses.replace(config, mask_base_target=False)
-    fresh = load_components(TINY_BASE, is_lora=is_lora, device=CPU)
+    fresh = load_components(narrow_base, is_lora=is_lora, device=CPU)
     cache_examples_tokens(fresh)
     fine_tune(fresh, hidden, shown, on_step=lambda report: losses.append(report.loss))
     assert losses[-1] > 1e-3
@@ -208,16 +207,16 @@ def test_alpha_is_in_the_stored_matrices(run):  # noqa: F811
 
 
 @pytest.mark.parametrize("reader", ["diffusers", "ours"])
-def test_dora_draws_as_it_trained(run, tmp_path: Path, reader: str):  # noqa: F811
+def test_dora_draws_as_it_trained(run, tmp_path: Path, reader: str, narrow_base: Path):  # noqa: F811
     components, dataset, trained = run(is_lora=True, use_dora=True, lora_targets="all", lora_alpha=8)
     assert any("lora_magnitude_vector" in name for name in trained.weights)
     fine_tune_files.write(trained, tmp_path / "tuned", {})
     if reader == "ours":
-        tuned = TunedPipeline(load_pipeline(TINY_BASE, CPU))
+        tuned = TunedPipeline(load_pipeline(narrow_base, CPU))
         tuned.activate(fine_tune_files.read(tmp_path / "tuned", tmp_path / "unpacked"))
         unet = tuned.pipeline.unet
     else:
-        unet = load_components(TINY_BASE, is_lora=False, device=CPU).unet
+        unet = load_components(narrow_base, is_lora=False, device=CPU).unet
         unet.load_lora_adapter(load_file(tmp_path / "tuned" / "lora.safetensors"), prefix="unet")
     batch = dataset.collate([0])
     inputs = {
@@ -269,12 +268,17 @@ def test_schedules_are_those_of_diffusers(name):
         assert share == pytest.approx(reference.lr_lambdas[0](step))
 
 
-def test_the_prior_is_drawn_once_and_learned(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # noqa: F811
+def test_the_prior_is_drawn_once_and_learned(
+    run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    narrow_base: Path,
+):
     monkeypatch.setenv("SDXL_CACHE", str(tmp_path / "cache"))
     config = PriorConfig.parse(
-        "a red house | a blue car", base=str(TINY_BASE), images=3, resolution=64, steps=2
+        "a red house | a blue car", base=str(narrow_base), images=3, resolution=64, steps=2
     )
-    components = load_components(TINY_BASE, is_lora=False, device=CPU)
+    components = load_components(narrow_base, is_lora=False, device=CPU)
     draw = drawer(components)
     folder = prior_dataset(config, draw)
     kept = cache_folder() / "prior"
@@ -288,7 +292,7 @@ def test_the_prior_is_drawn_once_and_learned(run, monkeypatch: pytest.MonkeyPatc
     cache_examples_tokens(components)
     alone, beside = [], []
     for kept, losses in ((None, alone), (prior, beside)):
-        fresh = load_components(TINY_BASE, is_lora=False, device=CPU)
+        fresh = load_components(narrow_base, is_lora=False, device=CPU)
         cache_examples_tokens(fresh)
         fine_tune(
             fresh, data, CONFIG, prior=kept, on_step=lambda report, losses=losses: losses.append(report.loss)

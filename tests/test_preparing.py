@@ -49,12 +49,14 @@ def picture(path: Path) -> np.ndarray:
 
 
 def test_faces_are_masked_and_never_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    astronaut = Image.fromarray(data.astronaut())
-    wide = Image.new("RGB", (1400, 512), "grey")
-    wide.paste(astronaut, (888, 0))
+    astronaut = Image.fromarray(data.astronaut()).reduce(2)
+    wide = Image.new("RGB", (700, 256), "grey")
+    wide.paste(astronaut, (444, 0))
     buffer = io.BytesIO()
     wide.save(buffer, "PNG")
-    archive = write_zip(tmp_path / "x.zip", {"0.png": buffer.getvalue(), "1.jpg": photograph("coffee")})
+    archive = write_zip(
+        tmp_path / "x.zip", {"0.png": buffer.getvalue(), "1.jpg": photograph("coffee", (300, 200))}
+    )
     out = run(tmp_path, archive, target_size=128, use_face_detection_instead=True)
     mask = picture(out / "0.mask.png")
     assert mask.shape == picture(out / "0.src.png").shape[:2] == (128, 128)
@@ -126,13 +128,13 @@ def test_a_prepared_tar_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upscaler_folder: Path
 ):
     monkeypatch.setenv("SDXL_UPSCALER", str(upscaler_folder))
-    files = {"a.src.png": png(0, (300, 200)), "b.jpg": photograph("coffee")}
-    files["a.mask.png"] = mask_png((300, 200), (200, 0, 300, 200))
+    files = {"a.src.png": png(0, (150, 100)), "b.jpg": photograph("coffee")}
+    files["a.mask.png"] = mask_png((150, 100), (100, 0, 150, 100))
     files["captions.csv"] = "image_file,caption\na.src.png,left TOK\nb.jpg,coffee TOK\n"
-    first = run(tmp_path, write_zip(tmp_path / "x.zip", files), target_size=256, bucketing=True)
+    first = run(tmp_path, write_zip(tmp_path / "x.zip", files), target_size=128, bucketing=True)
     members = {path.name: path.read_bytes() for path in first.iterdir()}
     assert {"contact_sheet.jpg", "advice.txt"} < set(members)
-    config = PreprocessConfig(target_size=256, token_map=TokenMap.parse("TOK:2"))
+    config = PreprocessConfig(target_size=128, token_map=TokenMap.parse("TOK:2"))
     again = prepare_dataset(write_zip(tmp_path / "y.zip", members), tmp_path / "again", config=config)
     kept = {path.name: path.read_bytes() for path in again.iterdir()}
     assert kept == {
@@ -140,17 +142,17 @@ def test_a_prepared_tar_stays_as_it_is(
     }
     components = load_components(TINY_BASE, is_lora=True, device=torch.device("cpu"))
     examples = cache_examples(again, components, TokenMap.parse("TOK:2"), seed=0).examples
-    assert examples[0].time_ids.tolist() == [200, 300, 10, 0, 192, 320]
-    assert examples[0].latents.shape == (4, 24, 40)
+    assert examples[0].time_ids.tolist() == [100, 150, 5, 0, 96, 160]
+    assert examples[0].latents.shape == (4, 12, 20)
     assert examples[0].mask[0, :, -1].min() == 1
     assert examples[0].mask[0, :, 0].max() == 0
 
-    smaller = PreprocessConfig(target_size=128, crop_based_on_salience=False)
+    smaller = PreprocessConfig(target_size=64, crop_based_on_salience=False)
     third = prepare_dataset(tmp_path / "y.zip", tmp_path / "third", config=smaller)
     row = pd.read_csv(third / "captions.csv").iloc[0]
-    assert (row["original_height"], row["original_width"]) == (200, 300)
-    assert picture(third / row["image_file"]).shape == (128, 128, 3)
-    assert (row["crop_top"], row["crop_left"]) == (round(10 * 128 / 192), (round(320 * 128 / 192) - 128) // 2)
+    assert (row["original_height"], row["original_width"]) == (100, 150)
+    assert picture(third / row["image_file"]).shape == (64, 64, 3)
+    assert (row["crop_top"], row["crop_left"]) == (round(5 * 64 / 96), (round(160 * 64 / 96) - 64) // 2)
 
 
 def test_a_prepared_set_gets_masks_that_are_asked_for(tmp_path: Path):
@@ -170,9 +172,9 @@ def off_centre() -> dict[str, bytes]:
 
 
 def test_masks_are_never_black_and_faces_never_cut_even_in_centred_crops(tmp_path: Path, caplog):
-    astronaut = Image.fromarray(data.astronaut())
-    wide = Image.new("RGB", (1400, 512), "grey")
-    wide.paste(astronaut, (888, 0))
+    astronaut = Image.fromarray(data.astronaut()).reduce(2)
+    wide = Image.new("RGB", (700, 256), "grey")
+    wide.paste(astronaut, (444, 0))
     buffer = io.BytesIO()
     wide.save(buffer, "PNG")
     archive = write_zip(tmp_path / "x.zip", {"0.png": buffer.getvalue()})
@@ -266,11 +268,11 @@ def test_masks_must_have_their_pictures_size(tmp_path: Path):
 
 
 def test_equal_inputs_give_equal_tars(tmp_path: Path):
-    small = {"astronaut": (256, 256), "rocket": (320, 212)}
+    small = {"astronaut": (192, 192), "rocket": (160, 106)}
     files = {f"{index}.jpg": photograph(name, size) for index, (name, size) in enumerate(small.items())}
     archive = write_zip(tmp_path / "x.zip", files)
     one, two = (
-        call(preprocess.Preprocessor().run, files=archive, target_size=256, use_face_detection_instead=True)
+        call(preprocess.Preprocessor().run, files=archive, target_size=96, use_face_detection_instead=True)
         for _ in range(2)
     )
     assert one.read_bytes() == two.read_bytes()

@@ -15,7 +15,7 @@ from sdxl.training.contradictions import refuse_contradictions
 from sdxl.training.examples import cache_examples
 from sdxl.training.preservation import kept_examples
 from sdxl.training.recipe import fine_tune
-from tests.conftest import TINY_BASE, png, write_zip
+from tests.conftest import png, write_zip
 from tests.test_training import CONFIG
 
 CAPTIONS = ("a photo of TOK on the left", "a small TOK and a house")
@@ -36,14 +36,16 @@ def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_dataset(archive, folder / "dataset", config=PreprocessConfig(target_size=64))
 
 
-def encoded(folder: Path, *, is_lora: bool, token_map: str = "TOK:2") -> tuple[Components, ExampleDataset]:
-    components = load_components(TINY_BASE, is_lora=is_lora, device=torch.device("cpu"))
+def encoded(
+    folder: Path, base: Path, *, is_lora: bool, token_map: str = "TOK:2"
+) -> tuple[Components, ExampleDataset]:
+    components = load_components(base, is_lora=is_lora, device=torch.device("cpu"))
     return components, cache_examples(folder, components, TokenMap.parse(token_map), seed=0)
 
 
 @pytest.mark.parametrize(("init", "word"), [("TOK:fish", "fish"), ("", "")])
-def test_captions_without_the_new_tokens(dataset_folder: Path, init: str, word: str):
-    components, examples = encoded(dataset_folder, is_lora=True)
+def test_captions_without_the_new_tokens(dataset_folder: Path, narrow_base: Path, init: str, word: str):
+    components, examples = encoded(dataset_folder, narrow_base, is_lora=True)
     prompts = ("a red house", "a green cup")
     kept = kept_examples(examples, components, TokenMap.parse("TOK:2"), token_init=init, prompts=prompts)
     texts = [*prompts, prompts[0], CAPTIONS[0].replace("TOK", word)]
@@ -54,11 +56,11 @@ def test_captions_without_the_new_tokens(dataset_folder: Path, init: str, word: 
 
 
 @pytest.mark.parametrize("is_lora", [True, False])
-def test_other_captions_keep_what_they_mean(dataset_folder: Path, is_lora: bool):
+def test_other_captions_keep_what_they_mean(dataset_folder: Path, narrow_base: Path, is_lora: bool):
     """The change of the prediction for a caption without the token, with and without preservation."""
     changes = []
     for preservation in (0.0, 1.0):
-        components, examples = encoded(dataset_folder, is_lora=is_lora)
+        components, examples = encoded(dataset_folder, narrow_base, is_lora=is_lora)
         config = dataclasses.replace(
             CONFIG,
             is_lora=is_lora,

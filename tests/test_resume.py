@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap
 from sdxl import settings
@@ -38,6 +37,7 @@ from sdxl.training.watch import Watch
 from tests.conftest import TINY_BASE
 from tests.test_faults import full_disk
 from tests.test_training import CONFIG
+from tests.tiny_helpers import narrow_unet
 
 FULL = dataclasses.replace(CONFIG, train_batch_size=1, max_train_steps=4)
 SMALL = dataclasses.replace(FULL, is_lora=True)
@@ -55,17 +55,7 @@ def base() -> Components:
 
 def narrow_components(device: torch.device) -> Components:
     components = load_components(TINY_BASE, is_lora=True, device=device)
-    narrow = {
-        "block_out_channels": [16, 32],
-        "norm_num_groups": 8,
-        "attention_head_dim": [2, 4],
-        "transformer_layers_per_block": [1, 1],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    }
-    torch.manual_seed(0)
-    unet: Any = UNet2DConditionModel.from_config({**components.unet.config, **narrow})
-    components.unet = unet.to(device).requires_grad_(False)
+    components.unet = narrow_unet().to(device).requires_grad_(False)
     return components
 
 

@@ -97,12 +97,12 @@ def test_a_training_is_watched(tmp_path: Path):
 def test_epochs_count_pictures_however_many_a_step_takes(captioned_zip: Path, tmp_path: Path):
     uri = "data:application/zip;base64," + base64.b64encode(captioned_zip.read_bytes()).decode()
     quick = {name: value for name, value in QUICK.items() if name != "max_train_steps"}
-    took = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
-    out = run(tmp_path, **quick | took | {"input_images": uri, "num_train_epochs": 3})
+    took = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "preservation": 1.0}
+    out = run(tmp_path, **quick | took | {"input_images": uri, "num_train_epochs": 2})
     settings = json.loads((out / "training.json").read_text())["settings"]
     assert (
-        settings["max_train_steps"] == 6
-    )  # 3 epochs × 4 pictures ÷ 1 × 2 a step: the base teaches the other
+        settings["max_train_steps"] == 4
+    )  # 2 epochs × 4 pictures ÷ (1 × 2) a step: the base teaches the other
 
 
 def test_the_call_of_the_first_years_works(tmp_path: Path):

@@ -45,7 +45,7 @@ CONFIG = TrainingConfig(
 
 
 @pytest.fixture
-def run(captioned_zip: Path, tmp_path: Path):
+def run(captioned_zip: Path, tmp_path: Path, narrow_base: Path):
     """Train with the config's changes; returns the components, the data set and the trained model."""
     folders: Iterator[Path] = (tmp_path / f"dataset-{index}" for index in range(100))
 
@@ -55,7 +55,7 @@ def run(captioned_zip: Path, tmp_path: Path):
         folder = prepare_dataset(
             captioned_zip, next(folders), config=PreprocessConfig(target_size=config.resolution)
         )
-        components = load_components(TINY_BASE, is_lora=config.is_lora, device=torch.device("cpu"))
+        components = load_components(narrow_base, is_lora=config.is_lora, device=torch.device("cpu"))
         dataset = cache_examples(folder, components, TokenMap.parse(config.token_map), seed=config.seed)
         return components, dataset, fine_tune(components, dataset, config, **callbacks)
 
@@ -71,8 +71,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def base() -> Components:
-    return load_components(TINY_BASE, is_lora=False, device=torch.device("cpu"))
+def base(narrow_base: Path) -> Components:
+    return load_components(narrow_base, is_lora=False, device=torch.device("cpu"))
 
 
 def test_full_mode_changes_every_unet_weight_and_nothing_else(run, base: Components):
@@ -110,14 +110,18 @@ def test_lora_mode_leaves_the_unet_itself_alone(run, base: Components):
         ("all", "downsamplers.0.conv"),
     ],
 )
-def test_lora_targets_name_the_layers_that_learn(run, tmp_path: Path, targets: str, layer: str):
-    _, _, trained = run(is_lora=True, lora_targets=targets)
+def test_lora_targets_name_the_layers_that_learn(
+    run, tmp_path: Path, targets: str, layer: str, narrow_base: Path
+):
+    _, _, trained = run(is_lora=True, lora_targets=targets, max_train_steps=2)
     mine = [name for name in trained.weights if layer in name]
     assert mine and all(trained.weights[name].abs().max() > 0 for name in mine)
-    _, _, less = run(is_lora=True, lora_targets={"all": "transformer"}.get(targets, "attention"))
-    assert targets == "attention" or not any(layer in name for name in less.weights)
+    if targets != "attention":
+        less = {"all": "transformer", "transformer": "attention"}[targets]
+        _, _, trained_less = run(is_lora=True, lora_targets=less, max_train_steps=1)
+        assert not any(layer in name for name in trained_less.weights)
     save_file(trained.weights, tmp_path / "lora.safetensors")
-    unet = load_components(TINY_BASE, is_lora=False, device=torch.device("cpu")).unet
+    unet = load_components(narrow_base, is_lora=False, device=torch.device("cpu")).unet
     unet.load_lora_adapter(load_file(tmp_path / "lora.safetensors"), prefix="unet")
     loaded = {name for name, _ in unet.named_parameters() if "lora_" in name}
     assert len(loaded) == len(trained.weights)
@@ -189,10 +193,10 @@ def test_new_rows_start_at_the_scale_of_the_table_and_reach_only_their_ids():
     assert rows.rows.grad.shape == (2, 32)
 
 
-def test_rows_start_from_a_known_word(run):
+def test_rows_start_from_a_known_word(run, narrow_base: Path):
     # At a rate of next to nothing the rows stay where they start.
     _, _, trained = run(token_map="TOK:2,OTHER:1", token_init="TOK:toy", ti_lr=1e-30, pivot_fraction=0.0)
-    fresh = load_components(TINY_BASE, is_lora=False, device=torch.device("cpu"))
+    fresh = load_components(narrow_base, is_lora=False, device=torch.device("cpu"))
     for encoder, tokenizer, rows in zip(
         fresh.text_encoders, fresh.tokenizers, trained.token_rows, strict=True
     ):
@@ -218,9 +222,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(run):
 
 def test_training_lowers_the_loss(run):
     reports: list[StepReport] = []
-    run(max_train_steps=60, on_step=reports.append)
+    run(max_train_steps=24, on_step=reports.append)
     losses = [report.loss for report in reports]
-    assert sum(losses[-15:]) < sum(losses[:15])
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
 
 
 def test_two_tokens_get_their_own_rows(run):

@@ -17,6 +17,7 @@ from sdxl.serving.tuned_pipeline import LoadedFineTune, ScaledFineTune, TunedPip
 from sdxl.serving.unet_runner import MOST_SHAPES, Runners, UNetRunner, speed_here
 from sdxl.speed.fp8 import Fp8Layers, quantise
 from tests.conftest import TINY_BASE
+from tests.tiny_helpers import narrow_unet
 
 CPU = torch.device("cpu")
 
@@ -137,14 +138,14 @@ def test_what_does_not_stay_on_a_gpu_runs_eagerly(monkeypatch: pytest.MonkeyPatc
 
 @torch.no_grad()
 def test_fp8_layers_are_near_and_follow_their_weights():
-    pipeline = load_pipeline(TINY_BASE, CPU)
-    given = inputs(pipeline.unet, 1, 8)  # CPUs multiply fp8 slowly
+    unet = narrow_unet()  # CPUs multiply fp8 slowly
+    given = inputs(unet, 1, 8)
 
     def answer() -> torch.Tensor:
-        return pipeline.unet(timestep=torch.tensor(300), **given, return_dict=False)[0]
+        return unet(timestep=torch.tensor(300), **given, return_dict=False)[0]
 
     exact = answer()
-    layers = Fp8Layers(pipeline.unet)
+    layers = Fp8Layers(unet)
     assert len(layers._layers) > 20
     near = answer()
     assert 1e-4 < float((near - exact).norm() / exact.norm()) < 0.1
@@ -154,7 +155,7 @@ def test_fp8_layers_are_near_and_follow_their_weights():
     assert torch.equal(answer(), near), "fp8 weights are a copy"
     layers.refresh()
     assert not torch.equal(answer(), near) and layer.fp8_weight.data_ptr() == address
-    assert not any("fp8" in name for name in pipeline.unet.state_dict())
+    assert not any("fp8" in name for name in unet.state_dict())
 
 
 def test_a_weight_in_fp8_comes_back():

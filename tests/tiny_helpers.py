@@ -1,11 +1,18 @@
-"""Small versions of the captioner, segmenter, upscaler and safety checker: real classes, saved as folders."""
+"""Small versions of the captioner, segmenter, upscaler and safety checker: real classes, saved as folders. And a UNet
+that is narrower than the miniature's."""
 
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch.nn import functional
+
+from tests.conftest import TINY_BASE
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 _WORDS = [
     "[PAD]",
@@ -24,6 +31,31 @@ _WORDS = [
     ",",
     "the",
 ]
+
+
+def narrow_unet() -> "UNet2DConditionModel":
+    """A UNet that takes what the miniature's takes, with a twentieth of its weights. They are random."""
+    from diffusers import UNet2DConditionModel
+
+    narrow = {
+        "block_out_channels": [16, 32],
+        "norm_num_groups": 8,
+        "attention_head_dim": [2, 4],
+        "transformer_layers_per_block": [1, 1],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    }
+    torch.manual_seed(0)
+    config: Any = UNet2DConditionModel.load_config(TINY_BASE / "unet")
+    made: Any = UNet2DConditionModel.from_config({**config, **narrow})
+    return made
+
+
+def write_narrow_base(folder: Path) -> Path:
+    """The miniature with `narrow_unet`."""
+    shutil.copytree(TINY_BASE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet"))
+    narrow_unet().half().save_pretrained(folder / "unet", variant="fp16")
+    return folder
 
 
 def write_captioner(folder: Path) -> Path:
@@ -65,7 +97,7 @@ def write_segmenter(folder: Path) -> Path:
     from transformers.models.vit import ViTImageProcessorPil
 
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(Path("base_models/tiny-sdxl/tokenizer").resolve())
+    tokenizer = CLIPTokenizer.from_pretrained(TINY_BASE / "tokenizer")
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
     config = CLIPSegConfig(
         text_config={
@@ -100,9 +132,9 @@ def write_upscaler(folder: Path) -> Path:
     model = Swin2SRForImageSuperResolution(config).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(120):
-        noise = torch.rand(4, 3, 6, 6)
-        small = functional.interpolate(noise, size=16, mode="bicubic").clamp(0, 1)
-        large = functional.interpolate(noise, size=64, mode="bicubic").clamp(0, 1)
+        noise = torch.rand(4, 3, 3, 3)
+        small = functional.interpolate(noise, size=8, mode="bicubic").clamp(0, 1)
+        large = functional.interpolate(noise, size=32, mode="bicubic").clamp(0, 1)
         loss = (model(pixel_values=small).reconstruction - large).abs().mean()
         loss.backward()
         optimizer.step()

@@ -17,9 +17,9 @@ MINUTES = {"autoencoder": 6.5, "base": 7.0, "toys": 5.0, "decoder": 3.0, "refine
 SMOKE_MINUTES = 0.03
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run one stage or all. Every stage writes its results into WORKDIR/fetch."""
-    args = _arguments()
+    args = _arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     import torch
 
@@ -89,7 +89,7 @@ def _check_gate(run, force: bool) -> None:
         raise GateError(f"{file} shows no autoencoder of {GATE_DB} dB ({numbers}); override with --force")
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tiny_world.pretrain", description=__doc__)
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     parser.add_argument(
@@ -109,7 +109,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--force", action="store_true", help="continue even if the autoencoder misses its gate"
     )
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 if __name__ == "__main__":
