@@ -106,16 +106,26 @@ class Predictor(BaseRunner):
         num_outputs: int = Input(default=1, description="How many pictures to draw.", ge=1, le=4),
         scheduler: str = Input(
             default="K_EULER",
-            description="The sampler.",
+            description="The sampler. LCM and TCD are for weights that draw in few steps.",
             choices=[
                 "DDIM",
                 "DPMSolverMultistep",
+                "DPMSolverMultistepSDE",
                 "HeunDiscrete",
                 "KarrasDPM",
+                "KarrasDPMSDE",
                 "K_EULER_ANCESTRAL",
                 "K_EULER",
+                "LCM",
                 "PNDM",
+                "TCD",
+                "UniPC",
             ],
+        ),
+        timestep_spacing: str = Input(
+            default="base",
+            description="How the steps are spread over the noise. base: as the base was saved. Bases and LoRAs for few steps, such as Lightning, need trailing.",
+            choices=["base", "leading", "linspace", "trailing"],
         ),
         num_inference_steps: int = Input(
             default=50,
@@ -125,8 +135,8 @@ class Predictor(BaseRunner):
         ),
         guidance_scale: float = Input(
             default=7.5,
-            description="How strictly the picture follows the prompt. 1 turns guidance off.",
-            ge=1,
+            description="How strictly the picture follows the prompt. 1 and less turn guidance off, and the negative prompt with it.",
+            ge=0,
             le=50,
         ),
         guidance_rescale: float = Input(

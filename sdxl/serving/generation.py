@@ -205,7 +205,7 @@ def _base_intervals(pipeline: Any, request: GenerationRequest, device: torch.dev
 
 def _schedule(pipeline: Any, request: GenerationRequest, steps: int, device: torch.device) -> Any:
     """A fresh scheduler of the request's sampler, with `steps` intervals."""
-    scheduler: Any = make_scheduler(request.scheduler, pipeline)
+    scheduler: Any = make_scheduler(request.scheduler, pipeline, request.timestep_spacing)
     scheduler.set_timesteps(steps, device=device)
     return scheduler
 

@@ -17,6 +17,7 @@ from sdxl.errors import NotEnoughMemoryError
 from sdxl.files import pipelines
 from sdxl.model.bases import find_base
 from sdxl.model.components import native_resolution
+from sdxl.model.noise_schedule import has_zero_snr
 from sdxl.serving.fine_tune_cache import FineTuneCache
 from sdxl.serving.generation import draw, generate
 from sdxl.serving.pipeline import load_pipeline, load_refiner
@@ -92,7 +93,10 @@ class Painter:
         Raises:
             UserInputError: a fine-tune or the refiner cannot be fetched, or it or the sampler does not fit the base.
         """
-        require_known(request.scheduler, self.tuned.pipeline.scheduler.config)
+        config = self.tuned.pipeline.scheduler.config
+        require_known(request.scheduler, config)
+        if request.timestep_spacing not in ("base", "trailing") and has_zero_snr(config):
+            log.warning("timestep_spacing has no effect on this base: zero terminal SNR needs trailing.")
         refiner = None if request.refine == "no_refiner" else self._refiner()
         self.apply(options)
         return self._drawn(request, refiner)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdxl.data.caption_text import require_short
 from sdxl.errors import UserInputError
-from sdxl.serving.samplers import SCHEDULERS
+from sdxl.serving.samplers import SCHEDULERS, SPACINGS
 
 if TYPE_CHECKING:
     from sdxl.serving.canvas import Canvas
@@ -47,6 +47,7 @@ Refine = Literal["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
 CHOICES = {
     "aspect_ratio": ("custom", *ASPECT_RATIOS),
     "scheduler": tuple(SCHEDULERS),
+    "timestep_spacing": SPACINGS,
     "refine": get_args(Refine),
     "output_format": tuple(FORMATS),
 }
@@ -54,7 +55,7 @@ CHOICES = {
 RANGES = {
     "num_outputs": (1, 4),
     "num_inference_steps": (1, 500),
-    "guidance_scale": (1, 50),
+    "guidance_scale": (0, 50),
     "guidance_rescale": (0, 1),
     "prompt_strength": (0, 1),
     "seed": (0, 2**32 - 1),
@@ -81,9 +82,11 @@ class DrawingOptions:
     num_outputs: int = 1
     scheduler: str = "K_EULER"
     """A key of `samplers.SCHEDULERS`."""
+    timestep_spacing: str = "base"
+    """One of `samplers.SPACINGS`."""
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
-    """Strength of classifier-free guidance (arXiv:2207.12598); 1 turns it off."""
+    """Strength of classifier-free guidance (arXiv:2207.12598); 1 and less turn it off."""
     guidance_rescale: float = 0.0
     """Share of the guided prediction that gets back its natural spread (arXiv:2305.08891, section 3.4)."""
     prompt_strength: float = 0.8
@@ -102,6 +105,7 @@ class DrawingOptions:
         require_short(self.prompt, "prompt")
         require_short(self.negative_prompt, "negative_prompt")
         _check(self)
+        _check_steps(self)
 
     def seed_of(self, index: int) -> int:
         """The seed of picture `index`: `seed` + `index`, where 0 follows the largest seed, so that it is a seed too."""
@@ -251,6 +255,16 @@ def _check(options: Any) -> None:
             for number in value if isinstance(value, Sequence) else (value,):
                 if not low <= number <= high:
                     raise UserInputError(f"{name} is {number}, but must be from {low} to {high}.")
+
+
+def _check_steps(options: DrawingOptions) -> None:
+    most = SCHEDULERS[options.scheduler].most_steps
+    for name in ("num_inference_steps", "refine_steps"):
+        steps = getattr(options, name)
+        if most and steps and steps > most:
+            raise UserInputError(
+                f"{name} is {steps}, but {options.scheduler} takes at most {most} steps, and 4 to 8 are usual."
+            )
 
 
 def _check_sides(width: int | None, height: int | None, *, multiple: int) -> None:
