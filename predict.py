@@ -69,6 +69,10 @@ class Predictor(BaseRunner):
             description="What to draw. Write the fine-tune's token, such as TOK, as a separate word. Up to 600 tokens are read, some 400 words.",
         ),
         negative_prompt: str = Input(default="", description="What to keep out of the picture."),
+        prompt_weights: bool = Input(
+            default=True,
+            description="Read weights in both prompts: (word:1.3), (word) for 1.1, [word] for 1/1.1, \\( for a bracket, BREAK for a new chunk of 75 tokens. false: brackets are text.",
+        ),
         image: Optional[Path] = Input(
             default=None,
             description="A picture to start from, for image to image; with mask, for inpainting. jpg, png, webp, bmp or heic. Without mask, transparent areas are repainted.",

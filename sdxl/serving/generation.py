@@ -164,6 +164,7 @@ def _prepare(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         token_map=token_map,
+        prompt_weights=request.prompt_weights,
         guidance_scale=request.guidance_scale,
         guidance_rescale=request.guidance_rescale,
         count=len(seeds),

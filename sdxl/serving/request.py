@@ -12,6 +12,7 @@ from PIL import Image
 
 from sdxl.data.caption_text import require_short
 from sdxl.errors import UserInputError
+from sdxl.model.prompt_weights import parts_of
 from sdxl.serving.samplers import SCHEDULERS, SPACINGS
 
 if TYPE_CHECKING:
@@ -73,12 +74,14 @@ class DrawingOptions:
     """What to draw and how, except for the size.
 
     Raises:
-        UserInputError: an input is out of its range or not among its choices.
+        UserInputError: an input is out of its range or not among its choices, or a weight in a prompt is too large.
     """
 
     prompt: str
     negative_prompt: str = ""
     """What to keep out of the picture; empty for nothing."""
+    prompt_weights: bool = True
+    """Whether brackets in both prompts are weights: see `sdxl.model.prompt_weights`."""
     num_outputs: int = 1
     scheduler: str = "K_EULER"
     """A key of `samplers.SCHEDULERS`."""
@@ -104,6 +107,8 @@ class DrawingOptions:
     def __post_init__(self) -> None:
         require_short(self.prompt, "prompt")
         require_short(self.negative_prompt, "negative_prompt")
+        for name in ("prompt", "negative_prompt"):
+            parts_of(getattr(self, name), weights=self.prompt_weights, name=name)
         _check(self)
         _check_steps(self)
 
