@@ -187,6 +187,12 @@ class Predictor(BaseRunner):
             ge=-2,
             le=2,
         ),
+        text_encoder_lora_scale: Optional[float] = Input(
+            default=None,
+            description="Strength of a LoRA's layers in the text encoders, if it has any. Default: lora_scale.",
+            ge=-2,
+            le=2,
+        ),
         replicate_weights: Optional[str] = Input(
             default=None,
             description="The fine-tune to draw with: a trained_model.tar or a LoRA, as a path, URL or data: URI, or the name of a Hugging Face repository (owner/name, or owner/name/file.safetensors). Default: the fine-tune given at setup, if any.",

@@ -63,6 +63,7 @@ RANGES = {
     "high_noise_frac": (0, 1),
     "refine_steps": (1, 500),
     "lora_scale": (-2, 2),
+    "text_encoder_lora_scale": (-2, 2),
     "extra_lora_scale": (-2, 2),
     "output_quality": (1, 100),
 }
@@ -190,6 +191,8 @@ class FineTuneOptions:
     """Path, URL, `data:` URI or hub repository; None for the fine-tune given at setup, if any."""
     lora_scale: float = 1.0
     """1 as it was trained; more than 1 exaggerates, less than 0 does the opposite."""
+    text_encoder_lora_scale: float | None = None
+    """The same for the LoRA's layers in the text encoders; None for `lora_scale`."""
     extra_lora: Sequence[str] | None = None
     """LoRAs to add, named like `replicate_weights`; empty texts stand for none."""
     extra_lora_scale: Sequence[float] | None = None
