@@ -61,7 +61,7 @@ def token_ids(
 
 def weighted_ids(
     texts: Sequence[Sequence[Part]], tokenizers: Sequence[CLIPTokenizer], token_map: TokenMap
-) -> "list[Weighted]":
+) -> list[Weighted]:
     """As `token_ids`, for texts of parts. Each part is split into tokens by itself."""
     chunks = [[_chunks(text, one, token_map)[:MOST_CHUNKS] for one in tokenizers] for text in texts]
     ids = filled_up([[_each(one, "ids") for one in both] for both in chunks], tokenizers)
@@ -203,7 +203,8 @@ def _start_of_rest(parts: Sequence[Part], text: str, tokenizer: CLIPTokenizer, t
 
 
 def _chunks(parts: Sequence[Part], tokenizer: CLIPTokenizer, token_map: TokenMap) -> list[list[_Piece]]:
-    """All chunks of a text, each as full as its pieces and the beginnings of chunks allow."""
+    """The chunks of a text, each as full as its pieces and the beginnings of chunks allow, up to the first piece beyond
+    `MOST_CHUNKS`."""
     room, chunks, used, begin = _room(tokenizer), [[]], 0, 0
     for part in parts:
         text = token_map.substitute(part.text)
@@ -216,6 +217,8 @@ def _chunks(parts: Sequence[Part], tokenizer: CLIPTokenizer, token_map: TokenMap
                 used = 0
             chunks[-1].append(replace(piece, start=begin + piece.start, weight=part.weight))
             used += len(piece.ids)
+            if len(chunks) > MOST_CHUNKS:
+                return chunks
         begin += len(text)
     return chunks
 
