@@ -47,7 +47,7 @@ def start_training(archive: Path, output: Path, *, is_lora: bool) -> int:
             "resolution": 64,
             "max_train_steps": STEPS,
         }
-        inputs |= {"checkpointing_steps": 1, "train_batch_size": 1, "random_views": 0, "seed": 0}
+        inputs |= {"checkpointing_steps": 1, "train_batch_size": 1, "random_views": 0, "seed": 0, "checks": 0}
         given = [part for name, value in inputs.items() for part in ("-i", f"{name}={value}")]
         code = run_command_line(train, description="", argv=[*given, "-o", str(output)])
     finally:

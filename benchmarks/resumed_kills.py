@@ -31,6 +31,7 @@ from sdxl.files.archives import unpack
 from sdxl.process import configure_logging, repeat_on_cpu
 from sdxl.training.state_files import read_state
 
+BASE = Path(__file__).parent.parent / "base_models" / "tiny-sdxl"
 STEPS = 6
 INPUTS = {
     "resolution": 64,
@@ -52,9 +53,10 @@ def main() -> None:
     parser.add_argument("--most-kills", type=int, default=4, help="kills of one training")
     parser.add_argument("--kind", choices=sorted(KINDS), help="only such trainings")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", type=Path, default=BASE, help="the base, a small one")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/resumed_kills.json"))
     args = parser.parse_args()
-    prepare()
+    prepare(args.base)
     result = {
         "machine": f"{platform.machine()} CPU",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
@@ -69,9 +71,8 @@ def main() -> None:
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
 
 
-def prepare() -> None:
+def prepare(base: Path) -> None:
     """Import everything that a training needs, so that forks need not, and start no threads, which no fork would have."""
-    base = Path(__file__).parent.parent / "base_models" / "tiny-sdxl"
     os.environ |= {"SDXL_BASE": str(base), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     repeat_on_cpu()

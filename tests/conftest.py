@@ -187,6 +187,6 @@ def call(function: Callable[..., Any], **inputs: Any) -> Any:
 
 QUICK: dict[str, Any] = {"resolution": 64, "max_train_steps": 4, "train_batch_size": 2, "seed": 0}
 QUICK |= {"preservation": 0.0, "checks": 0}
-"""Inputs of the shortest training that is one. The runs of `test_command_line` leave both of these to their defaults."""
+"""Inputs of the shortest training that is one. The run of `test_command_line` is checked, and keeps the default of `preservation`."""
 FULL = {"is_lora": False, "unet_learning_rate": 1e-3}
 """Inputs that make it one of the whole UNet, which changes at once."""

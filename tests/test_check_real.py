@@ -26,7 +26,7 @@ from tests.tiny_helpers import write_captioner, write_checker, write_segmenter
 
 SOUND = [name for name in CHECKS if name not in ("captioner", "segmenter", "upscaler", "safety_checker")]
 """Checks that need no helper model."""
-QUICK_TRAINING = {"max_train_steps": 8, "train_batch_size": 2}
+QUICK_TRAINING = {"max_train_steps": 8, "train_batch_size": 2, "checks": 0}
 UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
 VAE = "vae/diffusion_pytorch_model.fp16.safetensors"
 Damage = Callable[[Path], object]

@@ -21,7 +21,7 @@ from sdxl.settings import CacheLimits
 from sdxl.workspace import workspace_of_run
 from tests.conftest import REPOSITORY
 
-TRAINING = "is_lora=false max_train_steps=2 train_batch_size=1 resolution=64 random_views=0 seed=0 checkpointing_steps=1"
+TRAINING = "is_lora=false max_train_steps=2 train_batch_size=1 resolution=64 random_views=0 seed=0 checkpointing_steps=1 checks=0"
 
 
 FULL_DISK = {1: "a picture", 40: "the embeddings", 2000: "the weights"}

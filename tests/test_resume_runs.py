@@ -86,7 +86,7 @@ def test_what_is_no_state_is_refused(captioned_zip: Path, tmp_path: Path, make: 
         call(train.train, input_images=captioned_zip, **LORA, resume=str(tmp_path / "x"))
 
 
-def test_killed_trainings_go_on_to_the_last_bit(tmp_path: Path):
+def test_killed_trainings_go_on_to_the_last_bit(narrow_base: Path, tmp_path: Path):
     command = [
         sys.executable,
         "-m",
@@ -97,6 +97,8 @@ def test_killed_trainings_go_on_to_the_last_bit(tmp_path: Path):
         "1",
         "--kind",
         "lora",
+        "--base",
+        str(narrow_base),
     ]
     subprocess.run(
         [*command, "--output", str(tmp_path / "r.json")], cwd=REPOSITORY, check=True, capture_output=True

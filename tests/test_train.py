@@ -116,6 +116,7 @@ def test_the_call_of_the_first_years_works(tmp_path: Path):
         unet_learning_rate=6e-6,
         ti_learning_rate_multiplier=100,
         resolution=64,
+        checks=0,
     )
     settings = json.loads((out / "training.json").read_text())["settings"]
     assert settings["is_lora"] is True and settings["ti_lr"] == pytest.approx(6e-4)
@@ -131,6 +132,7 @@ def test_the_call_of_the_later_years_works(tmp_path: Path):
         caption_prefix="a photo of TOK, ",
         max_train_steps=3,
         resolution=64,
+        checks=0,
     )
     assert (out / "lora.safetensors").is_file()
     assert not (out / "unet.safetensors").exists()
