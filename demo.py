@@ -35,15 +35,21 @@ TRAINING = {
     "lora_rank": "32",
     "lora_targets": "all",
     "lora_lr": "2e-3",
-    "ti_lr": "5e-3",
+    "ti_lr": "2e-3",
     "lr_scheduler": "cosine",
     "lr_warmup_steps": "0",
     "random_views": "0",
     "max_train_steps": "260",
     "seed": "0",
+    "preservation_prompts": "a red house on a plain blue background|a small green cup on the left on a white dotted background"
+    "|a photo of a yellow star in the middle|a photo of an orange fish on a gray striped background|a large purple car"
+    "|a blue mushroom right of a brown tree on a plain pink background",
+    "preview_prompts": "a photo of a large TOK in the middle on a plain red background"
+    "|a photo of TOK on the left on a yellow dotted background|a photo of a red house on a plain blue background",
+    "checks": "4",
 }
-"""Inputs of train.py. The learning rates suit the miniature's 7 million UNet parameters; the defaults suit SDXL's. Random
-views pay off in longer runs only."""
+"""Inputs of train.py. Learning rates and prompts suit the miniature, which has 7 million UNet parameters and knows simple
+scenes; the defaults suit SDXL. Random views pay off in longer runs only."""
 PROMPTS = [
     "a photo of a large TOK in the middle on a plain red background",
     "a photo of TOK on the right on a blue striped background",

@@ -69,6 +69,10 @@ class Predictor(BaseRunner):
             description="What to draw. Write the fine-tune's token, such as TOK, as a separate word. Up to 600 tokens are read, some 400 words.",
         ),
         negative_prompt: str = Input(default="", description="What to keep out of the picture."),
+        prompt_weights: bool = Input(
+            default=True,
+            description="Read weights in both prompts: (word:1.3), (word) for 1.1, [word] for 1/1.1, \\( for a bracket, BREAK for a new chunk of 75 tokens. false: brackets are text.",
+        ),
         image: Optional[Path] = Input(
             default=None,
             description="A picture to start from, for image to image; with mask, for inpainting. jpg, png, webp, bmp or heic. Without mask, transparent areas are repainted.",
@@ -106,16 +110,26 @@ class Predictor(BaseRunner):
         num_outputs: int = Input(default=1, description="How many pictures to draw.", ge=1, le=4),
         scheduler: str = Input(
             default="K_EULER",
-            description="The sampler.",
+            description="The sampler. LCM and TCD are for weights that draw in few steps.",
             choices=[
                 "DDIM",
                 "DPMSolverMultistep",
+                "DPMSolverMultistepSDE",
                 "HeunDiscrete",
                 "KarrasDPM",
+                "KarrasDPMSDE",
                 "K_EULER_ANCESTRAL",
                 "K_EULER",
+                "LCM",
                 "PNDM",
+                "TCD",
+                "UniPC",
             ],
+        ),
+        timestep_spacing: str = Input(
+            default="base",
+            description="How the steps are spread over the noise. base: as the base was saved. Bases and LoRAs for few steps, such as Lightning, need trailing.",
+            choices=["base", "leading", "linspace", "trailing"],
         ),
         num_inference_steps: int = Input(
             default=50,
@@ -125,8 +139,8 @@ class Predictor(BaseRunner):
         ),
         guidance_scale: float = Input(
             default=7.5,
-            description="How strictly the picture follows the prompt. 1 turns guidance off.",
-            ge=1,
+            description="How strictly the picture follows the prompt. 1 and less turn guidance off, and the negative prompt with it.",
+            ge=0,
             le=50,
         ),
         guidance_rescale: float = Input(
@@ -170,6 +184,12 @@ class Predictor(BaseRunner):
         lora_scale: float = Input(
             default=1.0,
             description="Strength of a LoRA fine-tune: 1 as it was trained, more exaggerates, below 0 does the opposite. It does not affect a full fine-tune.",
+            ge=-2,
+            le=2,
+        ),
+        text_encoder_lora_scale: Optional[float] = Input(
+            default=None,
+            description="Strength of a LoRA's layers in the text encoders, if it has any. Default: lora_scale.",
             ge=-2,
             le=2,
         ),

@@ -241,7 +241,7 @@ def test_the_committed_schema_is_served(trainer: Server, predictor: Server):
         ({"num_outputs": 5}, "num_outputs"),
         ({"num_inference_steps": "many"}, "num_inference_steps"),
         ({"scheduler": "EULER"}, "scheduler"),
-        ({"guidance_scale": 0.1}, "guidance_scale"),
+        ({"guidance_scale": -0.1}, "guidance_scale"),
     ],
 )
 def test_bad_prediction_inputs_answer_422(predictor: Server, inputs: dict, field: str):

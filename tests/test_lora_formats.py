@@ -200,6 +200,17 @@ def test_all_parts_of_kohyas_file_as_diffusers_reads_them(tuned, attention: Matr
     assert np.abs(ours.astype(int) - drawn).max() <= 2
     assert np.abs(ours.astype(int) - draw(tuned, folder, tmp_path, scale=0.0)).max() > 20
 
+    # The text encoders at a strength of their own.
+    loaded = tuned.load(fine_tune_files.read(folder, tmp_path / "unpacked"))
+    for strength in (-0.5, 0.0):
+        tuned.apply((ScaledFineTune(fine_tune=loaded, scale=0.7, text_encoder_scale=strength),))
+        apart = picture(tuned.pipeline, tuned.token_map)
+        tuned.activate(None)
+        both = {"text_encoder": strength, "text_encoder_2": strength}
+        theirs.set_adapters(["style"], [{"unet": 0.7, **both}])  # type: ignore[list-item]
+        assert np.abs(apart.astype(int) - picture(theirs, tuned.token_map)).max() <= 2
+        assert np.abs(apart.astype(int) - ours).max() > 4
+
 
 def test_a_lora_beside_clip_embeddings(tuned, attention: Matrices, tmp_path: Path):
     """As for AUTOMATIC1111's web UI: the embedding's file name is its word."""

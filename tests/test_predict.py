@@ -112,6 +112,27 @@ def test_inputs_without_effect_are_told(
     assert "no effect" not in caplog.text
 
 
+def test_a_lora_of_the_text_encoders_has_a_strength_of_its_own(
+    predictor: Predictor, tars: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    keys, random = {}, torch.Generator().manual_seed(0)
+    for name, module in predictor.painter.tuned.pipeline.text_encoder.named_modules():
+        if name.endswith("q_proj"):
+            layer = f"lora_te1_text_model_{name.removeprefix('text_model.').replace('.', '_')}"
+            keys[f"{layer}.lora_down.weight"] = torch.randn(4, module.in_features, generator=random)
+            keys[f"{layer}.lora_up.weight"] = torch.randn(module.out_features, 4, generator=random)
+    save_file(keys, tmp_path / "words.safetensors")
+    given = {"replicate_weights": str(tmp_path / "words.safetensors"), "prompt": "a red fish"}
+    base = draw(predictor, prompt="a red fish")
+    assert equal(draw(predictor, **given, text_encoder_lora_scale=0.0), base)
+    tuned = draw(predictor, **given)
+    assert not equal(tuned, base)
+    assert equal(draw(predictor, **given, lora_scale=0.5, text_encoder_lora_scale=1.0), tuned)
+    assert "text_encoder_lora_scale" not in caplog.text
+    draw(predictor, replicate_weights=str(tars["lora"]), text_encoder_lora_scale=1.0)
+    assert "text_encoder_lora_scale has no effect: replicate_weights is no LoRA of the text" in caplog.text
+
+
 def test_tokens_count_in_the_negative_prompt_too(predictor: Predictor, tars: dict[str, Path]):
     weights = str(tars["full"])
     plain = draw(predictor, replicate_weights=weights, negative_prompt="stock")

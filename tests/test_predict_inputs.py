@@ -143,6 +143,16 @@ def test_empty_loras_are_none(loras: Any, scales: Any, meant: list):
     ("options", "given", "message"),
     [
         (DrawingOptions, {"num_outputs": 5}, "num_outputs is 5, but must be from 1 to 4"),
+        (
+            DrawingOptions,
+            {"scheduler": "LCM", "num_inference_steps": 51},
+            "num_inference_steps is 51, but LCM",
+        ),
+        (
+            DrawingOptions,
+            {"scheduler": "TCD", "refine_steps": 60},
+            "refine_steps is 60, but TCD takes at most",
+        ),
         (DrawingOptions, {"guidance_scale": float("nan")}, "guidance_scale is nan"),
         (DrawingOptions, {"scheduler": "EULER"}, "scheduler is 'EULER', but must be one of DDIM"),
         (GenerationRequest, {"width": 68, "height": 64}, "width is 68"),
@@ -192,7 +202,21 @@ PICTURE = Image.new("RGB", (64, 64))
             {"guidance_scale": 1.0, "negative_prompt": "fog"},
             "negative_prompt has no effect, because guidance_scale is 1.",
         ),
+        (
+            {"guidance_scale": 0.0, "negative_prompt": "fog"},
+            "negative_prompt has no effect, because guidance_scale is 0.",
+        ),
         ({"guidance_scale": 1.5, "negative_prompt": "fog"}, None),
+        ({"scheduler": "LCM", "guidance_scale": 2.0}, None),
+        (
+            {"scheduler": "LCM"},
+            "guidance_scale is 7.5, but LCM is for weights that need 0 to 2: more overexposes.",
+        ),
+        (
+            {"scheduler": "TCD", "guidance_scale": 1.0, "timestep_spacing": "trailing"},
+            "timestep_spacing has no effect on TCD, which has its own.",
+        ),
+        ({"timestep_spacing": "trailing"}, None),
         ({"output_quality": 50}, "output_quality has no effect on png, which is lossless."),
         ({"output_quality": 50, "output_format": "webp"}, None),
     ],

@@ -225,7 +225,7 @@ def test_hundreds_of_pictures_and_long_texts_stay_small(tmp_path: Path):
 
 
 def test_many_moments_keep_the_first_the_last_and_the_chosen_one(tmp_path: Path):
-    told = History(prompts=[PLAIN], choice=Choice(step=37, strength=1.0, reason="It is best."))
+    told = History(prompts=["@" + PLAIN], choice=Choice(step=37, strength=1.0, reason="It is best."))
     name = noise(tmp_path / "preview.png", 32).name
     told.previews = [Previews(step=step, pictures=[name]) for step in range(101)]
     told.previews[50] = Previews(step=50, pictures=["gone.png"])
@@ -235,6 +235,7 @@ def test_many_moments_keep_the_first_the_last_and_the_chosen_one(tmp_path: Path)
     assert len(steps) == 14 and steps[0] == 0 and steps[-1] == 100 and {37, 50} <= set(steps)
     assert "87 more moments are not shown." in page
     assert page.count("no picture") == 1
+    assert "prompt=@" not in page, "which would name a file"
 
 
 def test_a_page_of_little_is_a_page(tmp_path: Path):

@@ -2,12 +2,12 @@
 
 A text encoder has 77 places. The chunks of a longer text are encoded one by one, and their hidden states stand side by side,
 as in AUTOMATIC1111's web UI and the long-prompt pipelines of diffusers' community. Drawing and training both come here.
-Knows tokenizers, text encoders and token maps; does not know whether a text is a caption or a prompt.
+Knows tokenizers, text encoders, token maps and weights of words; does not know whether a text is a caption or a prompt.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from dataset_and_utils import TokenMap
+from sdxl.model.prompt_weights import Part, plain
 
 MOST_CHUNKS = 8
 """Chunks of a text that are read. The cost of cross-attention grows with their number."""
@@ -35,6 +36,16 @@ class Fit:
     """The tokens of the token map that the text names only there."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """A text as two encoders read it."""
+
+    ids: tuple[Tensor, Tensor]
+    """For each encoder [77·n]."""
+    weights: tuple[Tensor, Tensor]
+    """The weight of each id [77·n], in fp32; 1 for begin, end and padding."""
+
+
 def token_ids(
     texts: Sequence[str], tokenizers: Sequence[CLIPTokenizer], token_map: TokenMap
 ) -> list[tuple[Tensor, Tensor]]:
@@ -45,8 +56,23 @@ def token_ids(
 
     tokenizers: they know the map's placeholder tokens.
     """
-    full = [token_map.substitute(text) for text in texts]
-    return filled_up([[_contents(text, one, token_map) for one in tokenizers] for text in full], tokenizers)
+    return [rows.ids for rows in weighted_ids([plain(text) for text in texts], tokenizers, token_map)]
+
+
+def weighted_ids(
+    texts: Sequence[Sequence[Part]], tokenizers: Sequence[CLIPTokenizer], token_map: TokenMap
+) -> list[Weighted]:
+    """As `token_ids`, for texts of parts. Each part is split into tokens by itself."""
+    chunks = [[_chunks(text, one, token_map)[:MOST_CHUNKS] for one in tokenizers] for text in texts]
+    ids = filled_up([[_each(one, "ids") for one in both] for both in chunks], tokenizers)
+    rows = []
+    for both, (first, second) in zip(chunks, ids, strict=True):
+        weights = [
+            _framed_weights(_each(one, "weights"), like, tokenizer)
+            for one, like, tokenizer in zip(both, (first, second), tokenizers, strict=True)
+        ]
+        rows.append(Weighted(ids=(first, second), weights=(weights[0], weights[1])))
+    return rows
 
 
 def filled_up(
@@ -92,27 +118,48 @@ def split(ids: Sequence[int], tokenizer: CLIPTokenizer) -> Contents:
     return chunks[:MOST_CHUNKS] or [[]]
 
 
-def encode(text_encoders: Sequence[Any], ids: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def encode(
+    text_encoders: Sequence[Any], ids: tuple[Tensor, Tensor], weights: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """SDXL's text conditioning for token ids 2×[b, 77·n].
+
+    weights: of the tokens 2×[b, 77·n], for the hidden states and not for the pooled projection; None for 1 each.
 
     Returns the concatenated penultimate hidden states of both encoders [b, 77·n, d₀+d₁], and the second encoder's pooled
     projection of the first chunk [b, d]. Source: SDXL (arXiv:2307.01952), section 2.1.
     """
     hidden = []
     pooled = None
-    for encoder, rows in zip(text_encoders, ids, strict=True):
+    for encoder, rows, factors in zip(text_encoders, ids, weights or (None, None), strict=True):
         chunks = rows.reshape(-1, encoder.config.max_position_embeddings)
         output = encoder(chunks, output_hidden_states=True)
-        hidden.append(output.hidden_states[-2].reshape(*rows.shape, -1))
+        states = output.hidden_states[-2]
+        if factors is not None:
+            states = with_weights(states, factors.reshape(chunks.shape))
+        hidden.append(states.reshape(*rows.shape, -1))
         pooled = output[0]  # the last encoder is the second one, whose first output is the projection
     assert pooled is not None and pooled.ndim == 2
     return torch.cat(hidden, dim=-1), pooled.view(len(ids[1]), -1, pooled.shape[-1])[:, 0]
 
 
-def fit(text: str, tokenizers: Sequence[CLIPTokenizer], token_map: TokenMap) -> Fit:
+def with_weights(hidden: Tensor, weights: Tensor) -> Tensor:
+    """Hidden states [n, 77, dim] of n chunks times the weights [n, 77] of their tokens, with the mean of each chunk restored.
+
+    z′ = w·z and z″ = z′ · mean(z) / mean(z′). Source: `EmphasisOriginal` in modules/sd_emphasis.py of AUTOMATIC1111's web UI.
+    Other than there, the mean stays as it is where this factor is not between 1/2 and 2: it then divides by almost nothing.
+    """
+    before = hidden.float()
+    after = before * weights.to(before)[..., None]
+    factor = before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True)
+    restored = (factor >= 0.5) & (factor <= 2)
+    return (after * torch.where(restored, factor, 1.0)).to(hidden.dtype)
+
+
+def fit(text: str | Sequence[Part], tokenizers: Sequence[CLIPTokenizer], token_map: TokenMap) -> Fit:
     """How `text`, in which words of the map may stand, fits all of `tokenizers`, which know the placeholder tokens."""
-    full = token_map.substitute(text)
-    start = min(_start_of_rest(full, tokenizer, token_map) for tokenizer in tokenizers)
+    parts = plain(text) if isinstance(text, str) else text
+    full = "".join(token_map.substitute(part.text) for part in parts)
+    start = min(_start_of_rest(parts, full, tokenizer, token_map) for tokenizer in tokenizers)
     kept, dropped = full[:start], full[start:].strip()
     lost = []
     for word, placeholder in token_map.placeholders.items():
@@ -130,33 +177,49 @@ class _Piece:
     ids: list[int]
     start: int
     """Where it begins in the text."""
+    weight: float = 1.0
+
+    @property
+    def weights(self) -> list[float]:
+        """One for each id."""
+        return [self.weight] * len(self.ids)
 
 
-def _contents(text: str, tokenizer: CLIPTokenizer, token_map: TokenMap) -> Contents:
-    chunks = _chunks(text, tokenizer, token_map)[:MOST_CHUNKS]
-    return [[number for piece in chunk for number in piece.ids] for chunk in chunks]
+def _each(chunks: Sequence[Sequence[_Piece]], what: str) -> list[list[Any]]:
+    """The "ids" or the "weights" of each chunk."""
+    return [[one for piece in chunk for one in getattr(piece, what)] for chunk in chunks]
 
 
-def _start_of_rest(text: str, tokenizer: CLIPTokenizer, token_map: TokenMap) -> int:
-    """Where in `text` the first word begins that does not fit as a whole; the text's length if all of it fits."""
-    chunks = _chunks(text, tokenizer, token_map)
-    if len(chunks) <= MOST_CHUNKS:
+def _start_of_rest(parts: Sequence[Part], text: str, tokenizer: CLIPTokenizer, token_map: TokenMap) -> int:
+    """Where in `text`, the texts of all `parts`, the first word begins that does not fit as a whole; the text's length if
+    all of it fits."""
+    beyond = [piece for chunk in _chunks(parts, tokenizer, token_map)[MOST_CHUNKS:] for piece in chunk]
+    if not beyond:
         return len(text)
-    start = chunks[MOST_CHUNKS][0].start
+    start = beyond[0].start
     while start and text[start - 1].isalnum() and text[start].isalnum():
         start -= 1
     return start
 
 
-def _chunks(text: str, tokenizer: CLIPTokenizer, token_map: TokenMap) -> list[list[_Piece]]:
-    """All chunks of `text`, each as full as its pieces allow."""
-    room, chunks, used = _room(tokenizer), [[]], 0
-    for piece in _pieces(text, tokenizer, token_map):
-        if used + len(piece.ids) > room:
+def _chunks(parts: Sequence[Part], tokenizer: CLIPTokenizer, token_map: TokenMap) -> list[list[_Piece]]:
+    """The chunks of a text, each as full as its pieces and the beginnings of chunks allow, up to the first piece beyond
+    `MOST_CHUNKS`."""
+    room, chunks, used, begin = _room(tokenizer), [[]], 0, 0
+    for part in parts:
+        text = token_map.substitute(part.text)
+        if part.new_chunk:
             chunks.append([])
             used = 0
-        chunks[-1].append(piece)
-        used += len(piece.ids)
+        for piece in _pieces(text, tokenizer, token_map):
+            if used + len(piece.ids) > room:
+                chunks.append([])
+                used = 0
+            chunks[-1].append(replace(piece, start=begin + piece.start, weight=part.weight))
+            used += len(piece.ids)
+            if len(chunks) > MOST_CHUNKS:
+                return chunks
+        begin += len(text)
     return chunks
 
 
@@ -182,6 +245,14 @@ def _framed(chunk: Sequence[int], tokenizer: CLIPTokenizer) -> list[int]:
     """A chunk with begin, end and padding, 77 ids in all."""
     padding = [tokenizer.pad_token_id] * (_room(tokenizer) - len(chunk))
     return [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id, *padding]  # type: ignore[list-item]
+
+
+def _framed_weights(chunks: Sequence[Sequence[float]], ids: Tensor, tokenizer: CLIPTokenizer) -> Tensor:
+    """The weights of `ids` [77·n], whose chunks have these contents."""
+    weights = torch.ones(ids.shape).view(-1, tokenizer.model_max_length)
+    for row, chunk in zip(weights, chunks, strict=False):  # empty chunks may follow
+        row[1 : 1 + len(chunk)] = torch.tensor(chunk)
+    return weights.flatten()
 
 
 def _room(tokenizer: CLIPTokenizer) -> int:

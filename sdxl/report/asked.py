@@ -77,7 +77,7 @@ def _instead_of(name: str, defaults: dict[str, Any], decided: dict[str, Any]) ->
         return "the steps of the preset"
     if name in decided:
         return f"{_shown(decided[name])} of the preset"
-    return _shown(defaults.get(name))
+    return "the default" if defaults.get(name) is None else _shown(defaults[name])
 
 
 def _named(told: Told, name: str) -> Html:

@@ -21,9 +21,9 @@ def overview(told: Told) -> Html:
     side = told.settings.get("resolution")
     shown = {
         "Preset": str(told.settings.get("preset", "")),
-        "Steps": f"{told.total} of {counted(int(told.settings.get('train_batch_size', 1)), 'picture')}",
+        "Steps": _steps(told),
         "Size": f"{side}×{side} pixels" + (f", {len(sizes)} shapes" if len(sizes) > 1 else ""),
-        "Time of the steps": duration(steps[-1].seconds) if steps else "",
+        "Time of the steps": duration(steps[-1].seconds) if steps and steps[-1].seconds else "",
         "Device": str(told.record.get("device", "")),
         "Seed": str(told.settings.get("seed", "")),
     }
@@ -35,6 +35,16 @@ def overview(told: Told) -> Html:
         facts(shown),
         _choice(told),
     )
+
+
+def _steps(told: Told) -> str:
+    """How many steps there were, of how many pictures, and how many there should have been if fewer were enough."""
+    last = told.history.steps[-1].step if told.history.steps else told.total
+    size = int(told.settings.get("train_batch_size", 1)) * int(
+        told.settings.get("gradient_accumulation_steps", 1)
+    )
+    early = f", stopped early of {told.total}" if last < told.total else ""
+    return f"{last} of {counted(size, 'picture')}{early}"
 
 
 def _choice(told: Told) -> Html:

@@ -53,7 +53,10 @@ def usage(told: Told) -> Html:
 def _prompt(told: Told) -> str:
     """A prompt that names a word: one of the previews, or a plain one."""
     shown = (prompt for prompt in told.history.prompts if told.token_map.named_in(prompt))
-    return next((prompt for prompt in shown if len(prompt) <= _LONGEST_PROMPT), f"a photo of {told.words[0]}")
+    return next(
+        (prompt for prompt in shown if len(prompt) <= _LONGEST_PROMPT and prompt[0] != "@"),
+        f"a photo of {told.words[0]}",
+    )
 
 
 def _diffusers(told: Told, prompt: str) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import WeightsError
-from sdxl.model.prompt_chunks import encode, token_ids
+from sdxl.model.prompt_chunks import Weighted, encode, weighted_ids
+from sdxl.model.prompt_weights import parts_of
 from sdxl.serving.denoising import Conditioning
 
 AESTHETIC_SCORES = (2.5, 6.0)
@@ -29,6 +30,8 @@ class Prompts:
     """May be empty."""
     token_map: TokenMap
     """The new words that both may name."""
+    prompt_weights: bool = False
+    """Whether brackets in both are weights."""
     guidance_scale: float
     guidance_rescale: float
     count: int
@@ -75,16 +78,17 @@ def _encode(
     count, guided = prompts.count, prompts.guidance_scale > 1
     tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
     texts = [prompts.prompt, *([prompts.negative_prompt] if guided else [])]
-    ids = token_ids(texts, tokenizers, prompts.token_map)
+    parts = [parts_of(text, weights=prompts.prompt_weights) for text in texts]
+    read = weighted_ids(parts, tokenizers, prompts.token_map)
 
-    embeds, pooled = _encoded(pipeline, ids[0], prompts.device)
+    embeds, pooled = _encoded(pipeline, read[0], prompts.device)
     rows = [(embeds, pooled)]
     if guided:
         zeros = (
             zeros_for_empty and not prompts.negative_prompt and pipeline.config.force_zeros_for_empty_prompt
         )
         negative = (torch.zeros_like(embeds), torch.zeros_like(pooled))
-        rows.insert(0, negative if zeros else _encoded(pipeline, ids[1], prompts.device))
+        rows.insert(0, negative if zeros else _encoded(pipeline, read[1], prompts.device))
     times = torch.tensor(time_ids if guided else time_ids[1:], dtype=embeds.dtype, device=embeds.device)
     return Conditioning(
         embeds=torch.cat([one for one, _ in rows]).repeat_interleave(count, 0),
@@ -95,8 +99,10 @@ def _encode(
     )
 
 
-def _encoded(pipeline: Any, ids: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def _encoded(pipeline: Any, read: Weighted, device: torch.device) -> tuple[Tensor, Tensor]:
     """One prompt's hidden states [1, 77·n, dim] and pooled prompt [1, dim], in the precision of the encoders' weights."""
-    first, second = (one[None].to(device) for one in ids)
-    embeds, pooled = encode((pipeline.text_encoder, pipeline.text_encoder_2), (first, second))
+    first, second = (one[None].to(device) for one in read.ids)
+    # Without weights the states are not touched: not even rounded anew.
+    weights = [one[None] for one in read.weights] if any((one != 1).any() for one in read.weights) else None
+    embeds, pooled = encode((pipeline.text_encoder, pipeline.text_encoder_2), (first, second), weights)
     return embeds.to(device, pipeline.text_encoder_2.dtype), pooled

@@ -31,7 +31,7 @@ class Conditioning:
     time_ids: Tensor
     """Size conditioning [b or 2b, 6]; for the refiner [b or 2b, 5]."""
     guidance_scale: float
-    """Strength of classifier-free guidance (arXiv:2207.12598); 1 turns it off."""
+    """Strength of classifier-free guidance (arXiv:2207.12598); 1 and less turn it off."""
     guidance_rescale: float = 0.0
     """Share, 0 to 1, of the guided prediction that gets back the spread of the prediction for the prompt."""
 

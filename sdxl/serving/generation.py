@@ -164,6 +164,7 @@ def _prepare(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         token_map=token_map,
+        prompt_weights=request.prompt_weights,
         guidance_scale=request.guidance_scale,
         guidance_rescale=request.guidance_rescale,
         count=len(seeds),
@@ -205,7 +206,7 @@ def _base_intervals(pipeline: Any, request: GenerationRequest, device: torch.dev
 
 def _schedule(pipeline: Any, request: GenerationRequest, steps: int, device: torch.device) -> Any:
     """A fresh scheduler of the request's sampler, with `steps` intervals."""
-    scheduler: Any = make_scheduler(request.scheduler, pipeline)
+    scheduler: Any = make_scheduler(request.scheduler, pipeline, request.timestep_spacing)
     scheduler.set_timesteps(steps, device=device)
     return scheduler
 

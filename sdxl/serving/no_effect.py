@@ -1,4 +1,4 @@
-"""Options of a request that have no effect, in one sentence each.
+"""Options of a request that have no effect or do not go together, in one sentence each.
 
 Knows options and their defaults; does not know models. An input that is left out looks like one that was given with its
 default, so only values that differ from their defaults are looked at.
@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from sdxl.serving.request import DeliveryOptions, DrawingOptions, LayoutOptions
+from sdxl.serving.samplers import SCHEDULERS
 
 
 def without_effect(
     drawing: DrawingOptions, layout: LayoutOptions, delivery: DeliveryOptions
 ) -> Iterator[str]:
-    """A sentence for each option that the others leave without effect."""
+    """A sentence for each option that the others leave without effect, or that spoils the pictures beside them."""
     if layout.image is None:
         if _changed(drawing, "prompt_strength"):
             yield "prompt_strength has no effect without image."
@@ -25,12 +26,23 @@ def without_effect(
         yield "The refiner has nothing to do, because high_noise_frac is 1."
     if drawing.refine != "base_image_refiner" and _changed(drawing, "refine_steps"):
         yield "refine_steps has no effect without refine=base_image_refiner."
-    if drawing.guidance_scale == 1 and drawing.negative_prompt:
-        yield "negative_prompt has no effect, because guidance_scale is 1."
-    if drawing.guidance_scale == 1 and _changed(drawing, "guidance_rescale"):
-        yield "guidance_rescale has no effect, because guidance_scale is 1."
+    yield from _of_guidance(drawing)
+    if SCHEDULERS[drawing.scheduler].most_steps and _changed(drawing, "timestep_spacing"):
+        yield f"timestep_spacing has no effect on {drawing.scheduler}, which has its own."
     if delivery.output_format == "png" and _changed(delivery, "output_quality"):
         yield "output_quality has no effect on png, which is lossless."
+
+
+def _of_guidance(drawing: DrawingOptions) -> Iterator[str]:
+    scale, most = drawing.guidance_scale, SCHEDULERS[drawing.scheduler].most_guidance
+    if scale <= 1 and drawing.negative_prompt:
+        yield f"negative_prompt has no effect, because guidance_scale is {scale:g}."
+    if scale <= 1 and _changed(drawing, "guidance_rescale"):
+        yield f"guidance_rescale has no effect, because guidance_scale is {scale:g}."
+    if most is not None and scale > most:
+        yield (
+            f"guidance_scale is {scale:g}, but {drawing.scheduler} is for weights that need 0 to {most:g}: more overexposes."
+        )
 
 
 def _changed(options: Any, name: str) -> bool:

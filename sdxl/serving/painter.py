@@ -17,13 +17,14 @@ from sdxl.errors import NotEnoughMemoryError
 from sdxl.files import pipelines
 from sdxl.model.bases import find_base
 from sdxl.model.components import native_resolution
+from sdxl.model.noise_schedule import has_zero_snr
 from sdxl.serving.fine_tune_cache import FineTuneCache
 from sdxl.serving.generation import draw, generate
 from sdxl.serving.pipeline import load_pipeline, load_refiner
 from sdxl.serving.placement import in_tiles, placement_here, ways_to_draw
 from sdxl.serving.request import FineTuneOptions, GenerationRequest
 from sdxl.serving.samplers import require_known, require_refinable
-from sdxl.serving.tuned_pipeline import ScaledFineTune, TunedPipeline, require_loras
+from sdxl.serving.tuned_pipeline import ScaledFineTune, TunedPipeline, in_text_encoder, require_loras
 from sdxl.serving.unet_runner import Runners, speed_here
 from sdxl.speed.compiled_blocks import fuse_blocks
 
@@ -92,7 +93,10 @@ class Painter:
         Raises:
             UserInputError: a fine-tune or the refiner cannot be fetched, or it or the sampler does not fit the base.
         """
-        require_known(request.scheduler, self.tuned.pipeline.scheduler.config)
+        config = self.tuned.pipeline.scheduler.config
+        require_known(request.scheduler, config)
+        if request.timestep_spacing not in ("base", "trailing") and has_zero_snr(config):
+            log.warning("timestep_spacing has no effect on this base: zero terminal SNR needs trailing.")
         refiner = None if request.refine == "no_refiner" else self._refiner()
         self.apply(options)
         return self._drawn(request, refiner)
@@ -153,9 +157,19 @@ class Painter:
         require_loras(extra)
         if options.lora_scale != FineTuneOptions.lora_scale and not (main and main.lora):
             log.warning("lora_scale has no effect without a LoRA as replicate_weights.")
+        text_scale = options.text_encoder_lora_scale
+        if text_scale is not None and not (main and any(map(in_text_encoder, main.lora))):
+            log.warning(
+                "text_encoder_lora_scale has no effect: replicate_weights is no LoRA of the text encoders."
+            )
         if main is None:
             return extra
-        return (ScaledFineTune(fine_tune=main, scale=float(options.lora_scale)), *extra)
+        scaled = ScaledFineTune(
+            fine_tune=main,
+            scale=float(options.lora_scale),
+            text_encoder_scale=None if text_scale is None else float(text_scale),
+        )
+        return (scaled, *extra)
 
     def _refiner(self) -> UNet2DConditionModel:
         """The refiner, loaded when a request first needs it."""

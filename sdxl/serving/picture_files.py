@@ -95,6 +95,10 @@ def describe(request: GenerationRequest, index: int, *, model: str) -> str:
     }
     if request.guidance_rescale:
         facts["CFG Rescale"] = f"{request.guidance_rescale:g}"
+    if not request.prompt_weights:
+        facts["Emphasis"] = "None"  # brackets are text
+    if request.timestep_spacing != "base":
+        facts["Timestep spacing"] = request.timestep_spacing
     if request.image is not None:
         facts["Denoising strength"] = f"{request.prompt_strength:g}"
     if request.refine == "expert_ensemble_refiner":

@@ -56,6 +56,7 @@ def drawer(components: Components, token_map: TokenMap | None = None) -> Callabl
             guidance_scale=guidance,
             scheduler=SAMPLER,
             seed=seed,
+            prompt_weights=False,  # captions are plain text, as training reads them
         )
         # Training holds some parts in fp32 and others in bf16; autocast lets them work together.
         with autocast(components.device):

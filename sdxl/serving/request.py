@@ -12,7 +12,8 @@ from PIL import Image
 
 from sdxl.data.caption_text import require_short
 from sdxl.errors import UserInputError
-from sdxl.serving.samplers import SCHEDULERS
+from sdxl.model.prompt_weights import parts_of
+from sdxl.serving.samplers import SCHEDULERS, SPACINGS
 
 if TYPE_CHECKING:
     from sdxl.serving.canvas import Canvas
@@ -47,6 +48,7 @@ Refine = Literal["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
 CHOICES = {
     "aspect_ratio": ("custom", *ASPECT_RATIOS),
     "scheduler": tuple(SCHEDULERS),
+    "timestep_spacing": SPACINGS,
     "refine": get_args(Refine),
     "output_format": tuple(FORMATS),
 }
@@ -54,13 +56,14 @@ CHOICES = {
 RANGES = {
     "num_outputs": (1, 4),
     "num_inference_steps": (1, 500),
-    "guidance_scale": (1, 50),
+    "guidance_scale": (0, 50),
     "guidance_rescale": (0, 1),
     "prompt_strength": (0, 1),
     "seed": (0, 2**32 - 1),
     "high_noise_frac": (0, 1),
     "refine_steps": (1, 500),
     "lora_scale": (-2, 2),
+    "text_encoder_lora_scale": (-2, 2),
     "extra_lora_scale": (-2, 2),
     "output_quality": (1, 100),
 }
@@ -72,18 +75,22 @@ class DrawingOptions:
     """What to draw and how, except for the size.
 
     Raises:
-        UserInputError: an input is out of its range or not among its choices.
+        UserInputError: an input is out of its range or not among its choices, or a weight in a prompt is too large.
     """
 
     prompt: str
     negative_prompt: str = ""
     """What to keep out of the picture; empty for nothing."""
+    prompt_weights: bool = True
+    """Whether brackets in both prompts are weights: see `sdxl.model.prompt_weights`."""
     num_outputs: int = 1
     scheduler: str = "K_EULER"
     """A key of `samplers.SCHEDULERS`."""
+    timestep_spacing: str = "base"
+    """One of `samplers.SPACINGS`."""
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
-    """Strength of classifier-free guidance (arXiv:2207.12598); 1 turns it off."""
+    """Strength of classifier-free guidance (arXiv:2207.12598); 1 and less turn it off."""
     guidance_rescale: float = 0.0
     """Share of the guided prediction that gets back its natural spread (arXiv:2305.08891, section 3.4)."""
     prompt_strength: float = 0.8
@@ -101,7 +108,10 @@ class DrawingOptions:
     def __post_init__(self) -> None:
         require_short(self.prompt, "prompt")
         require_short(self.negative_prompt, "negative_prompt")
+        for name in ("prompt", "negative_prompt"):
+            parts_of(getattr(self, name), weights=self.prompt_weights, name=name)
         _check(self)
+        _check_steps(self)
 
     def seed_of(self, index: int) -> int:
         """The seed of picture `index`: `seed` + `index`, where 0 follows the largest seed, so that it is a seed too."""
@@ -181,6 +191,8 @@ class FineTuneOptions:
     """Path, URL, `data:` URI or hub repository; None for the fine-tune given at setup, if any."""
     lora_scale: float = 1.0
     """1 as it was trained; more than 1 exaggerates, less than 0 does the opposite."""
+    text_encoder_lora_scale: float | None = None
+    """The same for the LoRA's layers in the text encoders; None for `lora_scale`."""
     extra_lora: Sequence[str] | None = None
     """LoRAs to add, named like `replicate_weights`; empty texts stand for none."""
     extra_lora_scale: Sequence[float] | None = None
@@ -251,6 +263,16 @@ def _check(options: Any) -> None:
             for number in value if isinstance(value, Sequence) else (value,):
                 if not low <= number <= high:
                     raise UserInputError(f"{name} is {number}, but must be from {low} to {high}.")
+
+
+def _check_steps(options: DrawingOptions) -> None:
+    most = SCHEDULERS[options.scheduler].most_steps
+    for name in ("num_inference_steps", "refine_steps"):
+        steps = getattr(options, name)
+        if most and steps and steps > most:
+            raise UserInputError(
+                f"{name} is {steps}, but {options.scheduler} takes at most {most} steps, and 4 to 8 are usual."
+            )
 
 
 def _check_sides(width: int | None, height: int | None, *, multiple: int) -> None:

@@ -26,8 +26,19 @@ class Sampler:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings that differ from the base's scheduler configuration."""
     zero_snr: Sequence[str] = ("epsilon", "v_prediction")
-    """What a base with zero terminal SNR may predict for this sampler. Some ignore that the noise is complete, and DDIM
-    divides epsilon by zero."""
+    """What a base with zero terminal SNR may predict for this sampler. Some ignore that the noise is complete, and some
+    divide epsilon by zero."""
+    most_steps: int | None = None
+    """For a sampler of few steps: the most that it can take. Its timesteps are a part of those of a distillation, whatever
+    the spacing."""
+    most_guidance: float | None = None
+    """For a sampler of few steps: more guidance than this overexposes, because the weights have learned guidance."""
+
+
+SPACINGS = ("base", "leading", "linspace", "trailing")
+"""How timesteps are spread over the noise: as the base's scheduler configuration says, or one of diffusers' ways."""
+FEW_STEPS: dict[str, Any] = {"zero_snr": ("v_prediction",), "most_steps": 50, "most_guidance": 2.0}
+_DISTILLED = {"original_inference_steps": 50, "clip_sample": False, "set_alpha_to_one": False}
 
 
 SCHEDULERS = {
@@ -38,34 +49,53 @@ SCHEDULERS = {
         zero_snr=("v_prediction",),
     ),
     "DPMSolverMultistep": Sampler(kind="DPMSolverMultistepScheduler", label="DPM++ 2M"),
+    "DPMSolverMultistepSDE": Sampler(
+        kind="DPMSolverMultistepScheduler",
+        label="DPM++ 2M SDE",
+        settings={"algorithm_type": "sde-dpmsolver++"},
+    ),
     "HeunDiscrete": Sampler(kind="HeunDiscreteScheduler", label="Heun", zero_snr=()),
     "KarrasDPM": Sampler(
         kind="DPMSolverMultistepScheduler", label="DPM++ 2M Karras", settings={"use_karras_sigmas": True}
     ),
+    "KarrasDPMSDE": Sampler(
+        kind="DPMSolverMultistepScheduler",
+        label="DPM++ 2M SDE Karras",
+        settings={"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
     "K_EULER_ANCESTRAL": Sampler(kind="EulerAncestralDiscreteScheduler", label="Euler a"),
     "K_EULER": Sampler(kind="EulerDiscreteScheduler", label="Euler"),
+    "LCM": Sampler(kind="LCMScheduler", label="LCM", settings=_DISTILLED, **FEW_STEPS),
     "PNDM": Sampler(
         kind="PNDMScheduler",
         label="PLMS",
         settings={"skip_prk_steps": True, "set_alpha_to_one": False},
         zero_snr=(),
     ),
+    "TCD": Sampler(kind="TCDScheduler", label="TCD", settings=_DISTILLED, **FEW_STEPS),
+    "UniPC": Sampler(kind="UniPCMultistepScheduler", label="UniPC"),
 }
 """Public name → sampler.
 
-DDIM and PNDM repeat settings of SDXL's published configuration. A base that was saved with another sampler lacks them,
+DDIM, PNDM, LCM and TCD repeat settings of SDXL's published configuration. A base that was saved with another sampler lacks them,
 and diffusers' defaults would clip latents as if they were pixels.
 """
 
 
-def make_scheduler(name: str, pipeline: "StableDiffusionXLPipeline") -> "SchedulerMixin":
-    """A fresh sampler of the public `name`, with the noise schedule of the pipeline's base."""
+def make_scheduler(
+    name: str, pipeline: "StableDiffusionXLPipeline", spacing: str = "base"
+) -> "SchedulerMixin":
+    """A fresh sampler of the public `name`, with the noise schedule of the pipeline's base.
+
+    spacing: one of `SPACINGS`. A base with zero terminal SNR is always drawn with "trailing".
+    """
     import diffusers
 
     sampler, config = SCHEDULERS[name], pipeline.scheduler.config
     # With zero terminal SNR the first step must be the one of complete noise (arXiv:2305.08891, section 3.3).
-    spacing = {"timestep_spacing": "trailing"} if has_zero_snr(config) else {}
-    return getattr(diffusers, sampler.kind).from_config(config, **sampler.settings, **spacing)
+    spacing = "trailing" if has_zero_snr(config) else spacing
+    spread = {} if spacing == "base" else {"timestep_spacing": spacing}
+    return getattr(diffusers, sampler.kind).from_config(config, **sampler.settings, **spread)
 
 
 def require_known(name: str, config: Mapping[str, Any]) -> None:

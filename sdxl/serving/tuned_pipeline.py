@@ -43,6 +43,18 @@ class ScaledFineTune:
     fine_tune: LoadedFineTune
     scale: float = 1.0
     """Factor of a LoRA's change; ignored for a whole UNet."""
+    text_encoder_scale: float | None = None
+    """The factor for the text encoders; None for `scale`."""
+
+    def scale_of(self, parameter: str) -> float:
+        """The factor for the change of a parameter, such as "unet.conv_in.weight"."""
+        own = self.text_encoder_scale
+        return self.scale if own is None or not in_text_encoder(parameter) else own
+
+
+def in_text_encoder(parameter: str) -> bool:
+    """Whether a parameter belongs to one of the text encoders."""
+    return parameter.startswith("text_encoder")
 
 
 def require_loras(scaled: Sequence[ScaledFineTune]) -> None:
@@ -184,8 +196,9 @@ class TunedPipeline:
         # Collect the changes of all LoRAs by weight, so that each weight is rounded only once.
         changes: dict[str, list[tuple[WeightChange, float]]] = {}
         for one in scaled:
-            for name, change in one.fine_tune.lora.items() if one.scale else ():
-                changes.setdefault(name, []).append((change, one.scale))
+            for name, change in one.fine_tune.lora.items():
+                if scale := one.scale_of(name):
+                    changes.setdefault(name, []).append((change, scale))
 
         # Add them in fp32. A DoRA layer also needs the weight before any change.
         for name, parts in changes.items():
