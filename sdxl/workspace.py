@@ -30,7 +30,9 @@ PREVIEWS = "previews"
 RESULT = "trained_model.tar"
 """The result of a training. It appears complete, by one rename, so a killed run that has it was finished."""
 REPORT = "report.html"
-"""The page for people in the result, and beside it."""
+"""The page for people in the result, and next to it."""
+EVENTS = "tensorboard"
+"""The folder of event files in the result."""
 
 
 @contextlib.contextmanager

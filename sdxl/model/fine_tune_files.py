@@ -25,7 +25,7 @@ from sdxl.files.file_kinds import describe_other_kind, looks_like_safetensors
 from sdxl.files.weight_files import WeightFile
 from sdxl.model.fine_tune_choice import EMBEDDINGS, LORA, UNET, WEB_UI, Chosen, belongs, choose
 from sdxl.model.token_files import read_rows
-from sdxl.workspace import CHECKPOINTS, REPORT
+from sdxl.workspace import CHECKPOINTS, EVENTS, PREVIEWS, REPORT
 
 __all__ = ["EMBEDDINGS", "LORA", "RECORD", "TOKENS", "UNET", "WEB_UI", "read_rows"]
 
@@ -110,7 +110,7 @@ def pack(folder: Path, target: Path) -> None:
 def is_left_out(path: Path) -> bool:
     """Whether `read` ignores a file in a fine-tune's archive: it is of an earlier training step, or for people or other
     programs."""
-    return path.parts[0] in (CHECKPOINTS, WEB_UI, REPORT)
+    return path.parts[0] in (CHECKPOINTS, WEB_UI, PREVIEWS, EVENTS, REPORT)
 
 
 def read(source: Path, folder: Path, *, name: str | None = None) -> FineTuneFiles:

@@ -13,8 +13,6 @@ from sdxl.history import Check, History, Step
 
 log = logging.getLogger(__name__)
 
-EVENTS = "tensorboard"
-"""The folder of the event files in a result."""
 _FLUSH_SECONDS = 10
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl.files.archives import atomic_path
 from sdxl.history import History, Step
-from sdxl.report.events import EVENTS, EventFiles
-from sdxl.workspace import REPORT
+from sdxl.report.events import EventFiles
+from sdxl.workspace import EVENTS, REPORT
 
 if TYPE_CHECKING:
     from sdxl.training.recipe import StepReport
