@@ -107,7 +107,7 @@ def check(step: int, *, loss: float, followed: float = 1.0, drift: float = 0.0) 
     )
 
 
-def test_scores_weigh_what_was_learned_followed_and_changed():
+def test_scores_weigh_what_was_learned_and_followed():
     scored = with_scores(
         [
             check(1, loss=0.8),
@@ -117,7 +117,7 @@ def test_scores_weigh_what_was_learned_followed_and_changed():
             check(5, loss=1.2),
         ]
     )
-    assert [round(one.score, 6) for one in scored] == [0.5, 1.0, 0.5, 0.9, 0.0]
+    assert [round(one.score, 6) for one in scored] == [0.5, 1.0, 0.5, 1.0, 0.0]
 
 
 class FakeMeter:

@@ -179,15 +179,15 @@ def _shapes(model: TrainedFineTune) -> dict[str, tuple[torch.dtype, torch.Size]]
 
 
 def with_scores(checks: list[Check]) -> list[Check]:
-    """The checks with scores that can be compared: the share of what was learned × what is followed, less half the drift.
+    """The checks with scores that can be compared: the share of what was learned × what is followed.
 
-    What was learned is how far the held-out loss fell below the base's, as a share of the furthest in any check.
+    What was learned is how far the held-out loss fell below the base's, as a share of the furthest in any check. Drift is
+    told, but not weighed: it grows in every run, so it would always speak for the earliest moment.
     """
     learned = [max(1 - mean(check.held_out.values()), 0.0) for check in checks]
     most = max(learned) or 1.0
     return [
-        _scored(check, share / most * check.followed - check.drift / 2)
-        for check, share in zip(checks, learned, strict=True)
+        _scored(check, share / most * check.followed) for check, share in zip(checks, learned, strict=True)
     ]
 
 
@@ -199,7 +199,6 @@ def _reason(best: Check, end: Check) -> str:
     """Why `best` is handed over and not `end`."""
     said = [
         (end.followed < best.followed - 0.01, "prompts were followed better"),
-        (end.drift > best.drift + 0.01, "other prompts had changed less"),
         (
             mean(end.held_out.values()) > mean(best.held_out.values()),
             "what training did not see was predicted better",
