@@ -237,7 +237,7 @@ def test_a_training_refuses_before_pictures_are_prepared(tmp_path: Path, inputs:
 def test_a_training_counts_its_steps_before_pictures_are_prepared(tmp_path: Path):
     archive = write_zip(tmp_path / "x.zip", {"dog.png": png(0)[:-40]})
     quick = {name: value for name, value in QUICK.items() if name != "max_train_steps"}
-    with pytest.raises(ValueError, match="must be below the 3 steps"):
+    with pytest.raises(ValueError, match="must be below the 2 steps"):
         call(train.train, input_images=archive, **quick, num_train_epochs=3, lr_warmup_steps=5)
 
 

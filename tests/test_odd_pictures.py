@@ -253,7 +253,9 @@ def test_of_a_long_picture_only_the_crop_is_enlarged_by_the_model(
     long.paste("orange", (15 * LONGEST_RATIO, 0, 17 * LONGEST_RATIO, 32))
     folder = prepare(tmp_path, {"1.png": file_of(long)})
     assert asked == [(32, 32)]
-    assert np.abs(plain(folder / "0.src.png")[32, 32] - (255, 165, 0)).max() < 40
+    middle = plain(folder / "0.src.png")[32, 32].astype(int)
+    orange, navy = (np.abs(middle - colour).sum() for colour in ((255, 165, 0), (0, 0, 128)))
+    assert orange < navy / 2, middle  # a model with random weights shifts colours
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
