@@ -81,6 +81,11 @@ def test_both_encoders_change_up_to_the_pivot(prepared, optimizer: str):
             moved = [not torch.equal(a.weights[name], b.weights[name]) for a, b in itertools.pairwise(seen)]
             assert moved == [True] * (CONFIG.pivot_step - 1) + [False] * (6 - CONFIG.pivot_step), name
             assert seen[-1].weights[name].abs().max() > 0
+    for which in (0, 1):  # the token rows train beside them
+        moved = [
+            not torch.equal(a.token_rows[which], b.token_rows[which]) for a, b in itertools.pairwise(seen)
+        ]
+        assert moved == [True] * (CONFIG.pivot_step - 1) + [False] * (6 - CONFIG.pivot_step)
     for encoder, weights in zip(components.text_encoders, before, strict=True):
         now = {name.replace(".base_layer", ""): value for name, value in encoder.state_dict().items()}
         assert all(torch.equal(now[name], value) for name, value in weights.items())
@@ -88,7 +93,6 @@ def test_both_encoders_change_up_to_the_pivot(prepared, optimizer: str):
     with torch.no_grad():
         changed = read_captions(components.text_encoders, ids_of(PROMPT, components))
     assert not torch.allclose(changed.pooled, plain.pooled, atol=1e-4)
-    width = components.text_encoders[0].config.hidden_size
     width = components.text_encoders[0].config.hidden_size
     for part in (slice(width), slice(width, None)):  # the first encoder's states, then the second's
         assert not torch.allclose(changed.hidden[..., part], plain.hidden[..., part], atol=1e-4)

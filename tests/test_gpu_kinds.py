@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +99,15 @@ def test_what_triton_lacks_is_named_and_stops_nothing(
     installed: bool, error: Exception | None, why: str | None
 ):
     assert obstacle(installed, failing(error) if error else lambda: None) == why
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_triton_is_tried_with_gradients_whoever_asks(without_gradients: Callable[[], Any]):
+    def attempt() -> None:
+        torch.ones(1, requires_grad=True).sum().backward()
+
+    with without_gradients():
+        assert obstacle(True, attempt) is None
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory")])

@@ -35,7 +35,8 @@ def obstacle(installed: bool, attempt: Callable[[], None]) -> str | None:
     if not installed:
         return "Triton is not installed"
     try:
-        attempt()
+        with torch.inference_mode(False), torch.enable_grad():  # the caller may compute without gradients
+            attempt()
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # Triton's errors have no common class

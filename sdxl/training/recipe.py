@@ -87,9 +87,9 @@ def fine_tune(
     # What trains: the new token rows up to the pivot, the UNet's weights or LoRA matrices in every step. Processes that
     # train together start from equal weights. From then on each draws its own noise.
     base_unet, outside_masks = _teacher(components, dataset, config)
+    trainable = _trainable(components, config)  # before the rows: peft freezes all that it finds in a model
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
-    trainable = _trainable(components, config)
     states, watch, mixed = states or RunStates(), watch or Watch(), trainable.mixed_precision
     snapshot = partial(_snapshot, trainable, tokens)
     watch.begin(components, config, mixed_precision=mixed)
