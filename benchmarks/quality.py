@@ -128,6 +128,7 @@ def run_all(subjects: list[int], methods: list[Method], args: argparse.Namespace
     args.workdir.mkdir(parents=True, exist_ok=True)
     jobs = [(seed, method) for seed in subjects for method in methods]
     missing = [job for job in jobs if not _files(args, *job)[0].exists()]
+    missing.sort(key=lambda job: job[1].steps_factor, reverse=True)  # so that no long one is left for the end
     work = partial(
         run_job,
         steps=args.steps,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train
-from dataset_and_utils import ExampleDataset, TokenEmbeddingsHandler, TokenMap
+from dataset_and_utils import Example, ExampleDataset, TokenEmbeddingsHandler, TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.errors import UserInputError
 from sdxl.files.archives import unpack
@@ -27,9 +27,9 @@ from sdxl.training.caption_encoding import encode_captions
 from sdxl.training.contradictions import refuse_contradictions
 from sdxl.training.encoder_lora import with_encoder_lora
 from sdxl.training.examples import cache_examples
-from sdxl.training.loss import DenoisingLoss
+from sdxl.training.loss import DenoisingLoss, Part
 from sdxl.training.recipe import fine_tune
-from sdxl.training.text_conditioning import read_captions
+from sdxl.training.text_conditioning import TextConditioning, read_captions
 from sdxl.training.trainable import as_base, lora
 from tests.conftest import QUICK, call, quiet_pipeline, write_captioned_zip
 from tests.test_training import CONFIG
@@ -117,12 +117,16 @@ def test_the_base_as_teacher_reads_captions_with_its_own_encoders(prepared, taug
         base_outside_masks=not taught,
     )
     batch = examples.collate([0, 1])
+
+    def lost_on(batch: Example, captions: TextConditioning | None = None) -> Tensor:
+        return loss(Part(batch=batch, captions=captions, taught_by_base=taught))[0]
+
     for encoder in components.text_encoders:  # the new tokens have no row yet: any id serves
         encoder.resize_token_embeddings(len(components.tokenizers[0]), mean_resizing=False)
-    assert loss(batch, None, taught).item() == 0  # the second matrices start at 0
+    assert lost_on(batch).item() == 0  # the second matrices start at 0
     for weight in trainable.encoders.params:
         torch.nn.init.normal_(weight, std=0.1)
-    lost = loss(batch, None, taught)
+    lost = lost_on(batch)
     assert lost.item() > 1e-5
     lost.backward()
     assert all(
@@ -136,11 +140,11 @@ def test_the_base_as_teacher_reads_captions_with_its_own_encoders(prepared, taug
     bucket.chosen.copy_(torch.tensor([[0, 1]]))
     ((again, text),) = bucket.micro_batches()
     loss.generator.manual_seed(0)
-    loss(batch, None, taught)
+    lost_on(batch)
     loss.generator.manual_seed(0)
-    fresh = loss(batch, None, taught).item()
+    fresh = lost_on(batch).item()
     loss.generator.manual_seed(0)
-    assert loss(again, text, taught).item() == pytest.approx(fresh, rel=1e-4)
+    assert lost_on(again, text).item() == pytest.approx(fresh, rel=1e-4)
     assert text is not None and text.of_base is not None
     plain = load_components(narrow_base, is_lora=True, device=CPU)
     for encoder, own in zip(plain.text_encoders, components.text_encoders, strict=True):

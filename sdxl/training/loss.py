@@ -5,8 +5,8 @@ Knows SDXL's parts and the maths of diffusion; does not know batches' origin, op
 Shape suffixes: b pictures, c latent channels, h w latent pixels.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,28 @@ from sdxl.training.diffusion import (
 )
 from sdxl.training.text_conditioning import TextConditioning, read_captions
 
-BELOW = 0.6
-"""With `preservation` the subject is learned in this share of the timesteps, those with less noise. Above it a picture's
-composition is decided, which few pictures over-train first (T-LoRA, arXiv:2507.05964, lowers the rank there)."""
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of what a step learns."""
+
+    batch: Example
+    captions: TextConditioning | None = None
+    """As they are read by now; None reads them in the loss, so that what trains of the text gets gradients."""
+    taught_by_base: bool = False
+    """Whether the target is what the base predicts, instead of what the pictures show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noised:
+    """A part with noise, ready for the UNet."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    text: TextConditioning
+    time_ids: Tensor
+    target: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +64,8 @@ class DenoisingLoss:
     """Called like the base's UNet; None if nothing needs it."""
     base_outside_masks: bool = False
     """Whether the base teaches outside masks what it would predict there."""
+    subject_below: float = 1.0
+    """The share of the timesteps, those with less noise, in which the subject is learned."""
 
     @property
     def base_reads_apart(self) -> bool:
@@ -52,54 +73,75 @@ class DenoisingLoss:
         encoders."""
         return self.base_unet is not None and self.config.text_encoder_lora
 
-    def __call__(
-        self, batch: Example, captions: TextConditioning | None, taught_by_base: bool = False
-    ) -> Tensor:
-        """The loss of `batch`, a scalar.
+    def __call__(self, *parts: Part) -> list[Tensor]:
+        """The loss of each part, a scalar. Parts of one shape go through the UNet together."""
+        noised = [self._noised(part) for part in parts]
+        losses = []
+        for one, prediction in zip(noised, self._predictions(noised), strict=True):
+            scheduler, config = self.components.noise_scheduler, self.config
+            weights = min_snr_weights(scheduler, one.timesteps, config.snr_gamma)
+            losses.append(masked_mse(prediction, one.target, one.mask, weights, config.mask_floor))
+        return losses
 
-        taught_by_base: the target is what the base predicts, instead of what the pictures show.
-        captions: as they are read by now; None reads them here, so that what trains of the text gets gradients.
-        """
-        components, config, generator = self.components, self.config, self.generator
-        scheduler = components.noise_scheduler
-        teaches = taught_by_base or self.base_outside_masks
+    def _noised(self, part: Part) -> Noised:
+        """What the UNet is shown of a part, and what it should predict."""
+        components, config, generator, batch = self.components, self.config, self.generator, part.batch
+        scheduler, dtype = components.noise_scheduler, components.unet.dtype
+        teaches = part.taught_by_base or self.base_outside_masks
 
         # The captions. Dropping some trains the unconditional branch of classifier-free guidance (arXiv:2207.12598).
-        text = captions or read_captions(
+        text = part.captions or read_captions(
             components.text_encoders, batch.token_ids, also_as_base=teaches and self.base_reads_apart
         )
-        if not taught_by_base:
+        if not part.taught_by_base:
             text = text.dropped(config.caption_dropout, generator)
 
         # Noise at a random time: x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (DDPM, eq. 4).
         noise = sample_noise(batch.latents.shape, config.noise_offset, generator)
         timesteps = sample_timesteps(scheduler, len(batch.latents), generator)
-        if config.preservation and not taught_by_base:
-            timesteps = (timesteps * BELOW).long()
-        noisy = scheduler.add_noise(batch.latents, noise, timesteps)  # type: ignore[arg-type]
+        if not part.taught_by_base:
+            timesteps = (timesteps * self.subject_below).long()
+        noisy = scheduler.add_noise(batch.latents, noise, timesteps).to(dtype)  # type: ignore[arg-type]
         target = training_target(scheduler, batch.latents, noise, timesteps)
 
-        def condition(text: TextConditioning) -> dict[str, Any]:
-            hidden, pooled = (value.to(components.unet.dtype) for value in (text.hidden, text.pooled))
-            if captions is not None and hidden.is_cuda:
-                # Encoded captions need no gradient. But one without would compile all blocks again at the pivot;
-                # computing the gradient for nothing costs about a millisecond.
-                hidden = hidden.detach().requires_grad_()
-            added = {"text_embeds": pooled, "time_ids": batch.time_ids}
-            return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
-
         # The base is the teacher of other captions. It is outside masks too: the fine-tune must not learn the background.
-        noisy, given = noisy.to(components.unet.dtype), condition(text)
         if teaches:
             assert self.base_unet is not None
-            known = given if text.of_base is None else condition(text.of_base)
+            known = _condition(text.of_base or text, batch.time_ids, dtype)
             with torch.no_grad():
                 from_base = self.base_unet(noisy, timesteps, **known).sample.to(target.dtype)
-            target = from_base if taught_by_base else torch.lerp(from_base, target, batch.mask)
+            target = from_base if part.taught_by_base else torch.lerp(from_base, target, batch.mask)
+        return Noised(
+            noisy=noisy,
+            timesteps=timesteps,
+            text=text,
+            time_ids=batch.time_ids,
+            target=target,
+            mask=batch.mask,
+        )
 
-        prediction = components.unet(noisy, timesteps, **given).sample
-        weights = min_snr_weights(scheduler, timesteps, config.snr_gamma)
-        return masked_mse(prediction, target, batch.mask, weights, config.mask_floor)
+    def _predictions(self, parts: Sequence[Noised]) -> list[Tensor]:
+        """What the UNet predicts for each part [b, c, h, w]: in one call if all have one shape, else in one for each."""
+        if len({(one.noisy.shape[1:], one.text.hidden.shape[1:]) for one in parts}) > 1:
+            return [self._predictions([one])[0] for one in parts]
+        unet = self.components.unet
+        text = TextConditioning.joined([replace(one.text, of_base=None) for one in parts])
+        given = _condition(text, torch.cat([one.time_ids for one in parts]), unet.dtype)
+        hidden = given["encoder_hidden_states"]
+        if hidden.is_cuda and not hidden.requires_grad:
+            # Encoded captions need no gradient. But one without would compile all blocks again at the pivot;
+            # computing the gradient for nothing costs about a millisecond.
+            given["encoder_hidden_states"] = hidden.detach().requires_grad_()
+        noisy, timesteps = (
+            torch.cat([getattr(one, name) for one in parts]) for name in ("noisy", "timesteps")
+        )
+        return list(unet(noisy, timesteps, **given).sample.split([len(one.noisy) for one in parts]))
+
+
+def _condition(text: TextConditioning, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """The UNet's arguments beside the noisy latents and timesteps."""
+    added = {"text_embeds": text.pooled.to(dtype), "time_ids": time_ids}
+    return {"encoder_hidden_states": text.hidden.to(dtype), "added_cond_kwargs": added}
 
 
 def min_snr_weights(scheduler: DDPMScheduler, timesteps_b: Tensor, gamma: float) -> Tensor:

@@ -28,7 +28,7 @@ from sdxl.training.data_parallel import rank, world_size
 from sdxl.training.encoder_lora import with_encoder_lora
 from sdxl.training.loss import DenoisingLoss
 from sdxl.training.optimizers import Group, Optimizers
-from sdxl.training.preservation import PROMPTS, kept_examples, weight_for
+from sdxl.training.preservation import PROMPTS, kept_examples, learned_below, weight_for
 from sdxl.training.run_state import RunState, undisturbed
 from sdxl.training.starting_point import StartingPoint
 from sdxl.training.states import RunStates
@@ -101,7 +101,8 @@ def fine_tune(
 
     # What a step sees: a batch of the subject, one of the prior, and one that the base teaches.
     sources = _sources(components, dataset, prior, config)
-    loss = DenoisingLoss(components, config, generator, base_unet, base_outside_masks=outside_masks)
+    below = learned_below(dataset.pictures) if config.preservation else 1.0
+    loss = DenoisingLoss(components, config, generator, base_unet, outside_masks, below)
     step = TrainingStep(loss, sources, optimizers, tokens, config, generator, mixed_precision=mixed)
 
     # A state is all that has changed since here. A run that goes on from one starts after its step.

@@ -7,26 +7,26 @@ differs between steps (the chosen pictures, the learning rates) is written into 
 can repeat the step without the CPU, which would take longer than the GPU to launch its thousands of kernels.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from dataset_and_utils import Example
 from sdxl.speed.autocast import autocast
 from sdxl.speed.cuda_graphs import GraphedWork
 from sdxl.training.batches import Batches
 from sdxl.training.config import TrainingConfig
 from sdxl.training.data_parallel import average
+from sdxl.training.loss import Part
 from sdxl.training.optimizers import Optimizers
-from sdxl.training.text_conditioning import TextConditioning
 from sdxl.training.token_rows import NewTokens
 
 MAX_GRAD_NORM = 1.0
 """Gradients are clipped to this norm."""
 
-Loss = Callable[[Example, TextConditioning | None, bool], Tensor]
-"""A batch, its captions if already encoded, and whether the base teaches it → the loss, a scalar."""
+Loss = Callable[..., list[Tensor]]
+"""Parts of a step → the loss of each, a scalar."""
 
 
 class TrainingStep:
@@ -52,6 +52,7 @@ class TrainingStep:
         self._optimizers, self._tokens = optimizers, tokens
         self._device, self._mixed_precision = generator.device, mixed_precision
         self._graphed = GraphedWork(self._device, generator, enabled=config.cuda_graph)
+        self._taught_in_batch = config.learned_at_once + config.taught_at_once <= config.train_batch_size
         self._one_graph = all(len(batches.buckets) == 1 for batches in sources)
 
     def gradients(self, drawn: tuple[int, ...]) -> tuple[float, list[float]]:
@@ -86,21 +87,42 @@ class TrainingStep:
 
         # Add up the loss and its gradients: over micro-batches (accumulation), and over the subject and the prior.
         total = torch.zeros((), device=self._device)
-        for batches, number in zip(self._sources, drawn, strict=True):
-            bucket = batches.buckets[number]
-            for batch, text in bucket.micro_batches():
-                with autocast(self._device, self._mixed_precision):
-                    loss = self._loss(batch, text, batches.taught_by_base)
-                    loss = loss * (batches.weight / len(bucket.chosen))
-                loss.backward()
-                total += loss.detach()
+        for group in self._groups(drawn):
+            with autocast(self._device, self._mixed_precision):
+                losses = self._loss(*(part for part, _ in group))
+                weighted = torch.stack(
+                    [loss * weight for loss, (_, weight) in zip(losses, group, strict=True)]
+                )
+            weighted.sum().backward()
+            total += weighted.detach().sum()
 
         # Average over all processes. The loss too: if one process must stop, all must.
         average([*self._optimizers.gradients(), total])
         return torch.stack([total, *self._optimizers.clip(MAX_GRAD_NORM)])
+
+    def _groups(self, drawn: tuple[int, ...]) -> Iterator[list[tuple[Part, float]]]:
+        """The parts of a step with the weights of their losses: those in one list are computed at once.
+
+        What the base teaches is a part of the subject's batch, if that has room. All else is computed on its own, so that
+        memory holds the activations of one batch.
+        """
+        parts = [list(_parts(*source)) for source in zip(self._sources, drawn, strict=True)]
+        taught = [source.taught_by_base and self._taught_in_batch for source in self._sources]
+        with_subject = [parts[0], *itertools.compress(parts, taught)]
+        alone = [one for one, is_taught in zip(parts[1:], taught[1:], strict=True) if not is_taught]
+        yield from map(list, zip(*with_subject, strict=True))
+        yield from ([part] for one in alone for part in one)
 
     def _compute_update(self) -> Tensor:
         self._optimizers.step()
         if self._optimizers.rows_train:
             self._tokens.pull_to_scale()
         return self._tokens.parameters[0]  # graphed work must return a tensor; nobody reads this one
+
+
+def _parts(source: Batches, number: int) -> Iterator[tuple[Part, float]]:
+    """What was drawn of a source's bucket, one part for each micro-batch, with the weight of its loss."""
+    bucket = source.buckets[number]
+    for batch, captions in bucket.micro_batches():
+        part = Part(batch=batch, captions=captions, taught_by_base=source.taught_by_base)
+        yield part, source.weight / len(bucket.chosen)
