@@ -68,10 +68,10 @@ def main() -> None:
 
 def _draw_methods(args: argparse.Namespace) -> None:
     """Write `quality.jpg` and `steps.jpg`, which show the same fine-tunes."""
-    methods = [_of_steps(m, steps) for m in (FULL, LORA) for steps in (args.steps, LONGER * args.steps)]
+    methods = [_of_steps(m, steps) for m in (LORA, FULL) for steps in (args.steps, LONGER * args.steps)]
     results = run_all(SUBJECTS, methods, args)
-    short_full = [r for r in results if r["method"] == methods[0].name]
-    _save(quality_sheet(short_full), args.output / "quality.jpg")
+    default = [r for r in results if r["method"] == methods[0].name]
+    _save(quality_sheet(default), args.output / "quality.jpg")
     _save(steps_sheet(results, SUBJECTS[:2]), args.output / "steps.jpg")
 
 
