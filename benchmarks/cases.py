@@ -22,9 +22,10 @@ from torch import Tensor
 
 from benchmarks import few
 from benchmarks import prompts as P
+from benchmarks.judging import draw, real_pictures
 from benchmarks.quality import METHODS, about, add_job_arguments
 from benchmarks.scores import cosine_of_different, fidelity
-from benchmarks.subject_job import BASE, RAW_SIDE, Method, draw, learn, real_pictures, write_renders
+from benchmarks.subject_job import BASE, RAW_SIDE, Method, learn, write_renders
 from benchmarks.workers import in_processes
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.tuned_pipeline import TunedPipeline

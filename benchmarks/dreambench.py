@@ -26,8 +26,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
+from benchmarks.judging import draw
 from benchmarks.scores import cosine_of_different
-from benchmarks.subject_job import Method, draw, learn, write_raw
+from benchmarks.subject_job import Method, learn, write_raw
 from sdxl.errors import UserInputError
 from sdxl.files.pipelines import local_folder
 from sdxl.serving.pipeline import load_pipeline

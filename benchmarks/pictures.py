@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks import prompts as P
+from benchmarks.judging import draw
 from benchmarks.quality import (
     METHODS,
     SHEET_PROMPTS,
@@ -26,7 +27,7 @@ from benchmarks.quality import (
     sheet_pictures,
     subject_rows,
 )
-from benchmarks.subject_job import BASE, Method, draw, learn, training_pictures
+from benchmarks.subject_job import BASE, Method, learn, training_pictures
 from sdxl.data.contact_sheet import Row, contact_sheet
 from sdxl.files.archives import unpack
 from sdxl.serving.pipeline import load_pipeline

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import prompts as P
-from benchmarks.scores import cosine_of_different
+from benchmarks.judging import judge
 from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.data.dataset_folder import read_dataset_folder
 from sdxl.model import fine_tune_files
-from sdxl.model.components import load_components
+from sdxl.model.components import Components, load_components
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.previews import drawer
 from sdxl.serving.tuned_pipeline import TunedPipeline
@@ -30,21 +30,18 @@ from sdxl.training.examples import cache_examples
 from sdxl.training.presets import PRESETS
 from sdxl.training.prior import PriorConfig, prior_dataset
 from sdxl.training.recipe import fine_tune
+from sdxl.training.watch import Watch
 from tiny_world.captions import caption
-from tiny_world.following import following, shares
 from tiny_world.parts import pad
 from tiny_world.raster import Rendered, render
 from tiny_world.scenes import random_scene
-from tiny_world.scorer import Scorer
 from tiny_world.sheets import to_pil
-from tiny_world.subjects import random_shot, shot_parts, subject
+from tiny_world.subjects import shot_parts, subject
 
 BASE = Path("base_models/tiny-sdxl")
-GUIDANCE = 3.0
 RAW_SIDE = 512
 """Side in pixels of training pictures as users would upload them. They are prepared at 256 pixels, so that there are pixels
 for views. Edges are as soft as at 256, in shares of the picture, so that the whole picture looks as it does at 256."""
-REAL_SHOTS = 16
 PRIOR_IMAGES = 24
 
 
@@ -120,12 +117,23 @@ def run_job(
     with tempfile.TemporaryDirectory() as folder:
         tuned = None
         if method.trained:
-            tuned = _learn(seed, method, Path(folder), steps, batch_size, side, device)
+            tuned = learn_subject(
+                seed, method, Path(folder), steps=steps, batch_size=batch_size, side=side, device=device
+            )
         learnt = time.monotonic()
         pipeline = TunedPipeline(load_pipeline(BASE, torch.device(device)))
         pipeline.activate(tuned)
         pipeline.pipeline.set_progress_bar_config(disable=True)
-        numbers, pictures = _judge(seed, method, pipeline, seeds, sampling_steps, side, device)
+        numbers, pictures = judge(
+            seed,
+            pipeline,
+            called=method.called,
+            is_base=not method.trained,
+            seeds=seeds,
+            sampling_steps=sampling_steps,
+            side=side,
+            device=device,
+        )
     numbers["train_seconds"] = round(learnt - started, 1) if method.trained else 0.0
     numbers["seconds"] = round(time.monotonic() - started, 1)
     if device == "cuda":
@@ -140,14 +148,6 @@ def training_pictures(seed: int, side: int = 256, count: int = len(P.TRAINING)) 
     return render(table, size=side)
 
 
-def real_pictures(seed: int, n: int = REAL_SHOTS) -> Tensor:
-    """Pictures [n, 3, 256, 256] in 0..1 of a subject that are not in its training pictures."""
-    rng = np.random.default_rng((seed, 616))
-    cast = {P.NAME: subject(seed)}
-    scenes = [random_shot(P.NAME, rng) for _ in range(n)]
-    return render(pad([shot_parts(s, cast, 900_000 + i) for i, s in enumerate(scenes)])).images
-
-
 def learn(
     raw: Path,
     folder: Path,
@@ -160,10 +160,11 @@ def learn(
     batch_size: int,
     device: str,
     gradient_checkpointing: bool = False,
+    watch_of: Callable[[Path, Components, TrainingConfig], Watch] | None = None,
 ) -> fine_tune_files.FineTuneFiles:
     """Fine-tune `base` on the pictures and captions in `raw` with the project's own stages.
 
-    The stages write into `folder`.
+    The stages write into `folder`. `watch_of` makes what watches the training, of the prepared data set.
     """
     settings = {
         **SETTINGS,
@@ -193,7 +194,8 @@ def learn(
         wanted = PriorConfig.parse(method.prior, base=str(base), images=PRIOR_IMAGES, resolution=resolution)
         drawn = prior_dataset(wanted, drawer(components))
         prior = cache_examples(drawn, components, TokenMap({}), seed=0)
-    model = fine_tune(components, examples, config, prior=prior)
+    watch = watch_of(dataset, components, config) if watch_of else None
+    model = fine_tune(components, examples, config, prior=prior, watch=watch)
     fine_tune_files.write(model, folder / "tuned", {})
     return fine_tune_files.read(folder / "tuned", folder / "unpacked")
 
@@ -231,9 +233,18 @@ def write_renders(folder: Path, images: Tensor, captions: list[str], masks: Tens
     write_raw(folder, [to_pil(image) for image in images], captions, drawn)
 
 
-def _learn(
-    seed: int, method: Method, folder: Path, steps: int, batch_size: int, side: int, device: str
+def learn_subject(
+    seed: int,
+    method: Method,
+    folder: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    side: int,
+    device: str,
+    watch_of: Callable[[Path, Components, TrainingConfig], Watch] | None = None,
 ) -> fine_tune_files.FineTuneFiles:
+    """`learn` subject `seed` from its training pictures with captions."""
     shown = training_pictures(seed, method.raw_side, method.pictures)
     captions = P.training_captions(method.called, method.pictures)
     if method.one_caption:
@@ -254,6 +265,7 @@ def _learn(
         steps=steps,
         batch_size=batch_size,
         device=device,
+        watch_of=watch_of,
     )
 
 
@@ -261,79 +273,3 @@ def _grown(mask: Tensor) -> Tensor:
     """A mask [1, h, w], grown by a 64th of its width."""
     by = mask.shape[-1] // 64
     return torch.nn.functional.max_pool2d(mask[None], 2 * by + 1, 1, by)[0]
-
-
-def _judge(
-    seed: int, method: Method, tuned: TunedPipeline, seeds: int, sampling_steps: int, side: int, device: str
-) -> tuple[dict[str, float], Tensor]:
-    scorer = Scorer(device=device)
-    asked = P.subject_prompts(method.called) * seeds
-    controls = {"prior": P.prior_prompts()} | ({} if method.trained else {"known": P.known_prompts()})
-    prompts = [prompt for prompt, _ in asked]
-    prompts += [prompt for pairs in controls.values() for prompt, _ in pairs]
-    prompts += [P.DIVERSITY_PROMPT] * 6
-    # On a GPU draw all in one batch: for small pictures the launches take the time, not the arithmetic.
-    everything = draw(
-        tuned, prompts, 100, side=side, steps=sampling_steps, at_once=len(prompts) if device != "cpu" else 10
-    )
-    pictures, rest = everything[: len(asked)], everything[len(asked) :]
-
-    real = scorer.identity(real_pictures(seed))
-    others = scorer.identity(real_pictures(seed + 2, 8))
-    embedded = scorer.identity(pictures)
-    numbers = {
-        "similarity": float((embedded @ real.T).mean()),
-        "real_similarity": cosine_of_different(real, real),
-        "other_similarity": float((real @ others.T).mean()),
-    }
-    for i, value in enumerate((embedded @ real.T).mean(1).view(seeds, -1).mean(0).tolist()):
-        numbers[f"similarity_prompt_{i}"] = round(value, 3)
-    met = following(scorer.attributes(pictures), [scene for _, scene in asked])
-    numbers |= {f"prompt_{name}": value for name, value in shares(met).items()}
-    for name, pairs in controls.items():
-        images, rest = rest[: len(pairs)], rest[len(pairs) :]
-        met = following(scorer.attributes(images), [scene for _, scene in pairs])
-        numbers |= {f"{name}_{key}": value for key, value in shares(met).items()}
-    numbers["diversity"] = spread(pictures.unflatten(0, (seeds, -1)).transpose(0, 1))
-    numbers["prior_diversity"] = spread(rest.unsqueeze(0))
-    return numbers, (pictures[: len(asked) // seeds] * 255).round().to(torch.uint8).contiguous()
-
-
-def spread(pictures: Tensor) -> float:
-    """How much pictures of one prompt differ, from 0 to 1; pictures: [prompts, n, 3, h, w].
-
-    The root mean square difference of 32×32 thumbnails, averaged over all pairs; 0 for n = 1.
-    """
-    small = torch.nn.functional.interpolate(pictures.flatten(0, 1), size=(32, 32), mode="area")
-    small = small.unflatten(0, pictures.shape[:2]).flatten(2)
-    n = small.shape[1]
-    if n == 1:
-        return 0.0
-    distances = torch.cdist(small, small) / small.shape[2] ** 0.5
-    return round(float(distances.sum((1, 2)).mean() / (n * (n - 1))), 4)
-
-
-@torch.inference_mode()
-def draw(
-    tuned: TunedPipeline, prompts: list[str], seed: int, *, side: int, steps: int, at_once: int = 10
-) -> Tensor:
-    """Draw one picture for each prompt: [n, 3, side, side] in 0..1, on the CPU.
-
-    Picture i comes from the seed `seed` + i. `at_once` pictures share a batch.
-    """
-    images = []
-    for start in range(0, len(prompts), at_once):
-        batch = prompts[start : start + at_once]
-        output: Any = tuned.pipeline(
-            prompt=[tuned.token_map.substitute(prompt) for prompt in batch],
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            height=side,
-            width=side,
-            generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))],
-            output_type="latent",
-        )
-        vae = tuned.pipeline.vae
-        decoded = vae.decode(output.images.to(vae.dtype) / vae.config.scaling_factor).sample
-        images.append((decoded * 0.5 + 0.5).clamp(0, 1).float().cpu())
-    return torch.cat(images)

@@ -13,8 +13,9 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from benchmarks import base, dreambench, prompts, quality
 from benchmarks.dreambench import Encoders, real_scores
+from benchmarks.judging import real_pictures, spread
 from benchmarks.quality import flat_keys, markdown, summarise
-from benchmarks.subject_job import real_pictures, spread, training_pictures
+from benchmarks.subject_job import training_pictures
 from tests.conftest import REPOSITORY, TINY_BASE
 from tiny_world.following import following, shares
 from tiny_world.scorer import Scorer

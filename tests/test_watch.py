@@ -10,10 +10,11 @@ from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.history import Check, History, Previews
 from sdxl.model.components import Components, load_components
 from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.training.best_moment import PATIENCE, with_scores
 from sdxl.training.examples import cache_examples, held_out_examples, kept_out
 from sdxl.training.signals import BANDS, Meter, Signals
 from sdxl.training.token_rows import NewTokens
-from sdxl.training.watch import PATIENCE, Watch, _due, with_scores
+from sdxl.training.watch import Watch, _due
 from tests.conftest import TINY_BASE, png, write_zip
 
 TOK = TokenMap.parse("TOK:2")

@@ -93,13 +93,13 @@ def weight_for(weight: float, pictures: int) -> float:
     return weight * max(1.0, 4 / pictures)
 
 
-def learned_below(pictures: int) -> float:
-    """The share of the timesteps, those with less noise, in which the subject is learned beside such captions.
+def learned_below(weight: float, pictures: int) -> float:
+    """The share of the timesteps, those with less noise, in which the subject is learned: all without such captions.
 
     Above it a picture's composition is decided, which few pictures over-train first (T-LoRA, arXiv:2507.05964, lowers the rank
     there). A single picture shows too little of the subject for that: without these timesteps it is not learned.
     """
-    return 1.0 if pictures == 1 else 0.6
+    return 0.6 if weight and pictures > 1 else 1.0
 
 
 def _evenly(examples: Sequence[Example], most: int) -> Sequence[Example]:

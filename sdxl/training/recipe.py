@@ -91,7 +91,6 @@ def fine_tune(
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
     states, watch, mixed = states or RunStates(), watch or Watch(), trainable.mixed_precision
-    snapshot = partial(_snapshot, trainable, tokens)
     watch.begin(components, config, mixed_precision=mixed)
     if begin_with is not None:
         begin_with.apply(components.unet, tokens)
@@ -101,11 +100,12 @@ def fine_tune(
 
     # What a step sees: a batch of the subject, one of the prior, and one that the base teaches.
     sources = _sources(components, dataset, prior, config)
-    below = learned_below(dataset.pictures) if config.preservation else 1.0
+    below = learned_below(config.preservation, pictures=dataset.pictures)
     loss = DenoisingLoss(components, config, generator, base_unet, outside_masks, below)
     step = TrainingStep(loss, sources, optimizers, tokens, config, generator, mixed_precision=mixed)
 
     # A state is all that has changed since here. A run that goes on from one starts after its step.
+    snapshot = partial(_snapshot, trainable, tokens)
     done = watch.caught_up(states.begin(RunState(optimizers, sources, generator, watch)), snapshot)
     progress = _progress(done, config.max_train_steps)
     for number in progress:

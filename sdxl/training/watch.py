@@ -1,22 +1,22 @@
 """A training is watched: from time to time its signals are read and previews are drawn, and the best moment is kept.
 
-Knows when to look and what is better; does not know how signals are computed or pictures drawn.
+Knows when to look; does not know how signals are computed, what makes a moment the best, or how pictures are drawn.
 """
 
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataset_and_utils import ExampleDataset, TokenMap
-from sdxl.history import Check, Choice, History, Previews
+from sdxl.history import Check, History, Previews
 from sdxl.model.components import Components
 from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.training.best_moment import choice_of, has_fallen, with_scores
 from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.data_parallel import agreed
 from sdxl.training.preservation import PROMPTS
@@ -26,10 +26,6 @@ log = logging.getLogger(__name__)
 
 PREVIEWED = 2
 """Previews are drawn at every so many looks, and at the last."""
-PATIENCE = 3
-"""A run stops when so many checks in a row, after the pivot, were worse than an earlier one."""
-MARGIN = 0.02
-"""By how much an earlier moment must be better than the last to be handed over: below that they are equal."""
 
 
 @dataclass(kw_only=True)
@@ -84,11 +80,12 @@ class Watch:
         self.history.checks.append(Check(step=step, strength=1.0, score=0.0, **vars(self._meter.read())))
         self.history.checks = with_scores(self.history.checks)
         # All processes have the same weights, but may round differently: the first one decides.
-        if agreed(int(self._best_check().step == step)):
+        best = max(self.history.checks, key=lambda check: check.score)
+        if agreed(int(best.step == step)):
             self._best, self._best_at = snapshot(), step
         if (self.checks - len(self.history.checks)) % PREVIEWED == 0:
             self._preview(step)
-        return bool(agreed(int(self._has_fallen())))
+        return bool(agreed(int(has_fallen(self.history.checks, self._pivot))))
 
     def caught_up(self, done: int, snapshot: Callable[[], TrainedFineTune]) -> int:
         """Look after the step `done` if it is time and nobody has: a state is saved before that. Returns `done`."""
@@ -144,23 +141,10 @@ class Watch:
         """The fine-tune to hand over: that of the best moment or the `last` one. The history says why."""
         if self._best is None or _shapes(self._best) != _shapes(last):  # a state may have held anything
             return last
-        end = self.history.checks[-1]
-        best = next(check for check in self.history.checks if check.step == self._best_at)
-        if best is not end and best.score > end.score + MARGIN:
-            choice, reason = best, _reason(best, end)
-        else:
-            choice, reason = end, "No earlier moment was clearly better than the last."
-        self.history.choice = Choice(step=choice.step, strength=1.0, reason=reason)
-        log.info("The fine-tune after step %d is handed over. %s", choice.step, reason)
-        return self._best if choice is best else last
-
-    def _best_check(self) -> Check:
-        return max(self.history.checks, key=lambda check: check.score)
-
-    def _has_fallen(self) -> bool:
-        after = [check for check in self.history.checks if check.step > self._pivot]
-        enough = self._best_check().score - MARGIN
-        return len(after) > PATIENCE and all(check.score < enough for check in after[-PATIENCE:])
+        choice = choice_of(self.history.checks)
+        self.history.choice = choice
+        log.info("The fine-tune after step %d is handed over. %s", choice.step, choice.reason)
+        return last if choice.step == self.history.checks[-1].step else self._best
 
     def _preview(self, step: int) -> None:
         """Draw previews. A failure is told, and does not stop the training."""
@@ -176,36 +160,6 @@ class Watch:
 def _shapes(model: TrainedFineTune) -> dict[str, tuple[torch.dtype, torch.Size]]:
     rows = {f"rows.{number}": rows for number, rows in enumerate(model.token_rows)}
     return {name: (tensor.dtype, tensor.shape) for name, tensor in (model.weights | rows).items()}
-
-
-def with_scores(checks: list[Check]) -> list[Check]:
-    """The checks with scores that can be compared: the share of what was learned × what is followed.
-
-    What was learned is how far the held-out loss fell below the base's, as a share of the furthest in any check. Drift is
-    told, but not weighed: it grows in every run, so it would always speak for the earliest moment.
-    """
-    learned = [max(1 - mean(check.held_out.values()), 0.0) for check in checks]
-    most = max(learned) or 1.0
-    return [
-        _scored(check, share / most * check.followed) for check, share in zip(checks, learned, strict=True)
-    ]
-
-
-def _scored(check: Check, score: float) -> Check:
-    return Check(**{**vars(check), "score": score})
-
-
-def _reason(best: Check, end: Check) -> str:
-    """Why `best` is handed over and not `end`."""
-    said = [
-        (end.followed < best.followed - 0.01, "prompts were followed better"),
-        (
-            mean(end.held_out.values()) > mean(best.held_out.values()),
-            "what training did not see was predicted better",
-        ),
-    ]
-    reasons = [text for holds, text in said if holds] or ["the score was higher"]
-    return f"After step {best.step} {' and '.join(reasons)} than at the end."
 
 
 def _due(step: int, total: int, checks: int) -> bool:
