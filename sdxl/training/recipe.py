@@ -128,11 +128,8 @@ def fine_tune(
             step.update()
 
         with undisturbed(components.device):  # whatever they draw
-            on_step(
-                _report(
-                    progress, number + 1, value, weights.lr * share, rows.lr * share * optimizers.rows_train
-                )
-            )
+            of_rows = rows.lr * share * optimizers.rows_train
+            on_step(_report(progress, number + 1, value, weights.lr * share, of_rows))
             if config.checkpointing_steps and (number + 1) % config.checkpointing_steps == 0:
                 on_checkpoint(number + 1, snapshot())
             if watch.stops_after(number + 1, snapshot):
