@@ -71,11 +71,14 @@ def cache_examples(
             partial(views_of, prepared, np.random.default_rng((seed, index)), crops=views, flip=flip)
             for index, prepared in enumerate(pictures)
         )
-        progress = tqdm(ids, desc="Encoding pictures", unit="picture")
-        for (first, second), shown in zip(progress, _ahead(threads, tasks), strict=True):
-            on_device = first.to(components.device), second.to(components.device)
-            for view, latents in zip(shown, _encode(shown, components, generator), strict=True):
-                examples.append(_example(view, latents, on_device))
+        most = (1 + views) * (1 + flip)
+        with tqdm(total=len(ids) * most, desc="Encoding pictures and their crops", unit="view") as progress:
+            for (first, second), shown in zip(ids, _ahead(threads, tasks), strict=True):
+                on_device = first.to(components.device), second.to(components.device)
+                for view, latents in zip(shown, _encode(shown, components, generator), strict=True):
+                    examples.append(_example(view, latents, on_device))
+                    progress.update()
+                progress.update(most - len(shown))  # some pictures have no pixels for crops
     return ExampleDataset(examples)
 
 
