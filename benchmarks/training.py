@@ -81,10 +81,10 @@ def ours(config: TrainingConfig, losses: list[float] | None = None) -> dict[str,
     before, after = steps[SETTLED : config.pivot_step - 1], steps[config.pivot_step + SETTLED :]
     del parts, data
     return {
-        "before_pivot_ms": _middle(before),
-        "after_pivot_ms": _middle(after),
-        "after_pivot_p10_ms": _middle(after, 0.1),
-        "after_pivot_p90_ms": _middle(after, 0.9),
+        "before_pivot_ms": middle(before),
+        "after_pivot_ms": middle(after),
+        "after_pivot_p10_ms": middle(after, 0.1),
+        "after_pivot_p90_ms": middle(after, 0.9),
         "first_step_s": round(ends[0] - started, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }
@@ -128,9 +128,9 @@ def plain(side: int, *, compiled: bool, steps: int = 14) -> dict[str, float]:
         loss.item()
         times.append(1000 * (time.perf_counter() - started))
     return {
-        "after_pivot_ms": _middle(times[4:]),
-        "after_pivot_p10_ms": _middle(times[4:], 0.1),
-        "after_pivot_p90_ms": _middle(times[4:], 0.9),
+        "after_pivot_ms": middle(times[4:]),
+        "after_pivot_p10_ms": middle(times[4:], 0.1),
+        "after_pivot_p90_ms": middle(times[4:], 0.9),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }
 
@@ -271,7 +271,8 @@ def _forget() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def _middle(times: list[float], share: float = 0.5) -> float:
+def middle(times: list[float], share: float = 0.5) -> float:
+    """The value that a `share` of `times` is at most, rounded to a tenth: by default the median."""
     return round(sorted(times)[int(share * (len(times) - 1))], 1)
 
 

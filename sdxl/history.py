@@ -74,6 +74,8 @@ class History:
     """What the previews show. The last names no new token, so its picture should not change."""
     previews: list[Previews] = field(default_factory=list)
     choice: Choice | None = None
+    watched_seconds: float = 0.0
+    """What the checks and the previews took."""
 
     def write(self, folder: Path) -> None:
         """Write the history as `FILE` into `folder`."""
@@ -91,4 +93,5 @@ class History:
             prompts=told["prompts"],
             previews=[Previews(**one) for one in told["previews"]],
             choice=Choice(**told["choice"]) if told["choice"] else None,
+            watched_seconds=told.get("watched_seconds", 0.0),
         )

@@ -24,6 +24,7 @@ def overview(told: Told) -> Html:
         "Steps": _steps(told),
         "Size": f"{side}×{side} pixels" + (f", {len(sizes)} shapes" if len(sizes) > 1 else ""),
         "Time of the steps": duration(steps[-1].seconds) if steps and steps[-1].seconds else "",
+        "Checks and previews": duration(told.history.watched_seconds) if told.history.checks else "",
         "Device": str(told.record.get("device", "")),
         "Seed": str(told.settings.get("seed", "")),
     }

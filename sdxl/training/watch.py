@@ -5,7 +5,9 @@ Knows when to look; does not know how signals are computed, what makes a moment 
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,16 +56,17 @@ class Watch:
         assert self.held_out is not None
         self._total, self._pivot = config.max_train_steps, config.pivot_step
         self._token_map = TokenMap.parse(config.token_map)
-        self._meter = Meter(
-            components,
-            self.held_out,
-            self._token_map,
-            words=config.token_init,
-            texts=texts_beside(config),
-            seed=config.seed,
-            mixed_precision=mixed_precision,
-        )
-        self._preview(0)
+        with self._timed():
+            self._meter = Meter(
+                components,
+                self.held_out,
+                self._token_map,
+                words=config.token_init,
+                texts=texts_beside(config),
+                seed=config.seed,
+                mixed_precision=mixed_precision,
+            )
+            self._preview(0)
 
     def freeze_text(self) -> None:
         """The text encoders have learned all that they will, and are about to leave the device."""
@@ -77,14 +80,15 @@ class Watch:
         """
         if self._meter is None or not _due(step, self._total, self.checks):
             return False
-        self.history.checks.append(Check(step=step, strength=1.0, score=0.0, **vars(self._meter.read())))
-        self.history.checks = with_scores(self.history.checks)
-        # All processes have the same weights, but may round differently: the first one decides.
-        best = max(self.history.checks, key=lambda check: check.score)
-        if agreed(int(best.step == step)):
-            self._best, self._best_at = snapshot(), step
-        if (self.checks - len(self.history.checks)) % PREVIEWED == 0:
-            self._preview(step)
+        with self._timed():
+            self.history.checks.append(Check(step=step, strength=1.0, score=0.0, **vars(self._meter.read())))
+            self.history.checks = with_scores(self.history.checks)
+            # All processes have the same weights, but may round differently: the first one decides.
+            best = max(self.history.checks, key=lambda check: check.score)
+            if agreed(int(best.step == step)):
+                self._best, self._best_at = snapshot(), step
+            if (self.checks - len(self.history.checks)) % PREVIEWED == 0:
+                self._preview(step)
         return bool(agreed(int(has_fallen(self.history.checks, self._pivot))))
 
     def caught_up(self, done: int, snapshot: Callable[[], TrainedFineTune]) -> int:
@@ -144,7 +148,14 @@ class Watch:
         choice = choice_of(self.history.checks)
         self.history.choice = choice
         log.info("The fine-tune after step %d is handed over. %s", choice.step, choice.reason)
+        log.info("Checks and previews took %.0f seconds.", self.history.watched_seconds)
         return last if choice.step == self.history.checks[-1].step else self._best
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.history.watched_seconds += time.monotonic() - started
 
     def _preview(self, step: int) -> None:
         """Draw previews. A failure is told, and does not stop the training."""
