@@ -280,6 +280,10 @@ def train(
         ge=0,
         le=100,
     ),
+    keep_checked: bool = Input(
+        default=False,
+        description="Keep the fine-tunes of all checked moments, in the folder checkpoints of the tar, not only the best one. Needs checks.",
+    ),
     preview_prompts: str = Input(
         default="",
         description='What previews show on the way: prompts, separated by |, such as "a photo of TOK on the moon|a photo of a dog". Default: made from your captions. none: no previews. They are in the folder previews of the tar. Needs checks.',
@@ -402,10 +406,10 @@ def run(
         flip=config.horizontal_flip,
         leave_out=kept_out(len(pictures)) if config.checks else (),
     )
-    watch = _watch(config, components, dataset_folder, captions, recorder.history, workspace / OUTPUT)
+    keep = fine_tune_files.keeper(workspace / OUTPUT / CHECKPOINTS, record)
+    watch = _watch(config, components, dataset_folder, captions, recorder.history, workspace / OUTPUT, keep)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
-    checkpoints = workspace / OUTPUT / CHECKPOINTS
     with resuming.states_of(config, record, saved, (examples, prior)) as states:
         trained = fine_tune(
             components,
@@ -416,13 +420,11 @@ def run(
             states=states,
             watch=watch,
             on_step=recorder.before(on_step or _record_metrics),
-            on_checkpoint=lambda step, model: fine_tune_files.write_atomically(
-                model, checkpoints / f"step-{step:06d}", record
-            ),
+            on_checkpoint=keep,
         )
         _write(
             trained,
-            record,
+            record | recorder.choice(),
             workspace,
             components,
             tell=lambda: recorder.finish(record, dataset_folder),
@@ -442,8 +444,12 @@ def _watch(
     captions: Sequence[str],
     history: History,
     output: pathlib.Path,
+    keep: Callable[[int, "TrainedFineTune"], None],
 ) -> "Watch":
-    """What checks the training, and adds to its history. Previews are drawn into `output` by the first of several processes."""
+    """What checks the training, and adds to its history. Previews are drawn into `output` by the first of several processes.
+
+    keep: takes the fine-tunes of all checked moments, if they are wanted.
+    """
     from sdxl.serving.previews import preview_drawer, preview_prompts, preview_side
     from sdxl.training.data_parallel import rank
     from sdxl.training.examples import held_out_examples, kept_out
@@ -455,6 +461,7 @@ def _watch(
     watch = Watch(
         checks=config.checks,
         history=history,
+        keep=keep if config.keep_checked else None,
         held_out=held_out_examples(
             dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(captions))
         ),

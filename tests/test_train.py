@@ -80,9 +80,11 @@ def test_two_tokens_go_on_counting(tmp_path: Path):
 
 def test_a_training_is_watched(tmp_path: Path):
     archive = write_zip(tmp_path / "x.zip", {"0.png": png(0), "0.txt": "a photo of TOK"})
-    inputs = QUICK | {"checks": 1, "preview_prompts": "TOK on the left|a red house"}
+    inputs = QUICK | {"checks": 1, "keep_checked": True, "preview_prompts": "TOK on the left|a red house"}
     out = run(tmp_path / "watched", input_images=archive, **inputs, lora_lr=1e-3)
     history = History.read(out)
+    assert json.loads((out / "training.json").read_text())["choice"]["step"] == 4
+    assert (out / "checkpoints/step-000004/lora.safetensors").is_file() and history.watched_seconds > 0
     assert [check.step for check in history.checks] == [4]
     assert all(
         check.drift > 0 and set(check.held_out) == {"low", "middle", "high"} for check in history.checks

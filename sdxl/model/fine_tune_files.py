@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,15 @@ def write(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> di
     model.token_map.write(folder / TOKENS)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return {path.name: path for path in (weights, folder / EMBEDDINGS, folder / TOKENS, folder / RECORD)}
+
+
+def keeper(folder: Path, record: Mapping[str, Any]) -> Callable[[int, TrainedFineTune], None]:
+    """A function `keep(step, model)` that writes the fine-tune of a moment into a folder of its own in `folder`."""
+
+    def keep(step: int, model: TrainedFineTune) -> None:
+        write_atomically(model, folder / f"step-{step:06d}", record)
+
+    return keep
 
 
 def write_atomically(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ Knows what is written and when; does not know how a page or an event file is mad
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,10 @@ class Recorder:
             then(report)
 
         return record
+
+    def choice(self) -> dict[str, Any]:
+        """Which moment was chosen and why, for the record of the run; nothing without a choice."""
+        return {"choice": asdict(self.history.choice)} if self.history.choice else {}
 
     def finish(self, record: Mapping[str, Any], dataset_folder: Path) -> None:
         """Write the history and the report into the result, and a copy of the report beside the result's folder.

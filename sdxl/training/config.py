@@ -87,6 +87,8 @@ class TrainingOptions:
     """Save the run's state after every so many steps, and when it stops, so that it can go on. 0: never."""
     checks: int = limited(6, ge=0, le=100)
     """How often the fine-tune is checked on the way, and the best of these moments handed over. 0: the last step is."""
+    keep_checked: bool = False
+    """Keep the fine-tunes of all checked moments, in `checkpoints`."""
     preview_prompts: str = ""
     """What the previews show, prompts separated by |; empty: prompts made from the captions; "none": no previews."""
     single_file: bool = False

@@ -58,6 +58,10 @@ def refuse_contradictions(
         raise UserInputError(
             "preview_prompts is given, but checks is 0, so no previews are drawn: raise checks, or leave out preview_prompts."
         )
+    if options.keep_checked and not options.checks:
+        raise UserInputError(
+            "keep_checked is true, but checks is 0, so there is nothing to keep: raise checks, or leave out keep_checked."
+        )
     token_map = TokenMap.parse(options.token_map)
     for name, prompt in _prompts(options):
         if token_map.named_in(prompt):

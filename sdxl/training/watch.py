@@ -40,6 +40,8 @@ class Watch:
     """What training does not see; not None if `checks` is above 0."""
     draw: Callable[[int], Previews] | None = None
     """Draws the previews of a moment with the present weights; None: there are none."""
+    keep: Callable[[int, TrainedFineTune], None] | None = None
+    """Takes the fine-tune of every checked moment."""
     history: History = field(default_factory=History)
     """What was seen; the choice too, at the end."""
     _meter: Meter | None = field(default=None, init=False)
@@ -87,6 +89,8 @@ class Watch:
             best = max(self.history.checks, key=lambda check: check.score)
             if agreed(int(best.step == step)):
                 self._best, self._best_at = snapshot(), step
+            if self.keep is not None:
+                self.keep(step, snapshot())
             if (self.checks - len(self.history.checks)) % PREVIEWED == 0:
                 self._preview(step)
         return bool(agreed(int(has_fallen(self.history.checks, self._pivot))))
