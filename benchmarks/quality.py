@@ -38,7 +38,7 @@ from tiny_world.sheets import to_pil
 _LORA = {"is_lora": True, "lora_targets": "all", "lora_lr": 2.5e-3}
 _FULL = {"unet_learning_rate": 4e-4}
 _SHARED = {"init": "toy", "views": 15}
-_NO_TI, _PIVOTAL = {"pivot_fraction": 0.0}, {"pivot_fraction": 0.5, "ti_lr": 2e-3}
+_NO_TI, _PIVOTAL = {"pivot_fraction": 0.0, "preservation": 0.0}, {"pivot_fraction": 0.5, "ti_lr": 2e-3}
 _WORD, _CLASS = {"called": "sks"}, {"called": "sks toy"}
 _LORA_PIVOTAL = Method(name="lora_pivotal", **_SHARED, settings=_LORA | _PIVOTAL)
 
@@ -57,7 +57,11 @@ def _as_preset(preset: PresetName) -> Method:
 
 METHODS = (
     Method(name="untuned", trained=False),
-    Method(name="ti", **_SHARED, settings=_LORA | {"lora_lr": 0.0, "pivot_fraction": 1.0, "ti_lr": 5e-3}),
+    Method(
+        name="ti",
+        **_SHARED,
+        settings=_LORA | {"lora_lr": 0.0, "pivot_fraction": 1.0, "ti_lr": 5e-3, "preservation": 0.0},
+    ),
     Method(name="lora", **_SHARED | _WORD, settings=_LORA | _NO_TI),
     Method(name="lora_class", **_SHARED | _CLASS, settings=_LORA | _NO_TI),
     Method(name="full", **_SHARED | _WORD, settings=_FULL | _NO_TI),
