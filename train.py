@@ -23,6 +23,8 @@ from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
+from sdxl.errors import UploadError
+from sdxl.files.result_upload import Target, parse_target, upload_file
 from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
 from sdxl.history import History
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
@@ -292,6 +294,10 @@ def train(
         default=False,
         description="Also write the whole fine-tuned SDXL as one checkpoint file for web UIs, in the folder web_ui of the tar. About 7 GB more. Only for full training, is_lora=false.",
     ),
+    upload_url: Optional[str] = Input(
+        default=None,
+        description='Where to put trained_model.tar: a signed URL that takes a PUT, or for an upload in parts JSON such as {"parts": ["https://…", …], "complete": "https://…"}. A server then answers with the address instead of the file. For results that are too large to be handed over, such as a whole UNet.',
+    ),
     input_data_tar_or_zip: Optional[Path] = Input(
         default=None, description="Old name of input_images.", deprecated=True
     ),
@@ -313,16 +319,32 @@ def train(
     given["base"] = allowed_base(given["base"], "base")
     given["resume"] = allowed_state(given["resume"], "resume")
     given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
+    upload_url = given.pop("upload_url")
+    target = parse_target(upload_url, "upload_url") if upload_url else None
     inputs = train_inputs(given)
     repeat_on_cpu()
     configure_logging()
     with workspace_of_run(
         "train", smaller="lower train_batch_size or resolution, or train a LoRA"
     ) as workspace:
-        return Path(run(inputs, workspace))
+        return _delivered(run(inputs, workspace), target)
 
 
 leave_downloads_to_us(train)
+
+
+def _delivered(tar: pathlib.Path, target: Optional[Target]) -> Path:
+    """The tar, or behind a server the address to which it was uploaded; Cog hands a text over as it is."""
+    from sdxl.training.data_parallel import rank
+
+    if target is None or rank():
+        return Path(tar)
+    try:
+        upload_file(tar, target)
+    except UploadError as error:
+        where = "on the server" if settings.behind_server() else f"as {tar}"
+        raise UploadError(f"{error} {RESULT} is kept {where}.") from error
+    return target.address if settings.behind_server() else Path(tar)  # type: ignore[return-value]
 
 
 def run(

@@ -7,8 +7,9 @@ import os
 import random
 import socket
 import tempfile
+import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from filelock import FileLock
 from PIL import Image, ImageCms
 
 from sdxl.process import configure_logging, repeat_on_cpu
+from tests.bucket import Bucket
 
 if TYPE_CHECKING:
     from predict import Predictor
@@ -190,3 +192,15 @@ QUICK |= {"preservation": 0.0, "checks": 0}
 """Inputs of the shortest training that is one. The run of `test_command_line` is checked, and keeps the default of `preservation`."""
 FULL = {"is_lora": False, "unet_learning_rate": 1e-3}
 """Inputs that make it one of the whole UNet, which changes at once."""
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A bucket that is ready, and an upload that does not pause before it tries again."""
+    from sdxl.files import result_upload
+
+    monkeypatch.setattr(result_upload, "PAUSE_S", 0.0)
+    with Bucket() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()

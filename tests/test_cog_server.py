@@ -25,6 +25,7 @@ import pytest
 import requests
 from PIL import Image
 
+from tests.bucket import Bucket
 from tests.conftest import QUICK, REPOSITORY, TINY_BASE, free_port, png, write_zip
 from tools import cog_schema
 
@@ -143,6 +144,27 @@ def test_a_training_its_tar_and_a_prediction_with_it(trainer: Server, predictor:
     assert "<s0><s1>" in tuned["logs"]
     assert tuned["output"] != base["output"]
     assert again["output"] == base["output"]
+
+
+def test_a_result_that_is_too_large_goes_to_a_signed_url(
+    trainer: Server, captioned_zip: Path, bucket: Bucket, tmp_path: Path
+):
+    given = {"input_images": data_uri(captioned_zip.read_bytes()), **QUICK}
+    bucket.answers = [403]
+    failed = trainer.post({**given, "upload_url": f"{bucket.url}/m.tar?secret"}).json()
+    assert failed["status"] == "failed" and failed["error"].endswith(
+        "trained_model.tar is kept on the server."
+    )
+    assert "secret" not in failed["error"] + failed["logs"]
+    done = trainer.post({**given, "upload_url": f"{bucket.url}/m.tar?secret"}).json()
+    assert (done["status"], done["output"]) == ("succeeded", f"{bucket.url}/m.tar")
+    (tmp_path / "m.tar").write_bytes(bucket.kept["/m.tar"])
+    with tarfile.open(tmp_path / "m.tar") as tar:
+        assert {"lora.safetensors", "embeddings.pti", "training.json"} <= set(tar.getnames())
+        assert b"secret" not in b"".join(tar.extractfile(m).read() for m in tar if m.name.endswith(".json"))  # type: ignore[union-attr]
+    assert (
+        "upload_url must be an http(s) URL" in trainer.post({**given, "upload_url": "here"}).json()["error"]
+    )
 
 
 def test_pictures_of_several_shapes_go_from_the_preprocessor_through_a_training(
