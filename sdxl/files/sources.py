@@ -12,13 +12,10 @@ from sdxl.files.fetching import existing, is_remote
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """The name of a repository on the Hugging Face hub."""
-HUB_FILE = re.compile(rf"{HUB_NAME.pattern}(?:/(?!\.)[^/\\]+)*/(?!\.)[^/\\]+\.safetensors")
-"""A file in such a repository, also in a folder there."""
-
 HUB_FILE = re.compile(
     HUB_NAME.pattern + r"(?:/[A-Za-z0-9_][^/\x00-\x1f]*)*/[A-Za-z0-9_][^/\x00-\x1f]*\.safetensors"
 )
-"""The name of a safetensors file in such a repository."""
+"""The name of a safetensors file in such a repository, also in a folder there."""
 
 
 def allowed_base(source: str | None, name: str) -> str | None:
