@@ -79,7 +79,26 @@ class Predictor(BaseRunner):
         ),
         mask: Optional[Path] = Input(
             default=None,
-            description="The mask for inpainting; needs image. Areas painted in white, or in one colour on black or on nothing, are repainted. Black and transparent areas are kept.",
+            description="The mask for inpainting; needs image. Areas painted in white, or in one colour on black or on nothing, are repainted. Black and transparent areas are kept. Grey is redrawn in part.",
+        ),
+        mask_blur: int = Input(
+            default=0,
+            description="Soften the edge of the mask: the standard deviation of a Gaussian, in pixels of the picture that you get. 0: as it is.",
+            ge=0,
+            le=256,
+        ),
+        mask_invert: bool = Input(
+            default=False, description="Keep what the mask says to repaint, and repaint the rest."
+        ),
+        only_masked: bool = Input(
+            default=False,
+            description="Draw only the part of image around the mask, with all the pixels of a whole picture, and put it back into image, which keeps its size.",
+        ),
+        mask_padding: int = Input(
+            default=32,
+            description="For only_masked: how many pixels of image around the mask are drawn with it. They show the model the surroundings.",
+            ge=0,
+            le=2048,
         ),
         width: Optional[int] = Input(
             default=None,
@@ -236,7 +255,9 @@ class Predictor(BaseRunner):
             ]
             fine_tunes = made_of(FineTuneOptions, given)
             delivery = made_of(DeliveryOptions, given)
-            given["image"], given["mask"] = read_inputs(given["image"], given["mask"], workspace / "fetched")
+            given["image"], given["mask"] = read_inputs(
+                given["image"], given["mask"], workspace / "fetched", inverted=given["mask_invert"]
+            )
             layout = made_of(LayoutOptions, given)
             for told in without_effect(drawing, layout, delivery):
                 log.warning("%s", told)

@@ -186,6 +186,18 @@ PICTURE = Image.new("RGB", (64, 64))
             "image gives at most the size, because prompt_strength is 1.",
         ),
         ({"prompt_strength": 1.0, "image": PICTURE, "mask": PICTURE}, None),
+        (
+            {"mask_blur": 4, "image": PICTURE},
+            "mask_blur has no effect without mask or transparent areas of image.",
+        ),
+        ({"mask_invert": True}, "mask_invert has no effect without mask or transparent areas of image."),
+        ({"only_masked": True}, "only_masked has no effect without mask or transparent areas of image."),
+        ({"mask_blur": 4, "mask_invert": True, "only_masked": True, "image": PICTURE, "mask": PICTURE}, None),
+        (
+            {"mask_padding": 64, "image": PICTURE, "mask": PICTURE},
+            "mask_padding has no effect without only_masked and a mask.",
+        ),
+        ({"mask_padding": 64, "only_masked": True, "image": PICTURE, "mask": PICTURE}, None),
         ({"high_noise_frac": 0.5}, "high_noise_frac has no effect without refine=expert_ensemble_refiner."),
         ({"high_noise_frac": 0.5, "refine": "expert_ensemble_refiner"}, None),
         (

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdxl.errors import WithheldError
 from sdxl.serving import watermark
-from sdxl.serving.canvas import keep_outside
+from sdxl.serving.masks import surroundings_of
 from sdxl.serving.picture_files import describe, save
 from sdxl.serving.request import DeliveryOptions, GenerationRequest
 from sdxl.serving.safety import Judge
@@ -73,6 +73,5 @@ class Delivery:
 def _marked(picture: Image.Image, request: GenerationRequest) -> Image.Image:
     """`picture` with the watermark; the part that inpainting keeps stays without it."""
     marked = watermark.embed(picture)
-    if request.image is not None and request.mask is not None:
-        return keep_outside(marked, request.image, request.mask)
-    return marked
+    around = surroundings_of(request)
+    return marked if around is None else around.keep_outside(marked)

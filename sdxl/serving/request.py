@@ -17,6 +17,7 @@ from sdxl.serving.samplers import SCHEDULERS, SPACINGS
 
 if TYPE_CHECKING:
     from sdxl.serving.canvas import Canvas
+    from sdxl.serving.masks import Surroundings
 
 Record = TypeVar("Record", "DrawingOptions", "LayoutOptions", "FineTuneOptions", "DeliveryOptions")
 
@@ -59,6 +60,8 @@ RANGES = {
     "guidance_scale": (0, 50),
     "guidance_rescale": (0, 1),
     "prompt_strength": (0, 1),
+    "mask_blur": (0, 256),
+    "mask_padding": (0, 2048),
     "seed": (0, 2**32 - 1),
     "high_noise_frac": (0, 1),
     "refine_steps": (1, 500),
@@ -137,7 +140,9 @@ class GenerationRequest(DrawingOptions):
     image: Image.Image | None = None
     """RGB picture of `width` × `height` to start from."""
     mask: Image.Image | None = None
-    """Black and white, of the same size: white is repainted."""
+    """Grey, of the same size: 255 is repainted, 0 is kept, and what lies between is redrawn in part."""
+    surroundings: "Surroundings | None" = None
+    """What a drawn picture with a mask is put back into; None for `image` itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +165,13 @@ class LayoutOptions:
 
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    mask_blur: int = 0
+    """Standard deviation of a Gaussian over the mask, in pixels of the picture that is delivered."""
+    mask_invert: bool = False
+    only_masked: bool = False
+    """Whether only the part around the mask is drawn, and put back into the whole picture."""
+    mask_padding: int = 32
+    """For `only_masked`: pixels of `image` around the mask that are drawn with it."""
     width: int | None = None
     height: int | None = None
     aspect_ratio: str = "custom"
