@@ -223,6 +223,10 @@ class Predictor(BaseRunner):
             default=None,
             description="Strength of each LoRA in extra_lora, from -2 to 2, in the same order. Default: 1 for each.",
         ),
+        extra_lora_text_encoder_scale: Optional[list[float]] = Input(
+            default=None,
+            description="Strength of each LoRA's layers in the text encoders, if it has any, from -2 to 2, in the same order. Default: extra_lora_scale.",
+        ),
         disable_safety_checker: bool = Input(
             default=False,
             description="Deliver all pictures. Otherwise pictures that are not safe for work are withheld.",

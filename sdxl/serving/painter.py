@@ -151,10 +151,18 @@ class Painter:
         source = options.replicate_weights
         main = self.fine_tunes.get(source) if source else self.default_fine_tune
         extra = tuple(
-            ScaledFineTune(fine_tune=self.fine_tunes.get(lora), scale=float(scale))
-            for lora, scale in options.extra
+            ScaledFineTune(
+                fine_tune=self.fine_tunes.get(lora), scale=float(scale), text_encoder_scale=of_encoders
+            )
+            for lora, scale, of_encoders in options.extra
         )
         require_loras(extra)
+        if options.extra_lora_text_encoder_scale and not any(
+            in_text_encoder(name) for one in extra for name in one.fine_tune.lora
+        ):
+            log.warning(
+                "extra_lora_text_encoder_scale has no effect: no LoRA in extra_lora is one of the text encoders."
+            )
         if options.lora_scale != FineTuneOptions.lora_scale and not (main and main.lora):
             log.warning("lora_scale has no effect without a LoRA as replicate_weights.")
         text_scale = options.text_encoder_lora_scale

@@ -68,6 +68,7 @@ RANGES = {
     "lora_scale": (-2, 2),
     "text_encoder_lora_scale": (-2, 2),
     "extra_lora_scale": (-2, 2),
+    "extra_lora_text_encoder_scale": (-2, 2),
     "output_quality": (1, 100),
 }
 """Input → its smallest and largest value; for a list, those of each number in it."""
@@ -209,27 +210,37 @@ class FineTuneOptions:
     """LoRAs to add, named like `replicate_weights`; empty texts stand for none."""
     extra_lora_scale: Sequence[float] | None = None
     """One scale per LoRA, with or without those of empty texts; None for 1 each."""
+    extra_lora_text_encoder_scale: Sequence[float] | None = None
+    """The same for their layers in the text encoders; None for `extra_lora_scale`."""
 
     def __post_init__(self) -> None:
-        scales, loras = self.extra_lora_scale, self.extra_lora or ()
+        loras = self.extra_lora or ()
         if len(loras) > MOST_LORAS:
             raise UserInputError(
                 f"extra_lora has {len(loras)} entries, but may have at most {MOST_LORAS}: merge LoRAs first."
             )
-        if scales is not None and len(scales) not in (len(loras), len(_filled(loras))):
-            raise UserInputError(
-                f"extra_lora_scale has {len(scales)} numbers for {len(loras)} LoRAs in extra_lora: give one number each."
-            )
+        for name in ("extra_lora_scale", "extra_lora_text_encoder_scale"):
+            scales = getattr(self, name)
+            if scales is not None and len(scales) not in (len(loras), len(_filled(loras))):
+                raise UserInputError(
+                    f"{name} has {len(scales)} numbers for {len(loras)} LoRAs in extra_lora: give one number each."
+                )
         _check(self)
 
     @property
-    def extra(self) -> list[tuple[str, float]]:
-        """Each extra LoRA with its scale."""
-        loras, scales = self.extra_lora or (), self.extra_lora_scale
+    def extra(self) -> list[tuple[str, float, float | None]]:
+        """Each extra LoRA with its scale, and with that for the text encoders, None for the same."""
+        loras = _filled(self.extra_lora or ())
+        scales = self._of_each(self.extra_lora_scale) or [1.0] * len(loras)
+        of_encoders = self._of_each(self.extra_lora_text_encoder_scale) or [None] * len(loras)
+        return list(zip(loras, scales, of_encoders, strict=True))
+
+    def _of_each(self, scales: Sequence[float] | None) -> list[float]:
+        """One of `scales` for each LoRA that is not an empty text; nothing for None."""
+        loras = self.extra_lora or ()
         if scales is None or len(scales) != len(loras):
-            loras = _filled(loras)
-            scales = [1.0] * len(loras) if scales is None else scales
-        return [(lora, scale) for lora, scale in zip(loras, scales, strict=True) if lora.strip()]
+            return list(scales or ())
+        return [scale for lora, scale in zip(loras, scales, strict=True) if lora.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)
