@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from dataset_and_utils import TokenMap
+from predict import Predictor
 from sdxl.errors import UserInputError
 from sdxl.serving.canvas import Canvas, lay_out
 from sdxl.serving.denoising import Kept
@@ -18,7 +19,7 @@ from sdxl.serving.masks import feather, latent_mask
 from sdxl.serving.pipeline import load_pipeline, load_refiner
 from sdxl.serving.request import DrawingOptions, LayoutOptions
 from sdxl.serving.samplers import SCHEDULERS, make_scheduler
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, call
 
 REFINER = REPOSITORY / "base_models" / "tiny-sdxl-refiner"
 
@@ -54,7 +55,8 @@ def canvas(**given: Any) -> Canvas:
 
 def draw(pipeline: Any, on: Canvas, refiner: Any = None, **given: Any) -> np.ndarray:
     options = {"prompt": "a red fish", "seed": 1, "num_inference_steps": 8, "guidance_scale": 1.0, **given}
-    [drawn] = generate(pipeline, DrawingOptions(**options).on(on), TokenMap({}), refiner)
+    [request] = DrawingOptions(**options).on(on)
+    [drawn] = generate(pipeline, request, TokenMap({}), refiner)
     return np.asarray(drawn).astype(int)
 
 
@@ -285,6 +287,22 @@ def test_what_is_drawn_fits_where_it_is_put(pipeline):
     drawn = draw(pipeline, on, prompt_strength=0.0)
     assert np.abs(drawn - pixels(picture)).mean((0, 1)).max() < 1
     assert np.abs(drawn[112:128, 522:538] - (255, 255, 0)).mean() < 40
+
+
+def test_a_delivered_picture_has_its_size_and_all_pixels_around(predictor: Predictor, tmp_path: Path):
+    """Also under the watermark, and with the hole of the picture as its mask."""
+    layered = photo(LARGE).convert("RGBA")
+    layered.putalpha(Image.eval(box_mask(LARGE, SPOT), lambda value: 255 - value))
+    layered.save(tmp_path / "hole.png")
+    small = {"prompt": "a red fish", "num_inference_steps": 2, "width": 64, "height": 64, "seed": 0}
+    [file] = call(predictor.run, **small, image=str(tmp_path / "hole.png"), only_masked=True, mask_blur=3)
+    with Image.open(file) as opened:
+        drawn = pixels(opened)
+    changed = np.argwhere((drawn != pixels(photo(LARGE))).any(-1))
+    (top, left), (bottom, right) = changed.min(0), changed.max(0)
+    assert drawn.shape == pixels(photo(LARGE)).shape
+    assert SPOT[0] - 10 <= left < SPOT[0] + 5 and SPOT[2] - 5 < right <= SPOT[2] + 10
+    assert SPOT[1] - 10 <= top < SPOT[1] + 5 and SPOT[3] - 5 < bottom <= SPOT[3] + 10
 
 
 def test_the_fields_of_a_canvas_are_those_of_a_request():

@@ -7,6 +7,7 @@ default, so only values that differ from their defaults are looked at.
 from collections.abc import Iterator
 from typing import Any
 
+from sdxl.serving.prompt_lists import EXAMPLE_PROMPT
 from sdxl.serving.request import DeliveryOptions, DrawingOptions, LayoutOptions
 from sdxl.serving.samplers import SCHEDULERS
 
@@ -15,6 +16,8 @@ def without_effect(
     drawing: DrawingOptions, layout: LayoutOptions, delivery: DeliveryOptions
 ) -> Iterator[str]:
     """A sentence for each option that the others leave without effect, or that spoils the pictures beside them."""
+    if drawing.prompts.strip() and drawing.prompt not in ("", EXAMPLE_PROMPT):
+        yield "prompt has no effect beside prompts: add it to them."
     if layout.image is None:
         if _changed(drawing, "prompt_strength"):
             yield "prompt_strength has no effect without image."

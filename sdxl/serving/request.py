@@ -13,6 +13,7 @@ from PIL import Image
 from sdxl.data.caption_text import require_short
 from sdxl.errors import UserInputError
 from sdxl.model.prompt_weights import parts_of
+from sdxl.serving.prompt_lists import MOST_PROMPTS, prompts_in
 from sdxl.serving.samplers import SCHEDULERS, SPACINGS
 
 if TYPE_CHECKING:
@@ -79,15 +80,19 @@ class DrawingOptions:
     """What to draw and how, except for the size.
 
     Raises:
-        UserInputError: an input is out of its range or not among its choices, or a weight in a prompt is too large.
+        UserInputError: an input is out of its range or not among its choices, a weight in a prompt is too large, or there
+            are too many prompts.
     """
 
     prompt: str
+    prompts: str = ""
+    """Several prompts instead, one a line or separated by |."""
     negative_prompt: str = ""
     """What to keep out of the picture; empty for nothing."""
     prompt_weights: bool = True
     """Whether brackets in both prompts are weights: see `sdxl.model.prompt_weights`."""
     num_outputs: int = 1
+    """Pictures of each prompt."""
     scheduler: str = "K_EULER"
     """A key of `samplers.SCHEDULERS`."""
     timestep_spacing: str = "base"
@@ -114,16 +119,32 @@ class DrawingOptions:
         require_short(self.negative_prompt, "negative_prompt")
         for name in ("prompt", "negative_prompt"):
             parts_of(getattr(self, name), weights=self.prompt_weights, name=name)
+        for prompt in self.all_prompts:
+            parts_of(prompt, weights=self.prompt_weights, name="A prompt of prompts")
         _check(self)
         _check_steps(self)
+        pictures = len(self.all_prompts) * self.num_outputs
+        if pictures > MOST_PROMPTS:
+            raise UserInputError(
+                f"{len(self.all_prompts)} prompts with num_outputs={self.num_outputs} make {pictures} pictures, but a "
+                f"request may have at most {MOST_PROMPTS}: give fewer."
+            )
+
+    @property
+    def all_prompts(self) -> tuple[str, ...]:
+        """What to draw, in order: `prompts`, or else `prompt` alone."""
+        return prompts_in(self.prompts) if self.prompts.strip() else (self.prompt,)
 
     def seed_of(self, index: int) -> int:
         """The seed of picture `index`: `seed` + `index`, where 0 follows the largest seed, so that it is a seed too."""
         return (self.seed + index) % (RANGES["seed"][1] + 1)
 
-    def on(self, canvas: "Canvas") -> "GenerationRequest":
-        """The complete request: these options on a `canvas`."""
-        return GenerationRequest(**vars(self), **vars(canvas))
+    def on(self, canvas: "Canvas") -> "list[GenerationRequest]":
+        """The complete requests: these options on a `canvas`, one for each prompt. All have the same seeds."""
+        return [
+            GenerationRequest(**{**vars(self), "prompt": prompt, "prompts": ""}, **vars(canvas))
+            for prompt in self.all_prompts
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
