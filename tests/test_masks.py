@@ -116,6 +116,13 @@ def test_an_inverted_mask_repaints_the_rest():
             "would be drawn at 1024×48, but sides must be at least 64 pixels: leave out",
         ),
         (
+            {
+                "image": photo((1600, 1500)), "mask": box_mask((1600, 1500), (9, 9, 10, 10)), "only_masked": True,
+                "mask_padding": 2000,
+            },
+            "Nothing of mask is left at 80×80: make its white area larger, or give less mask_blur or mask_padding",
+        ),
+        (
             {"image": Image.new("RGB", (8000, 7000)), "mask": box_mask(), "only_masked": True},
             "image has 8000×7000 pixels, but only_masked takes at most 50 million",
         ),
@@ -126,9 +133,25 @@ def test_masks_that_cannot_be(given: dict[str, Any], message: str):
         canvas(**given)
 
 
-def test_a_mask_without_white_is_told(caplog: pytest.LogCaptureFixture):
-    canvas(mask=box_mask(paint=200))
-    assert "Nothing is repainted in full, because the mask has values of at most 200 of 255" in caplog.text
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mask": box_mask(paint=200)},
+        {"mask": box_mask(), "mask_blur": 30},
+        {
+            "image": photo((700, 500)),
+            "mask": box_mask((700, 500), (9, 9, 12, 12)),
+            "only_masked": True,
+            "mask_padding": 700,
+        },
+    ],
+)
+def test_a_mask_without_white_is_told(given: dict[str, Any], caplog: pytest.LogCaptureFixture):
+    canvas(**given)
+    assert caplog.text.count("Nothing is repainted in full, because the mask has at most") == 1
+    caplog.clear()
+    canvas(mask=box_mask())
+    assert not caplog.text
 
 
 # Pixels -----------------------------------------------------------------------------------------------------------------
@@ -238,6 +261,34 @@ def test_the_part_around_the_mask(given: dict[str, Any], box: Any, size: tuple[i
     assert on.surroundings.box == box
     assert (on.width, on.height) == size
     assert on.image is not None and on.mask is not None and on.image.size == on.mask.size == size
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_part_can_be_drawn_and_put_back(seed: int):
+    dice = np.random.default_rng(seed)
+    width, height, left, top = (int(side) for side in dice.integers(64, 400, 4))
+    given: dict[str, Any] = {
+        "mask_blur": int(dice.integers(0, 12)),
+        "mask_padding": int(dice.integers(0, 90)),
+    }
+    if seed % 2:
+        given |= {"width": int(dice.integers(128, 900)), "height": int(dice.integers(128, 900))}
+    spot = (left % width, top % height, left % width + 24, top % height + 60)
+    on = canvas(
+        image=photo((width, height)), mask=box_mask((width, height), spot), only_masked=True, **given,
+        mask_invert=seed % 5 == 0,
+    )  # fmt: skip
+    around = on.surroundings
+    assert around is not None
+    assert on.width % 8 == on.height % 8 == 0 and min(on.width, on.height) >= 64
+    assert not given.get("width") or (on.width <= given["width"] + 4 and on.height <= given["height"] + 4)
+    left, top, right, bottom = around.box
+    assert (right - left) / (bottom - top) == pytest.approx(on.width / on.height, rel=0.15)
+    outside = pixels(around.mask)
+    yellow = pixels(around.put_back(Image.new("RGB", (on.width, on.height), "yellow")))
+    assert (yellow[outside == 255] == (255, 255, 0)).all()
+    outside[top:bottom, left:right] = 0
+    assert not outside.any()
 
 
 def test_a_part_at_the_border_is_moved_into_the_picture():

@@ -14,7 +14,7 @@ from PIL import Image
 from sdxl.data.framing import crop_box, place_crop
 from sdxl.data.mask_reader import HALF
 from sdxl.errors import UserInputError
-from sdxl.serving.masks import Box, Surroundings, own_mask, softened
+from sdxl.serving.masks import BLACK, Box, Surroundings, own_mask, softened
 from sdxl.serving.request import ASPECT_RATIOS, MULTIPLE, SIDES, LayoutOptions
 
 log = logging.getLogger(__name__)
@@ -49,16 +49,48 @@ def lay_out(options: LayoutOptions, *, native: int) -> Canvas:
     """
     image, mask = options.image, own_mask(options)
     if options.only_masked and image is not None and mask is not None:
-        return _around_mask(image, mask, options, native)
+        return _told(_around_mask(image, mask, options, native))
     size = _asked_size(options, native)
     if size is None:
         size = (native, native) if image is None else own_size(image, native)
-    return Canvas(
-        width=size[1],
-        height=size[0],
-        image=None if image is None else cover(image, size),
-        mask=None if mask is None else _fitted(mask, size, options.mask_blur),
+    return _told(
+        Canvas(
+            width=size[1],
+            height=size[0],
+            image=None if image is None else cover(image, size),
+            mask=None if mask is None else _fitted(mask, size, options.mask_blur),
+        )
     )
+
+
+def _told(canvas: Canvas) -> Canvas:
+    """`canvas`; logs that its mask is weak.
+
+    Raises:
+        UserInputError: nothing is left of the mask.
+    """
+    if canvas.mask is not None and (brightest := _brightest_left(canvas.mask)) < 255:
+        log.warning(
+            "Nothing is repainted in full, because the mask has at most %d of 255: it is not white, very small, or much "
+            "blurred.",
+            brightest,
+        )
+    return canvas
+
+
+def _brightest_left(mask: Image.Image) -> int:
+    """The brightest value of a mask that was blurred or made smaller.
+
+    Raises:
+        UserInputError: all of it is black.
+    """
+    brightest = cast(tuple[int, int], mask.getextrema())[1]
+    if brightest <= BLACK:
+        raise UserInputError(
+            f"Nothing of mask is left at {mask.width}×{mask.height}: make its white area larger, or give less mask_blur or "
+            "mask_padding."
+        )
+    return brightest
 
 
 def _asked_size(options: LayoutOptions, native: int) -> tuple[int, int] | None:
@@ -141,6 +173,7 @@ def _around_mask(image: Image.Image, mask: Image.Image, options: LayoutOptions, 
             f"image has {image.width}×{image.height} pixels, but only_masked takes at most 50 million: make it smaller."
         )
     mask = softened(mask, options.mask_blur)
+    _brightest_left(mask)
     box = _padded_box(mask, options.mask_padding)
     asked = _asked_size(options, native)
     width, height = box[2] - box[0], box[3] - box[1]

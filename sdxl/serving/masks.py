@@ -4,7 +4,6 @@ Knows pixels; does not know models, sizes to draw or files. A mask is grey: 255 
 between is a share.
 """
 
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -16,14 +15,12 @@ from sdxl.data.mask_reader import HALF
 from sdxl.errors import UserInputError
 from sdxl.serving.request import MULTIPLE, GenerationRequest, LayoutOptions
 
-log = logging.getLogger(__name__)
-
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
-_BLACK, _WHITE = 16, 239
+BLACK, _WHITE = 16, 239
 """Values up to the first count as black, and from the second on as white: lossy files have no pure ones near edges."""
-_LEVELS = [min(255, max(0, round((value - _BLACK) * 255 / (_WHITE - _BLACK)))) for value in range(256)]
+_LEVELS = [min(255, max(0, round((value - BLACK) * 255 / (_WHITE - BLACK)))) for value in range(256)]
 _WIDEST_BAND = 8
 """Most pixels by which a hard edge is widened before it fades: those of a picture of 2048 pixels."""
 
@@ -85,10 +82,6 @@ def own_mask(options: LayoutOptions) -> Image.Image | None:
     _, brightest = cast(tuple[int, int], grey.getextrema())
     if brightest < HALF:
         raise UserInputError(_nothing_bright(brightest, inverted=options.mask_invert))
-    if _LEVELS[brightest] < 255:
-        log.warning(
-            "Nothing is repainted in full, because the mask has values of at most %d of 255.", brightest
-        )
     if grey.size != options.image.size:
         grey = grey.resize(options.image.size, Image.Resampling.BILINEAR)
     return grey
