@@ -15,7 +15,7 @@ from cog import BaseRunner, Input, Path
 from coglet import server
 
 from sdxl import settings
-from sdxl.command_line import run_command_line
+from sdxl.command_line import ManyRuns, run_command_line
 from sdxl.declared_inputs import as_declared, leave_downloads_to_us
 from sdxl.files.sources import allowed_fine_tune
 from sdxl.process import (
@@ -29,6 +29,7 @@ from sdxl.process import (
 from sdxl.serving.canvas import lay_out
 from sdxl.serving.no_effect import without_effect
 from sdxl.serving.picture_files import read_inputs
+from sdxl.serving.prompt_lists import runs_of_file, write_sheets
 from sdxl.serving.request import (
     DeliveryOptions,
     DrawingOptions,
@@ -68,6 +69,10 @@ class Predictor(BaseRunner):
             default="a photo of TOK",
             description="What to draw. Write the fine-tune's token, such as TOK, as a separate word. Up to 600 tokens are read, some 400 words.",
         ),
+        prompts: str = Input(
+            default="",
+            description="Several prompts instead of prompt, one a line or separated by |, up to 16. Each is drawn num_outputs times, from the same seeds, at most 16 pictures in all. The pictures come prompt by prompt.",
+        ),
         negative_prompt: str = Input(default="", description="What to keep out of the picture."),
         prompt_weights: bool = Input(
             default=True,
@@ -79,7 +84,26 @@ class Predictor(BaseRunner):
         ),
         mask: Optional[Path] = Input(
             default=None,
-            description="The mask for inpainting; needs image. Areas painted in white, or in one colour on black or on nothing, are repainted. Black and transparent areas are kept.",
+            description="The mask for inpainting; needs image. Areas painted in white, or in one colour on black or on nothing, are repainted. Black and transparent areas are kept. Grey is redrawn in part.",
+        ),
+        mask_blur: int = Input(
+            default=0,
+            description="Soften the edge of the mask: the standard deviation of a Gaussian, in pixels of the picture that you get. 0: as it is.",
+            ge=0,
+            le=256,
+        ),
+        mask_invert: bool = Input(
+            default=False, description="Keep what the mask says to repaint, and repaint the rest."
+        ),
+        only_masked: bool = Input(
+            default=False,
+            description="Draw only the part of image around the mask, with all the pixels of a whole picture, and put it back into image, which keeps its size.",
+        ),
+        mask_padding: int = Input(
+            default=32,
+            description="For only_masked: how many pixels of image around the mask are drawn with it. They show the model the surroundings.",
+            ge=0,
+            le=2048,
         ),
         width: Optional[int] = Input(
             default=None,
@@ -107,7 +131,9 @@ class Predictor(BaseRunner):
                 "9:21",
             ],
         ),
-        num_outputs: int = Input(default=1, description="How many pictures to draw.", ge=1, le=4),
+        num_outputs: int = Input(
+            default=1, description="How many pictures to draw of each prompt.", ge=1, le=4
+        ),
         scheduler: str = Input(
             default="K_EULER",
             description="The sampler. LCM and TCD are for weights that draw in few steps.",
@@ -204,6 +230,10 @@ class Predictor(BaseRunner):
             default=None,
             description="Strength of each LoRA in extra_lora, from -2 to 2, in the same order. Default: 1 for each.",
         ),
+        extra_lora_text_encoder_scale: Optional[list[float]] = Input(
+            default=None,
+            description="Strength of each LoRA's layers in the text encoders, if it has any, from -2 to 2, in the same order. Default: extra_lora_scale.",
+        ),
         disable_safety_checker: bool = Input(
             default=False,
             description="Deliver all pictures. Otherwise pictures that are not safe for work are withheld.",
@@ -236,7 +266,9 @@ class Predictor(BaseRunner):
             ]
             fine_tunes = made_of(FineTuneOptions, given)
             delivery = made_of(DeliveryOptions, given)
-            given["image"], given["mask"] = read_inputs(given["image"], given["mask"], workspace / "fetched")
+            given["image"], given["mask"] = read_inputs(
+                given["image"], given["mask"], workspace / "fetched", inverted=given["mask_invert"]
+            )
             layout = made_of(LayoutOptions, given)
             for told in without_effect(drawing, layout, delivery):
                 log.warning("%s", told)
@@ -244,14 +276,22 @@ class Predictor(BaseRunner):
             # Cog has called setup before. On the command line it waits until the inputs are checked.
             if not hasattr(self, "painter"):
                 self.setup()
-            request = drawing.on(lay_out(layout, native=self.painter.native_resolution))
-            log.info("Seed: %d", request.seed)
-            pictures = self.painter.draw(request, fine_tunes)
-            files = self.delivery.deliver(pictures, request, delivery, workspace)
+            requests = drawing.on(lay_out(layout, native=self.painter.native_resolution))
+            log.info("Seed: %d", drawing.seed)
+            pictures = self.painter.draw_all(requests, fine_tunes)
+            files = self.delivery.deliver(pictures, requests, delivery, workspace)
         return [Path(file) for file in files]
 
 
 leave_downloads_to_us(Predictor.run)
+PROMPTS_FILE = ManyRuns(
+    flag="--prompts-file",
+    help="a text file with one prompt a line: draw each of them, and contact sheets",
+    beside="prompts",
+    read=runs_of_file,
+    sum_up=write_sheets,
+)
 
 if __name__ == "__main__":
-    sys.exit(run_command_line(Predictor().run, description=(__doc__ or "").splitlines()[0]))
+    about = (__doc__ or "").splitlines()[0]
+    sys.exit(run_command_line(Predictor().run, description=about, many=PROMPTS_FILE))

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,11 +57,14 @@ class WrongDataError(Exception):
 class _SmallPainter(Painter):
     """Draws small pictures in at most two steps, and blank ones instead of large ones."""
 
-    def draw(self, request: GenerationRequest, options: FineTuneOptions) -> Generator[Image.Image]:
+    def draw_all(
+        self, requests: Sequence[GenerationRequest], options: FineTuneOptions
+    ) -> Generator[Image.Image]:
+        request = requests[0]
         steps = min(2, request.num_inference_steps)
         if request.width * request.height <= LARGEST:
-            short = dataclasses.replace(request, num_inference_steps=steps, refine_steps=steps)
-            return super().draw(short, options)
+            short = {"num_inference_steps": steps, "refine_steps": steps}
+            return super().draw_all([dataclasses.replace(one, **short) for one in requests], options)
         self.apply(options)
         return (Image.new("RGB", (request.width, request.height)) for _ in range(1))
 

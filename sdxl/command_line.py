@@ -10,13 +10,31 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sdxl.declared_inputs import REQUIRED, DeclaredInput, declared_inputs
-from sdxl.errors import UserInputError
+from sdxl.errors import UserInputError, WithheldError
 from sdxl.files.archives import atomic_path
+
+Drawn = list[tuple[Mapping[str, Any], list[Path]]]
+"""The inputs and the delivered files of each run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyRuns:
+    """An option that names a file, and calls the entry point once for each entry of it."""
+
+    flag: str
+    help: str
+    beside: str
+    """The input for a few entries, which takes no file itself."""
+    read: Callable[[Path, Mapping[str, Any]], list[dict[str, Any]]]
+    """The inputs of each run, from the file and the inputs that are given beside it."""
+    sum_up: Callable[[Drawn, Path], list[Path]]
+    """Writes files about all runs into the output folder; returns them."""
 
 
 def run_command_line(
@@ -25,11 +43,14 @@ def run_command_line(
     description: str,
     setup: Callable[[], None] = lambda: None,
     argv: Sequence[str] | None = None,
+    many: ManyRuns | None = None,
 ) -> int:
     """Parse `argv`, run `setup` and `entry_point`, move the returned files into the output folder and print their paths.
 
     Sets `SDXL_WORKSPACE` to the output folder unless the user has set it: the checkpoints of a killed run are then
     where the user looks for them.
+
+    many: an option for several runs; the names of their files begin with the number of the run.
 
     Returns the exit code: 0 for success, 1 for a failed run, 2 for wrong inputs, 130 for Ctrl-C or SIGTERM.
     """
@@ -52,11 +73,17 @@ def run_command_line(
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(), metavar="DIR", help="folder for the results"
     )
+    if many is not None:
+        parser.add_argument(many.flag, dest="many", type=Path, metavar="FILE", help=many.help)
     arguments = parser.parse_args(argv)
+    file: Path | None = arguments.many if many else None
 
     # Reject wrong inputs before anything is created or loaded.
     try:
+        if many and any(item.startswith(f"{many.beside}=@") for item in arguments.input):
+            raise UserInputError(f"{many.beside} takes no file: give it as {many.flag} FILE.")
         values = _parse_all(arguments.input, inputs)
+        runs = many.read(file, values) if many and file else [values]
     except UserInputError as error:
         print(f"{error} See --help.", file=sys.stderr)
         return 2
@@ -66,6 +93,10 @@ def run_command_line(
     def work() -> None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         setup()
+        if many and file:
+            for path in _deliver_all(entry_point, runs, many, arguments.output):
+                print(path, flush=True)
+            return
         for path in _deliver(entry_point(**values), arguments.output):
             print(path)
 
@@ -123,14 +154,41 @@ def _parse_all(items: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[s
     return values
 
 
-def _deliver(result: Any, folder: Path) -> list[Path]:
-    """Move the returned files atomically into `folder`, and remove their old folders if these are now empty."""
+def _deliver_all(
+    entry_point: Callable[..., Any], runs: list[dict[str, Any]], many: ManyRuns, folder: Path
+) -> Iterator[Path]:
+    """Deliver the files of all runs one after another, and then what sums them up.
+
+    Raises:
+        UserInputError: a run failed, or all pictures were withheld. What was delivered before stays.
+    """
+    done: Drawn = []
+    for number, inputs in enumerate(runs, start=1):
+        prefix = f"{number:0{len(str(len(runs)))}}-"
+        try:
+            files = _deliver(entry_point(**inputs), folder, prefix=prefix)
+        except WithheldError as error:
+            print(f"Run {number} of {len(runs)}: {error}", file=sys.stderr)
+            files = []
+        done.append((inputs, files))
+        yield from files
+    if not any(files for _, files in done):
+        raise WithheldError("No run gave a picture: see the messages above.")
+    yield from many.sum_up(done, folder)
+
+
+def _deliver(result: Any, folder: Path, *, prefix: str = "") -> list[Path]:
+    """Move the returned files atomically into `folder`, and remove their old folders if these are now empty.
+
+    prefix: put before the names of the files.
+    """
     delivered = []
     files = [Path(file) for file in (result if isinstance(result, list) else [result])]
     for file in files:
-        with atomic_path(folder / file.name) as partial:
+        target = folder / f"{prefix}{file.name}"
+        with atomic_path(target) as partial:
             shutil.move(file, partial)
-        delivered.append(folder / file.name)
+        delivered.append(target)
     for old_folder in {file.parent for file in files} - {folder}:
         if not any(old_folder.iterdir()):
             old_folder.rmdir()

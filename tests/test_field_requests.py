@@ -51,7 +51,7 @@ def test_masks_are_used_as_meant_or_refused(case: Case, tmp_path: Path, caplog: 
             assert said == ""
         else:
             assert mask is not None
-            values = np.asarray(mask) > 0
+            values = np.asarray(mask) >= 128
             half = np.arange(SIZE[0]) >= SIZE[0] // 2
             meant = {"box": np.asarray(painted(0, 1, "L")), "all": np.ones((1, 1)), "half": half[None]}
             wrong = values != (np.broadcast_to(meant[case.repaints], values.shape) > 0)

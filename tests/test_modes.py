@@ -15,12 +15,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import UserInputError, WeightsError
-from sdxl.serving.canvas import feather, lay_out, mask_like
+from sdxl.serving.canvas import lay_out
 from sdxl.serving.generation import generate
+from sdxl.serving.masks import feather
 from sdxl.serving.pipeline import load_pipeline, load_refiner
 from sdxl.serving.request import GenerationRequest, LayoutOptions
 from sdxl.serving.samplers import SCHEDULERS, SPACINGS, make_scheduler
@@ -298,13 +299,6 @@ def test_sides_that_are_no_multiples_of_eight_come_back_as_they_were(pipeline):
     assert np.array_equal(drawn[kept], np.array(odd)[kept])
 
 
-def test_the_feather_is_narrow_and_all_white_is_drawn(mask):
-    soft, hard = np.array(feather(mask)), np.array(mask)
-    assert (soft[hard == 255] == 255).all()
-    near = np.array(mask.filter(ImageFilter.MaxFilter(5)))
-    assert (soft[near == 0] == 0).all()
-
-
 @pytest.mark.parametrize(
     ("given", "size"),
     [
@@ -351,15 +345,6 @@ def test_a_hole_that_is_cut_off_is_named_too():
         UserInputError, match=r"^Nothing to repaint .* of mask or the transparent area of image larger"
     ):
         lay_out(given, native=64)
-
-
-def test_a_mask_of_another_size_follows_its_picture():
-    mask = Image.new("L", (50, 50), 0)
-    mask.paste(255, (25, 0, 50, 50))
-    fitted = np.array(mask_like(mask, Image.new("RGB", (100, 100)), (64, 64)))
-    assert set(np.unique(fitted)) == {0, 255}
-    assert (fitted[:, :31] == 0).all()
-    assert (fitted[:, 33:] == 255).all()
 
 
 def test_weights_that_overflow_are_told_not_drawn_black(pipeline):

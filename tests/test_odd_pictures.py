@@ -19,7 +19,8 @@ from sdxl.data.framing import crop_box, place_crop
 from sdxl.data.picture_reader import LONGEST_RATIO, is_plain_png, read_header, read_image
 from sdxl.data.pixel_budget import PixelBudget
 from sdxl.errors import DatasetError
-from sdxl.serving.canvas import cover, mask_like
+from sdxl.serving.canvas import cover, lay_out
+from sdxl.serving.request import LayoutOptions
 from sdxl.training.random_views import views_of
 from tests.conftest import exchanged_profile, png, write_zip
 
@@ -233,8 +234,9 @@ def test_only_what_is_shown_is_enlarged(monkeypatch: pytest.MonkeyPatch):
         (255, 0, 0),
         (255, 0, 0),
     )
-    mask = mask_like(long.convert("L").point([0] * 50 + [255] * 206), long, (2048, 2048))
-    assert mask.getextrema() == (255, 255)
+    white = long.convert("L").point([0] * 50 + [255] * 206)
+    mask = lay_out(LayoutOptions(image=long, mask=white, width=2048, height=2048), native=64).mask
+    assert mask is not None and mask.getextrema() == (255, 255)
     assert max(width * height for width, height in asked) <= 2048 * 2048
 
 

@@ -128,9 +128,15 @@ def test_a_lora_of_the_text_encoders_has_a_strength_of_its_own(
     tuned = draw(predictor, **given)
     assert not equal(tuned, base)
     assert equal(draw(predictor, **given, lora_scale=0.5, text_encoder_lora_scale=1.0), tuned)
-    assert "text_encoder_lora_scale" not in caplog.text
-    draw(predictor, replicate_weights=str(tars["lora"]), text_encoder_lora_scale=1.0)
+    also = {"extra_lora": [given.pop("replicate_weights")], "extra_lora_scale": [0.5], **given}
+    assert equal(draw(predictor, **also, extra_lora_text_encoder_scale=[1.0]), tuned)
+    assert equal(draw(predictor, **also, extra_lora_text_encoder_scale=[0]), base)
+    assert "text_encoder" not in caplog.text
+    lora = str(tars["lora"])
+    draw(predictor, replicate_weights=lora, text_encoder_lora_scale=1.0)
+    draw(predictor, extra_lora=[lora], extra_lora_text_encoder_scale=[1.0])
     assert "text_encoder_lora_scale has no effect: replicate_weights is no LoRA of the text" in caplog.text
+    assert "extra_lora_text_encoder_scale has no effect: no LoRA in extra_lora is one of" in caplog.text
 
 
 def test_tokens_count_in_the_negative_prompt_too(predictor: Predictor, tars: dict[str, Path]):

@@ -56,7 +56,7 @@ def test_the_choices_are_those_of_the_tables():
 def test_the_ranges_are_those_of_the_table():
     declared = {name: (one.ge, one.le) for name, one in SIGNATURE.items() if one.ge is not None}
     assert declared.pop("seed") == (RANGES["seed"][0], None), "the largest seed is checked by the options"
-    lists = {"extra_lora_scale"}
+    lists = {"extra_lora_scale", "extra_lora_text_encoder_scale"}
     assert declared == {name: limits for name, limits in RANGES.items() if name not in lists | {"seed"}}
 
 
@@ -75,6 +75,8 @@ def test_help_and_wrong_inputs_need_no_torch():
             "extra_lora_scale has 2 numbers",
         ),
         (["extra_lora=a.tar", "extra_lora_scale=2.5"], "extra_lora_scale is 2.5"),
+        (["extra_lora=a.tar", "extra_lora_text_encoder_scale=3"], "extra_lora_text_encoder_scale is 3"),
+        (["extra_lora_text_encoder_scale=0"], "extra_lora_text_encoder_scale has 1 numbers for 0 LoRAs"),
         (["extra_lora_scale=0.5"], "extra_lora_scale has 1 numbers for 0 LoRAs"),
         (["aspect_ratio=1:1", "width=512"], "give one or the other"),
         (["image=@MASK", "width=512"], "Only one of width and height"),
@@ -136,7 +138,11 @@ def test_every_picture_has_a_seed_that_the_input_takes():
     ],
 )
 def test_empty_loras_are_none(loras: Any, scales: Any, meant: list):
-    assert FineTuneOptions(extra_lora=loras, extra_lora_scale=scales).extra == meant
+    assert FineTuneOptions(extra_lora=loras, extra_lora_scale=scales).extra == [(*one, None) for one in meant]
+    both = FineTuneOptions(
+        extra_lora=loras, extra_lora_scale=scales, extra_lora_text_encoder_scale=scales
+    ).extra
+    assert both == [(lora, scale, scale if scales else None) for lora, scale in meant]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +192,18 @@ PICTURE = Image.new("RGB", (64, 64))
             "image gives at most the size, because prompt_strength is 1.",
         ),
         ({"prompt_strength": 1.0, "image": PICTURE, "mask": PICTURE}, None),
+        (
+            {"mask_blur": 4, "image": PICTURE},
+            "mask_blur has no effect without mask or transparent areas of image.",
+        ),
+        ({"mask_invert": True}, "mask_invert has no effect without mask or transparent areas of image."),
+        ({"only_masked": True}, "only_masked has no effect without mask or transparent areas of image."),
+        ({"mask_blur": 4, "mask_invert": True, "only_masked": True, "image": PICTURE, "mask": PICTURE}, None),
+        (
+            {"mask_padding": 64, "image": PICTURE, "mask": PICTURE},
+            "mask_padding has no effect without only_masked and a mask.",
+        ),
+        ({"mask_padding": 64, "only_masked": True, "image": PICTURE, "mask": PICTURE}, None),
         ({"high_noise_frac": 0.5}, "high_noise_frac has no effect without refine=expert_ensemble_refiner."),
         ({"high_noise_frac": 0.5, "refine": "expert_ensemble_refiner"}, None),
         (

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import dataset_and_utils
 import export
+import predict
 import train
 from predict import Predictor
 from preprocess import Preprocessor
@@ -140,15 +142,19 @@ def assert_accepted(name: str, arguments: list[str], folder: Path, monkeypatch: 
         if at:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).touch()
+    if "--prompts-file" in arguments:
+        (folder / arguments[arguments.index("--prompts-file") + 1]).write_text("a fish\na cup")
     entry_point = ENTRY_POINTS[name]
     given: dict[str, Any] = {}
 
     @functools.wraps(entry_point)
     def record(**inputs: Any) -> list[Path]:
         given.update(inputs)
-        return []
+        Image.new("RGB", (8, 8)).save(folder / "made.png")
+        return [folder / "made.png"]
 
-    assert run_command_line(record, description="", argv=arguments) == 0
+    many = predict.PROMPTS_FILE if name == "predict" else None
+    assert run_command_line(record, description="", argv=arguments, many=many) == 0
     assert given.keys() == declared_inputs(entry_point).keys()
 
 

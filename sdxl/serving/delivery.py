@@ -4,7 +4,7 @@ Knows judges, the watermark and file formats; does not know how pictures are dra
 """
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdxl.errors import WithheldError
 from sdxl.serving import watermark
-from sdxl.serving.canvas import keep_outside
+from sdxl.serving.masks import surroundings_of
 from sdxl.serving.picture_files import describe, save
 from sdxl.serving.request import DeliveryOptions, GenerationRequest
 from sdxl.serving.safety import Judge
@@ -31,11 +31,11 @@ class Delivery:
     def deliver(
         self,
         pictures: Generator[Image.Image],
-        request: GenerationRequest,
+        requests: Sequence[GenerationRequest],
         options: DeliveryOptions,
         folder: Path,
     ) -> list[Path]:
-        """Write the `pictures` of `request` into `folder` as `out-0.png`, `out-1.png`, …; return the files.
+        """Write the `pictures` of all `requests` into `folder` as `out-0.png`, `out-1.png`, …; return the files.
 
         Threads work on a picture while `pictures` draws the next one. A picture that is judged unsafe gets no file.
 
@@ -43,17 +43,19 @@ class Delivery:
             WithheldError: all pictures are unsafe.
         """
         judge = None if options.disable_safety_checker else self.judge
+        places = [(request, number) for request in requests for number in range(request.num_outputs)]
         # Two threads per picture: one marks and saves it and waits for the other, which judges it.
-        with closing(pictures), ThreadPoolExecutor(max_workers=2 * request.num_outputs) as threads:
+        with closing(pictures), ThreadPoolExecutor(max_workers=2 * len(places)) as threads:
 
             def finish(index: int, picture: Image.Image) -> Path | None:
                 """Judge, mark and save a picture; None if it is unsafe."""
+                request, number = places[index]
                 unsafe = judge is not None and threads.submit(judge.is_unsafe, picture)
                 if options.apply_watermark:
                     picture = _marked(picture, request)
                 if unsafe and unsafe.result():
                     return None
-                parameters = describe(request, index, model=self.model) if options.embed_metadata else None
+                parameters = describe(request, number, model=self.model) if options.embed_metadata else None
                 file = folder / f"out-{index}.{options.output_format}"
                 save(picture, file, quality=options.output_quality, parameters=parameters)
                 return file
@@ -73,6 +75,5 @@ class Delivery:
 def _marked(picture: Image.Image, request: GenerationRequest) -> Image.Image:
     """`picture` with the watermark; the part that inpainting keeps stays without it."""
     marked = watermark.embed(picture)
-    if request.image is not None and request.mask is not None:
-        return keep_outside(marked, request.image, request.mask)
-    return marked
+    around = surroundings_of(request)
+    return marked if around is None else around.keep_outside(marked)

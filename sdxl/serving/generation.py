@@ -5,7 +5,7 @@ Knows the order of the work: prompts, latents, passes, decoding. Does not know w
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import WeightsError
-from sdxl.serving.canvas import latent_mask, padded, put_back
+from sdxl.serving.canvas import padded
 from sdxl.serving.conditioning import Prompts, for_base, for_refiner
 from sdxl.serving.denoising import (
     Conditioning,
@@ -26,6 +26,7 @@ from sdxl.serving.denoising import (
     intervals_above,
     noise_like,
 )
+from sdxl.serving.masks import latent_mask, surroundings_of
 from sdxl.serving.placement import lent
 from sdxl.serving.plan import plan_passes
 from sdxl.serving.prompt_texts import tell_of_prompts
@@ -120,6 +121,7 @@ def _draw_batch(
         models["refiner"] = (refiner, for_refiner(pipeline, refiner, batch.prompts))
 
     latents = batch.image_latents if request.starts_from_image else None
+    kept = batch.kept
     for one in passes:
         # The noise level of a pass depends on where it starts in the schedule, not on where it stops.
         scheduler = _schedule(pipeline, request, one.steps, device)
@@ -130,6 +132,8 @@ def _draw_batch(
             latents = begin(scheduler, course(scheduler, one.first, one.steps), latents, noise)
         assert latents is not None, "the first pass adds noise"
         planned = course(scheduler, one.first, one.stop)
+        if kept is not None and kept.begin is None and len(planned.timesteps):
+            kept = replace(kept, begin=planned.timesteps[0])
 
         # The refiner is not part of the pipeline: with offloading it goes to the GPU only for its pass.
         unet, conditioning = models[one.model]
@@ -142,7 +146,7 @@ def _draw_batch(
                 latents,
                 conditioning,
                 generators=batch.generators,
-                kept=batch.kept,
+                kept=kept,
                 on_call=bar.update,
             )
 
@@ -268,6 +272,5 @@ def _to_host(decoded: Tensor) -> tuple[Tensor, Callable[[], object]]:
 def _finish(picture: Image.Image, request: GenerationRequest) -> Image.Image:
     """Crop the padding, and put an inpainted picture back into the original."""
     picture = picture.crop((0, 0, request.width, request.height))
-    if request.mask is not None and request.image is not None:
-        return put_back(picture, request.image, request.mask)
-    return picture
+    around = surroundings_of(request)
+    return picture if around is None else around.put_back(picture)

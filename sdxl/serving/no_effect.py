@@ -7,6 +7,7 @@ default, so only values that differ from their defaults are looked at.
 from collections.abc import Iterator
 from typing import Any
 
+from sdxl.serving.prompt_lists import EXAMPLE_PROMPT
 from sdxl.serving.request import DeliveryOptions, DrawingOptions, LayoutOptions
 from sdxl.serving.samplers import SCHEDULERS
 
@@ -15,11 +16,14 @@ def without_effect(
     drawing: DrawingOptions, layout: LayoutOptions, delivery: DeliveryOptions
 ) -> Iterator[str]:
     """A sentence for each option that the others leave without effect, or that spoils the pictures beside them."""
+    if drawing.prompts.strip() and drawing.prompt not in ("", EXAMPLE_PROMPT):
+        yield "prompt has no effect beside prompts: add it to them."
     if layout.image is None:
         if _changed(drawing, "prompt_strength"):
             yield "prompt_strength has no effect without image."
     elif drawing.prompt_strength == 1 and layout.mask is None:
         yield "image gives at most the size, because prompt_strength is 1."
+    yield from _of_mask(layout)
     if drawing.refine != "expert_ensemble_refiner" and _changed(drawing, "high_noise_frac"):
         yield "high_noise_frac has no effect without refine=expert_ensemble_refiner."
     if drawing.refine == "expert_ensemble_refiner" and drawing.high_noise_frac == 1:
@@ -31,6 +35,15 @@ def without_effect(
         yield f"timestep_spacing has no effect on {drawing.scheduler}, which has its own."
     if delivery.output_format == "png" and _changed(delivery, "output_quality"):
         yield "output_quality has no effect on png, which is lossless."
+
+
+def _of_mask(layout: LayoutOptions) -> Iterator[str]:
+    if layout.mask is None:
+        for name in ("mask_blur", "mask_invert", "only_masked"):
+            if _changed(layout, name):
+                yield f"{name} has no effect without mask or transparent areas of image."
+    if not (layout.only_masked and layout.mask) and _changed(layout, "mask_padding"):
+        yield "mask_padding has no effect without only_masked and a mask."
 
 
 def _of_guidance(drawing: DrawingOptions) -> Iterator[str]:

@@ -7,7 +7,7 @@ step. Does not know Cog, or what happens to a picture after it is drawn.
 import logging
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from diffusers import UNet2DConditionModel
 from PIL import Image
@@ -88,18 +88,27 @@ class Painter:
         log.info("Warmed up (%s) in %.1f s", self.runners.speed, time.monotonic() - started)
 
     def draw(self, request: GenerationRequest, options: FineTuneOptions) -> Generator[Image.Image]:
+        """`draw_all` for one request."""
+        return self.draw_all([request], options)
+
+    def draw_all(
+        self, requests: Sequence[GenerationRequest], options: FineTuneOptions
+    ) -> Generator[Image.Image]:
         """Apply the fine-tunes that `options` name, and return the pictures, drawn one after another.
+
+        requests: at least one; they differ in their prompts only.
 
         Raises:
             UserInputError: a fine-tune or the refiner cannot be fetched, or it or the sampler does not fit the base.
         """
+        request = requests[0]
         config = self.tuned.pipeline.scheduler.config
         require_known(request.scheduler, config)
         if request.timestep_spacing not in ("base", "trailing") and has_zero_snr(config):
             log.warning("timestep_spacing has no effect on this base: zero terminal SNR needs trailing.")
         refiner = None if request.refine == "no_refiner" else self._refiner()
         self.apply(options)
-        return self._drawn(request, refiner)
+        return (picture for one in requests for picture in self._drawn(one, refiner))
 
     def _drawn(
         self, request: GenerationRequest, refiner: UNet2DConditionModel | None
@@ -151,10 +160,18 @@ class Painter:
         source = options.replicate_weights
         main = self.fine_tunes.get(source) if source else self.default_fine_tune
         extra = tuple(
-            ScaledFineTune(fine_tune=self.fine_tunes.get(lora), scale=float(scale))
-            for lora, scale in options.extra
+            ScaledFineTune(
+                fine_tune=self.fine_tunes.get(lora), scale=float(scale), text_encoder_scale=of_encoders
+            )
+            for lora, scale, of_encoders in options.extra
         )
         require_loras(extra)
+        if options.extra_lora_text_encoder_scale and not any(
+            in_text_encoder(name) for one in extra for name in one.fine_tune.lora
+        ):
+            log.warning(
+                "extra_lora_text_encoder_scale has no effect: no LoRA in extra_lora is one of the text encoders."
+            )
         if options.lora_scale != FineTuneOptions.lora_scale and not (main and main.lora):
             log.warning("lora_scale has no effect without a LoRA as replicate_weights.")
         text_scale = options.text_encoder_lora_scale

@@ -33,13 +33,14 @@ _LONGEST_COMMENT = 60_000
 
 
 def read_inputs(
-    image: object | None, mask: object | None, folder: Path
+    image: object | None, mask: object | None, folder: Path, *, inverted: bool = False
 ) -> tuple[Image.Image | None, Image.Image | None]:
     """The pictures of the inputs image and mask: RGB, and grey with 255 where it is repainted. None stays None.
 
     Each is a path, an http(s) URL or a `data:` URI. Without a mask, transparent areas of the image are its mask.
 
     folder: made for downloads, and removed afterwards.
+    inverted: the mask is inverted later, so what it keeps is repainted.
 
     Raises:
         DownloadError: one cannot be fetched, or is larger than `MAX_PICTURE_BYTES`.
@@ -52,9 +53,10 @@ def read_inputs(
     if mask is not None:
         with _fetched(mask, folder) as file:
             painted, _ = read_mask(file, name="mask")
-        _remark_on(painted)
+        _remark_on(painted, inverted=inverted)
     elif painted is not None:
-        log.info("image has transparent areas and no mask is given: they are repainted.")
+        what = "all else is repainted" if inverted else "they are repainted"
+        log.info("image has transparent areas and no mask is given: %s.", what)
     return picture, painted
 
 
@@ -66,15 +68,15 @@ def _fetched(source: object, folder: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def _remark_on(mask: Image.Image) -> None:
+def _remark_on(mask: Image.Image, *, inverted: bool) -> None:
     """Log what is probably not meant."""
-    values = np.asarray(mask)
+    values = 255 - np.asarray(mask) if inverted else np.asarray(mask)
     if values.min() >= HALF:
-        log.warning("mask is completely white: the whole picture is repainted.")
-    elif mostly_grey(values):
         log.warning(
-            "mask is mostly neither black nor white: what is brighter than half is repainted, the rest is kept."
+            "mask is completely %s: the whole picture is repainted.", "black" if inverted else "white"
         )
+    elif mostly_grey(values):
+        log.warning("mask is mostly neither black nor white: grey areas are redrawn in part.")
 
 
 def describe(request: GenerationRequest, index: int, *, model: str) -> str:

@@ -13,10 +13,12 @@ from PIL import Image
 from sdxl.data.caption_text import require_short
 from sdxl.errors import UserInputError
 from sdxl.model.prompt_weights import parts_of
+from sdxl.serving.prompt_lists import MOST_PROMPTS, prompts_in
 from sdxl.serving.samplers import SCHEDULERS, SPACINGS
 
 if TYPE_CHECKING:
     from sdxl.serving.canvas import Canvas
+    from sdxl.serving.masks import Surroundings
 
 Record = TypeVar("Record", "DrawingOptions", "LayoutOptions", "FineTuneOptions", "DeliveryOptions")
 
@@ -59,12 +61,15 @@ RANGES = {
     "guidance_scale": (0, 50),
     "guidance_rescale": (0, 1),
     "prompt_strength": (0, 1),
+    "mask_blur": (0, 256),
+    "mask_padding": (0, 2048),
     "seed": (0, 2**32 - 1),
     "high_noise_frac": (0, 1),
     "refine_steps": (1, 500),
     "lora_scale": (-2, 2),
     "text_encoder_lora_scale": (-2, 2),
     "extra_lora_scale": (-2, 2),
+    "extra_lora_text_encoder_scale": (-2, 2),
     "output_quality": (1, 100),
 }
 """Input → its smallest and largest value; for a list, those of each number in it."""
@@ -75,15 +80,19 @@ class DrawingOptions:
     """What to draw and how, except for the size.
 
     Raises:
-        UserInputError: an input is out of its range or not among its choices, or a weight in a prompt is too large.
+        UserInputError: an input is out of its range or not among its choices, a weight in a prompt is too large, or there
+            are too many prompts.
     """
 
     prompt: str
+    prompts: str = ""
+    """Several prompts instead, one a line or separated by |."""
     negative_prompt: str = ""
     """What to keep out of the picture; empty for nothing."""
     prompt_weights: bool = True
     """Whether brackets in both prompts are weights: see `sdxl.model.prompt_weights`."""
     num_outputs: int = 1
+    """Pictures of each prompt."""
     scheduler: str = "K_EULER"
     """A key of `samplers.SCHEDULERS`."""
     timestep_spacing: str = "base"
@@ -110,16 +119,32 @@ class DrawingOptions:
         require_short(self.negative_prompt, "negative_prompt")
         for name in ("prompt", "negative_prompt"):
             parts_of(getattr(self, name), weights=self.prompt_weights, name=name)
+        for prompt in self.all_prompts:
+            parts_of(prompt, weights=self.prompt_weights, name="A prompt of prompts")
         _check(self)
         _check_steps(self)
+        pictures = len(self.all_prompts) * self.num_outputs
+        if pictures > MOST_PROMPTS:
+            raise UserInputError(
+                f"{len(self.all_prompts)} prompts with num_outputs={self.num_outputs} make {pictures} pictures, but a "
+                f"request may have at most {MOST_PROMPTS}: give fewer."
+            )
+
+    @property
+    def all_prompts(self) -> tuple[str, ...]:
+        """What to draw, in order: `prompts`, or else `prompt` alone."""
+        return prompts_in(self.prompts) if self.prompts.strip() else (self.prompt,)
 
     def seed_of(self, index: int) -> int:
         """The seed of picture `index`: `seed` + `index`, where 0 follows the largest seed, so that it is a seed too."""
         return (self.seed + index) % (RANGES["seed"][1] + 1)
 
-    def on(self, canvas: "Canvas") -> "GenerationRequest":
-        """The complete request: these options on a `canvas`."""
-        return GenerationRequest(**vars(self), **vars(canvas))
+    def on(self, canvas: "Canvas") -> "list[GenerationRequest]":
+        """The complete requests: these options on a `canvas`, one for each prompt. All have the same seeds."""
+        return [
+            GenerationRequest(**{**vars(self), "prompt": prompt, "prompts": ""}, **vars(canvas))
+            for prompt in self.all_prompts
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +162,9 @@ class GenerationRequest(DrawingOptions):
     image: Image.Image | None = None
     """RGB picture of `width` × `height` to start from."""
     mask: Image.Image | None = None
-    """Black and white, of the same size: white is repainted."""
+    """Grey, of the same size: 255 is repainted, 0 is kept, and what lies between is redrawn in part."""
+    surroundings: "Surroundings | None" = None
+    """What a drawn picture with a mask is put back into; None for `image` itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +187,13 @@ class LayoutOptions:
 
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    mask_blur: int = 0
+    """Standard deviation of a Gaussian over the mask, in pixels of the picture that is delivered."""
+    mask_invert: bool = False
+    only_masked: bool = False
+    """Whether only the part around the mask is drawn, and put back into the whole picture."""
+    mask_padding: int = 32
+    """For `only_masked`: pixels of `image` around the mask that are drawn with it."""
     width: int | None = None
     height: int | None = None
     aspect_ratio: str = "custom"
@@ -197,27 +231,37 @@ class FineTuneOptions:
     """LoRAs to add, named like `replicate_weights`; empty texts stand for none."""
     extra_lora_scale: Sequence[float] | None = None
     """One scale per LoRA, with or without those of empty texts; None for 1 each."""
+    extra_lora_text_encoder_scale: Sequence[float] | None = None
+    """The same for their layers in the text encoders; None for `extra_lora_scale`."""
 
     def __post_init__(self) -> None:
-        scales, loras = self.extra_lora_scale, self.extra_lora or ()
+        loras = self.extra_lora or ()
         if len(loras) > MOST_LORAS:
             raise UserInputError(
                 f"extra_lora has {len(loras)} entries, but may have at most {MOST_LORAS}: merge LoRAs first."
             )
-        if scales is not None and len(scales) not in (len(loras), len(_filled(loras))):
-            raise UserInputError(
-                f"extra_lora_scale has {len(scales)} numbers for {len(loras)} LoRAs in extra_lora: give one number each."
-            )
+        for name in ("extra_lora_scale", "extra_lora_text_encoder_scale"):
+            scales = getattr(self, name)
+            if scales is not None and len(scales) not in (len(loras), len(_filled(loras))):
+                raise UserInputError(
+                    f"{name} has {len(scales)} numbers for {len(loras)} LoRAs in extra_lora: give one number each."
+                )
         _check(self)
 
     @property
-    def extra(self) -> list[tuple[str, float]]:
-        """Each extra LoRA with its scale."""
-        loras, scales = self.extra_lora or (), self.extra_lora_scale
+    def extra(self) -> list[tuple[str, float, float | None]]:
+        """Each extra LoRA with its scale, and with that for the text encoders, None for the same."""
+        loras = _filled(self.extra_lora or ())
+        scales = self._of_each(self.extra_lora_scale) or [1.0] * len(loras)
+        of_encoders = self._of_each(self.extra_lora_text_encoder_scale) or [None] * len(loras)
+        return list(zip(loras, scales, of_encoders, strict=True))
+
+    def _of_each(self, scales: Sequence[float] | None) -> list[float]:
+        """One of `scales` for each LoRA that is not an empty text; nothing for None."""
+        loras = self.extra_lora or ()
         if scales is None or len(scales) != len(loras):
-            loras = _filled(loras)
-            scales = [1.0] * len(loras) if scales is None else scales
-        return [(lora, scale) for lora, scale in zip(loras, scales, strict=True) if lora.strip()]
+            return list(scales or ())
+        return [scale for lora, scale in zip(loras, scales, strict=True) if lora.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)
