@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -24,7 +25,7 @@ from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
 from sdxl.errors import UploadError
-from sdxl.files.result_upload import Target, parse_target, upload_file
+from sdxl.files.result_upload import Target, upload_file
 from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
 from sdxl.history import History
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
@@ -319,15 +320,13 @@ def train(
     given["base"] = allowed_base(given["base"], "base")
     given["resume"] = allowed_state(given["resume"], "resume")
     given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
-    upload_url = given.pop("upload_url")
-    target = parse_target(upload_url, "upload_url") if upload_url else None
     inputs = train_inputs(given)
     repeat_on_cpu()
     configure_logging()
     with workspace_of_run(
         "train", smaller="lower train_batch_size or resolution, or train a LoRA"
     ) as workspace:
-        return _delivered(run(inputs, workspace), target)
+        return _delivered(run(inputs, workspace), inputs.upload_to)
 
 
 leave_downloads_to_us(train)
@@ -475,13 +474,18 @@ def _watch(
     from sdxl.serving.previews import preview_drawer, preview_prompts, preview_side
     from sdxl.training.data_parallel import rank
     from sdxl.training.examples import held_out_examples, kept_out
+    from sdxl.training.stops import finish_on_signal
     from sdxl.training.watch import Watch
 
+    asked = finish_on_signal()
+    if not settings.behind_server():
+        log.info("To end this training early, with the best moment so far: kill -USR1 %d", os.getpid())
     if not config.checks:
-        return Watch()
+        return Watch(asked_to_finish=asked)
     token_map = TokenMap.parse(config.token_map)
     watch = Watch(
         checks=config.checks,
+        asked_to_finish=asked,
         history=history,
         keep=keep if config.keep_checked else None,
         held_out=held_out_examples(

@@ -1,9 +1,11 @@
-"""Signals that stop a run wait until a step is complete.
+"""Signals that stop a run wait until a step is complete, and one asks it to finish early.
 
 Knows signals and Python's handlers of them; does not know what a step does.
 """
 
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -55,3 +57,13 @@ class HeldStops:
             self._waiting = (number, frame)
         else:
             self._previous[number](number, frame)
+
+
+def finish_on_signal() -> Callable[[], bool]:
+    """A function that tells whether SIGUSR1 has come since now. Elsewhere than in the main thread it never does."""
+    asked = threading.Event()
+    try:
+        signal.signal(signal.SIGUSR1, lambda *_: asked.set())
+    except ValueError:  # not the main thread
+        return lambda: False
+    return asked.is_set
