@@ -326,7 +326,7 @@ def train(
     with workspace_of_run(
         "train", smaller="lower train_batch_size or resolution, or train a LoRA"
     ) as workspace:
-        return _delivered(run(inputs, workspace), inputs.upload_to)
+        return _delivered(run(inputs, workspace), inputs.upload_url)
 
 
 leave_downloads_to_us(train)

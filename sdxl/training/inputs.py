@@ -49,7 +49,7 @@ class TrainInputs:
     """A state to go on from: a path, a URL or "auto"."""
     init_from: str | None = None
     """A fine-tune to start from: a path, a URL or a name on the hub."""
-    upload_to: Target | None = None
+    upload_url: Target | None = None
     """Where the tar goes. A secret."""
     seed: int | None = limited(ge=0, le=2**32 - 1)
     """None for a random one, or for that of the state to go on from."""
@@ -97,7 +97,7 @@ class TrainInputs:
             for entry in fields(kind)
         }
         defaults["clipseg_temperature"] = defaults["mask_temperature"]
-        files = ("input_images", "base", "resume", "init_from", "upload_to", "options")
+        files = ("input_images", "base", "resume", "init_from", "upload_url", "options")
         own = {name: value for name, value in vars(self).items() if name not in files}
         return {
             name: value
@@ -212,7 +212,7 @@ def train_inputs(given: Mapping[str, Any]) -> TrainInputs:
         values["clipseg_temperature"] = temperature
 
     url = values.pop("upload_url")
-    values["upload_to"] = parse_target(url, "upload_url") if url else None
+    values["upload_url"] = parse_target(url, "upload_url") if url else None
     options = TrainingOptions(**{entry.name: values.pop(entry.name) for entry in fields(TrainingOptions)})
     values["input_images"] = str(values["input_images"])
     return TrainInputs(**values, options=options)
