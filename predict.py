@@ -11,7 +11,7 @@ import pathlib
 import sys
 from typing import Optional
 
-from cog import BaseRunner, Input, Path
+from cog import BaseRunner, CancelationException, Input, Path
 from coglet import server
 
 from sdxl import settings
@@ -36,6 +36,7 @@ from sdxl.serving.request import (
     LayoutOptions,
     made_of,
 )
+from sdxl.shutdown import stops_with_server
 from sdxl.workspace import workspace_of_run
 
 log = logging.getLogger(__name__)
@@ -224,9 +225,11 @@ class Predictor(BaseRunner):
         given = as_declared(self.run, locals())
         start_logging()
         return_free_memory()  # of the request before, which is gone by now
-        with workspace_of_run(
-            "predict", smaller="choose a smaller width and height, or fewer num_outputs"
-        ) as workspace:
+        smaller = "choose a smaller width and height, or fewer num_outputs"
+        with (
+            workspace_of_run("predict", smaller=smaller) as workspace,
+            stops_with_server(CancelationException),
+        ):
             # Each record checks its inputs: all that is wrong without a look at the model is refused here.
             given["seed"] = settings.resolve_seed(given["seed"])
             drawing = made_of(DrawingOptions, given)

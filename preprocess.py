@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
-from cog import BaseRunner, Input, Path
+from cog import BaseRunner, CancelationException, Input, Path
 from coglet import server
 
 from sdxl import settings
@@ -34,6 +34,7 @@ from sdxl.declared_inputs import as_declared, leave_downloads_to_us
 from sdxl.files.archives import pack_tar
 from sdxl.files.fetching import fetch
 from sdxl.process import configure_logging, repeat_on_cpu
+from sdxl.shutdown import stops_with_server
 from sdxl.workspace import workspace_of_run
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,10 @@ class Preprocessor(BaseRunner):
             config = dataclasses.replace(config, target_size=_base_size())
         repeat_on_cpu()
         configure_logging()
-        with workspace_of_run("preprocess", smaller="give smaller pictures") as workspace:
+        with (
+            workspace_of_run("preprocess", smaller="give smaller pictures") as workspace,
+            stops_with_server(CancelationException),
+        ):
             source = fetch(str(archive), workspace / "fetched")
             folder = prepare_dataset(source, workspace / "dataset", config=config, report=workspace)
             shutil.rmtree(workspace / "fetched", ignore_errors=True)

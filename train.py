@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
-from cog import Input, Path, current_scope
+from cog import CancelationException, Input, Path, current_scope
 from coglet import server
 
 from dataset_and_utils import TokenMap
@@ -27,6 +27,7 @@ from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
 from sdxl.history import History
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
 from sdxl.report.recorder import Recorder
+from sdxl.shutdown import stops_with_server
 from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.config_file import with_config
 from sdxl.training.contradictions import without_effect
@@ -316,9 +317,8 @@ def train(
     inputs = train_inputs(given)
     repeat_on_cpu()
     configure_logging()
-    with workspace_of_run(
-        "train", smaller="lower train_batch_size or resolution, or train a LoRA"
-    ) as workspace:
+    smaller = "lower train_batch_size or resolution, or train a LoRA"
+    with workspace_of_run("train", smaller=smaller) as workspace, stops_with_server(CancelationException):
         return Path(run(inputs, workspace))
 
 
