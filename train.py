@@ -23,7 +23,7 @@ from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
-from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
+from sdxl.files.sources import allowed_fine_tune, allowed_state
 from sdxl.history import History
 from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
 from sdxl.report.recorder import Recorder
@@ -311,7 +311,7 @@ def train(
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
     settings.set_behind_server(server.active)
     given = as_declared(train, with_config(locals(), declared_inputs(train)))
-    given["base"] = allowed_base(given["base"], "base")
+    given["base"] = allowed_fine_tune(given["base"], "base")
     given["resume"] = allowed_state(given["resume"], "resume")
     given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
     inputs = train_inputs(given)

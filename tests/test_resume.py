@@ -341,7 +341,9 @@ def test_old_states_go_from_a_server_only(state: Path, monkeypatch: pytest.Monke
     assert state.exists()
     assert list(folder.parent.rglob("*.partial")) == []
     monkeypatch.setattr(settings, "behind_server", lambda: True)
-    with pytest.raises(UserInputError, match=r"resume is .*, but this server takes no paths: write auto"):
+    with pytest.raises(
+        UserInputError, match=r"resume is .*, but this server takes no paths: give auto, an http"
+    ):
         allowed_state(str(folder), "resume")
     assert allowed_state("auto", "resume") == "auto"
     os.utime(folder, (time.time(), time.time() - 3600))
