@@ -31,9 +31,9 @@ from sdxl.data.framed_pictures import FramedPicture, frame_all
 from sdxl.data.model_stages import find_salience, upscale_small, write_missing_captions
 from sdxl.data.source_folder import Source, open_source
 from sdxl.declared_inputs import as_declared, leave_downloads_to_us
-from sdxl.files.archives import pack_tar
+from sdxl.files.archives import pack_tar, require_archive
 from sdxl.files.fetching import fetch
-from sdxl.process import configure_logging, repeat_on_cpu
+from sdxl.process import configure_logging, repeat_on_cpu, start_logging
 from sdxl.shutdown import stops_with_server
 from sdxl.workspace import workspace_of_run
 
@@ -182,12 +182,14 @@ class Preprocessor(BaseRunner):
         if size is None:
             config = dataclasses.replace(config, target_size=_base_size())
         repeat_on_cpu()
-        configure_logging()
+        start_logging()
         with (
             workspace_of_run("preprocess", smaller="give smaller pictures") as workspace,
             stops_with_server(CancelationException),
         ):
             source = fetch(str(archive), workspace / "fetched")
+            require_archive(source)
+            configure_logging()
             folder = prepare_dataset(source, workspace / "dataset", config=config, report=workspace)
             shutil.rmtree(workspace / "fetched", ignore_errors=True)
             members = {path.name: path for path in (*folder.iterdir(), workspace / SHEET, workspace / ADVICE)}
