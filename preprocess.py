@@ -169,7 +169,7 @@ class Preprocessor(BaseRunner):
             description="Softness of the masks' edges: 0.5 is hard, 2 is soft.",
         ),
     ) -> Path:
-        # Wrong inputs are refused here, before anything imports torch.
+        # Wrong inputs are refused before anything imports torch.
         settings.set_behind_server(server.active)
         given = as_declared(self.run, locals())
         archive, size = given.pop("files"), given.pop("target_size")
@@ -179,8 +179,6 @@ class Preprocessor(BaseRunner):
             mask_temperature=given.pop("temp"),
             **given,
         )
-        if size is None:
-            config = dataclasses.replace(config, target_size=_base_size())
         repeat_on_cpu()
         start_logging()
         with (
@@ -190,6 +188,8 @@ class Preprocessor(BaseRunner):
             source = fetch(str(archive), workspace / "fetched")
             require_archive(source)
             configure_logging()
+            if size is None:
+                config = dataclasses.replace(config, target_size=_base_size())
             folder = prepare_dataset(source, workspace / "dataset", config=config, report=workspace)
             shutil.rmtree(workspace / "fetched", ignore_errors=True)
             members = {path.name: path for path in (*folder.iterdir(), workspace / SHEET, workspace / ADVICE)}
