@@ -161,7 +161,8 @@ def cog_server(
         wait_for(url, "READY", seconds=300)
         yield url, process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

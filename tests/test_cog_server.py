@@ -161,6 +161,8 @@ def test_pictures_of_several_shapes_go_from_the_preprocessor_through_a_training(
         served = preprocessor.get("openapi.json")["components"]["schemas"]["Input"]
         assert served["required"] == ["files"] and "prompt" not in served["properties"]
         assert preprocessor.post({"files": data_uri(b"no zip")}).json()["status"] == "failed"
+        missing = preprocessor.post({})
+        assert missing.status_code == 422 and "files" in json.dumps(missing.json()["detail"])
         assert "files is missing: give" in preprocessor.post({"files": ""}).json()["error"]
         inputs = {"files": data_uri(raw.read_bytes()), "target_size": 128.0, "bucketing": True}
         answer = preprocessor.post(inputs).json()
