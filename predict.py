@@ -22,6 +22,7 @@ from sdxl.process import (
     configure_logging,
     keep_compiled_kernels,
     keep_memory_small,
+    leave_at_once,
     repeat_on_cpu,
     return_free_memory,
     start_logging,
@@ -48,9 +49,10 @@ class Predictor(BaseRunner):
     def setup(self, weights: Optional[Path] = None) -> None:  # type: ignore[override]
         """Load the base. `weights` (`COG_WEIGHTS`) is the fine-tune for requests without `replicate_weights`."""
         repeat_on_cpu()
-        configure_logging()
         if server.active:
             keep_memory_small()
+            leave_at_once()
+        configure_logging()
         keep_compiled_kernels()
         # Here, after logging is configured: diffusers writes to the log while it is imported.
         from sdxl.serving.delivery import Delivery

@@ -33,7 +33,7 @@ from sdxl.data.source_folder import Source, open_source
 from sdxl.declared_inputs import as_declared, leave_downloads_to_us
 from sdxl.files.archives import pack_tar, require_archive
 from sdxl.files.fetching import fetch
-from sdxl.process import configure_logging, repeat_on_cpu, start_logging
+from sdxl.process import configure_logging, leave_at_once, repeat_on_cpu, start_logging
 from sdxl.shutdown import stops_with_server
 from sdxl.workspace import workspace_of_run
 
@@ -180,6 +180,8 @@ class Preprocessor(BaseRunner):
             **given,
         )
         repeat_on_cpu()
+        if server.active:
+            leave_at_once()
         start_logging()
         with (
             workspace_of_run("preprocess", smaller="give smaller pictures") as workspace,

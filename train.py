@@ -27,7 +27,7 @@ from sdxl.files.archives import require_archive
 from sdxl.files.fetching import fetch
 from sdxl.files.sources import allowed_fine_tune, allowed_state
 from sdxl.history import History
-from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu, start_logging
+from sdxl.process import configure_logging, keep_compiled_kernels, leave_at_once, repeat_on_cpu, start_logging
 from sdxl.report.recorder import Recorder
 from sdxl.shutdown import stops_with_server
 from sdxl.training.config import TrainingConfig, prompts_of
@@ -318,6 +318,8 @@ def train(
     given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
     inputs = train_inputs(given)
     repeat_on_cpu()
+    if server.active:
+        leave_at_once()
     start_logging()
     smaller = "lower train_batch_size or resolution, or train a LoRA"
     with workspace_of_run("train", smaller=smaller) as workspace, stops_with_server(CancelationException):
