@@ -11,7 +11,7 @@ import pathlib
 import sys
 from typing import Optional
 
-from cog import BaseRunner, Input, Path
+from cog import BaseRunner, CancelationException, Input, Path
 from coglet import server
 
 from sdxl import settings
@@ -22,6 +22,7 @@ from sdxl.process import (
     configure_logging,
     keep_compiled_kernels,
     keep_memory_small,
+    leave_at_once,
     repeat_on_cpu,
     return_free_memory,
     start_logging,
@@ -37,6 +38,7 @@ from sdxl.serving.request import (
     LayoutOptions,
     made_of,
 )
+from sdxl.shutdown import stops_with_server
 from sdxl.workspace import workspace_of_run
 
 log = logging.getLogger(__name__)
@@ -48,9 +50,10 @@ class Predictor(BaseRunner):
     def setup(self, weights: Optional[Path] = None) -> None:  # type: ignore[override]
         """Load the base. `weights` (`COG_WEIGHTS`) is the fine-tune for requests without `replicate_weights`."""
         repeat_on_cpu()
-        configure_logging()
         if server.active:
             keep_memory_small()
+            leave_at_once()
+        configure_logging()
         keep_compiled_kernels()
         # Here, after logging is configured: diffusers writes to the log while it is imported.
         from sdxl.serving.delivery import Delivery
@@ -254,9 +257,11 @@ class Predictor(BaseRunner):
         given = as_declared(self.run, locals())
         start_logging()
         return_free_memory()  # of the request before, which is gone by now
-        with workspace_of_run(
-            "predict", smaller="choose a smaller width and height, or fewer num_outputs"
-        ) as workspace:
+        smaller = "choose a smaller width and height, or fewer num_outputs"
+        with (
+            workspace_of_run("predict", smaller=smaller) as workspace,
+            stops_with_server(CancelationException),
+        ):
             # Each record checks its inputs: all that is wrong without a look at the model is refused here.
             given["seed"] = settings.resolve_seed(given["seed"])
             drawing = made_of(DrawingOptions, given)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
-from cog import Input, Path, current_scope
+from cog import CancelationException, Input, Path, current_scope
 from coglet import server
 
 from dataset_and_utils import TokenMap
@@ -25,11 +25,14 @@ from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
 from sdxl.errors import UploadError
+from sdxl.files.archives import require_archive
+from sdxl.files.fetching import fetch
 from sdxl.files.result_upload import Target, upload_file
-from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
+from sdxl.files.sources import allowed_fine_tune, allowed_state
 from sdxl.history import History
-from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
+from sdxl.process import configure_logging, keep_compiled_kernels, leave_at_once, repeat_on_cpu, start_logging
 from sdxl.report.recorder import Recorder
+from sdxl.shutdown import stops_with_server
 from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.config_file import with_config
 from sdxl.training.contradictions import without_effect
@@ -317,15 +320,16 @@ def train(
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
     settings.set_behind_server(server.active)
     given = as_declared(train, with_config(locals(), declared_inputs(train)))
-    given["base"] = allowed_base(given["base"], "base")
+    given["base"] = allowed_fine_tune(given["base"], "base")
     given["resume"] = allowed_state(given["resume"], "resume")
     given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
     inputs = train_inputs(given)
     repeat_on_cpu()
-    configure_logging()
-    with workspace_of_run(
-        "train", smaller="lower train_batch_size or resolution, or train a LoRA"
-    ) as workspace:
+    if server.active:
+        leave_at_once()
+    start_logging()
+    smaller = "lower train_batch_size or resolution, or train a LoRA"
+    with workspace_of_run("train", smaller=smaller) as workspace, stops_with_server(CancelationException):
         return _delivered(run(inputs, workspace), inputs.upload_url)
 
 
@@ -353,10 +357,14 @@ def run(
 
     on_step: takes the report of each step; without it, the numbers go to Cog.
     """
+    for told in without_effect(inputs.options):
+        log.warning("%s", told)
+    archive = _fetched(inputs.input_images, workspace / "fetched" / "pictures")
+
     # Here, after the inputs are checked: importing these takes seconds.
+    configure_logging()
     from preprocess import prepare_dataset
     from sdxl.data.dataset_folder import read_dataset_folder
-    from sdxl.files.fetching import fetch
     from sdxl.model import fine_tune_files
     from sdxl.model.base_checks import tell_of_distillation
     from sdxl.model.bases import find_base
@@ -368,8 +376,6 @@ def run(
     from sdxl.training.recipe import fine_tune
     from sdxl.training.start_words import start_words
 
-    for told in without_effect(inputs.options):
-        log.warning("%s", told)
     recorder = Recorder(History(), workspace / OUTPUT, asked=inputs.asked, described=_descriptions())
 
     # Pictures → dataset folder.
@@ -377,7 +383,6 @@ def run(
     base = find_base(inputs.source_of_base, called=inputs.base_is_called)
     tell_of_distillation(base.folder, base.name)
     resolution = native_resolution(base.folder) if inputs.resolution is None else inputs.resolution
-    archive = fetch(inputs.input_images, workspace / "fetched")
     preprocess_config = inputs.preprocess_config(resolution)
     check = early_check(inputs, base.folder, resolution)
     dataset_folder = prepare_dataset(
@@ -555,6 +560,13 @@ def _prior(config: TrainingConfig, components: "Components", base: dict[str, Any
         config.prior_prompts, base=json.dumps(base), images=config.prior_images, resolution=config.resolution
     )
     return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
+
+
+def _fetched(source: str, folder: pathlib.Path) -> pathlib.Path:
+    """The archive at `source`, fetched into `folder`. What is no archive is refused before a base is fetched."""
+    archive = fetch(source, folder)
+    require_archive(archive)
+    return archive
 
 
 def _descriptions() -> dict[str, str]:

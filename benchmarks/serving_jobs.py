@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sdxl.files.archives import pack_tar
 from sdxl.serving.samplers import SCHEDULERS
 
-BASE = Path("base_models/tiny-sdxl")
+BASE = Path(__file__).parent.parent / "base_models" / "tiny-sdxl"
 
 
 @dataclass(frozen=True)

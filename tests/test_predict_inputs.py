@@ -71,12 +71,17 @@ def test_help_and_wrong_inputs_need_no_torch():
     [
         (["mask=@MASK"], "mask is given without image"),
         (
-            ["extra_lora=a.tar", "extra_lora_scale=0.5", "extra_lora_scale=0.5"],
+            ["extra_lora=http://x/a.tar", "extra_lora_scale=0.5", "extra_lora_scale=0.5"],
             "extra_lora_scale has 2 numbers",
         ),
-        (["extra_lora=a.tar", "extra_lora_scale=2.5"], "extra_lora_scale is 2.5"),
-        (["extra_lora=a.tar", "extra_lora_text_encoder_scale=3"], "extra_lora_text_encoder_scale is 3"),
+        (["extra_lora=http://x/a.tar", "extra_lora_scale=2.5"], "extra_lora_scale is 2.5"),
+        (
+            ["extra_lora=http://x/a.tar", "extra_lora_text_encoder_scale=3"],
+            "extra_lora_text_encoder_scale is 3",
+        ),
         (["extra_lora_text_encoder_scale=0"], "extra_lora_text_encoder_scale has 1 numbers for 0 LoRAs"),
+        (["replicate_weights=out/trained_model.tar"], "out/trained_model.tar, which does not exist: give"),
+        (["extra_lora=style.safetensors"], "extra_lora is style.safetensors, which does not exist: give"),
         (["extra_lora_scale=0.5"], "extra_lora_scale has 1 numbers for 0 LoRAs"),
         (["aspect_ratio=1:1", "width=512"], "give one or the other"),
         (["image=@MASK", "width=512"], "Only one of width and height"),

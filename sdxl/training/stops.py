@@ -1,4 +1,4 @@
-"""Signals that stop a run wait until a step is complete, and one asks it to finish early.
+"""What stops a run waits until a step is complete: signals, and the end of the server. One signal asks it to finish early.
 
 Knows signals and Python's handlers of them; does not know what a step does.
 """
@@ -9,13 +9,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from sdxl import shutdown
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class HeldStops:
     """Between `hold` and `release` the handlers of Ctrl-C and SIGTERM wait; `release` then calls them.
 
-    Handlers run only in the main thread, so elsewhere nothing waits.
+    Handlers run only in the main thread. Behind a server a run is in another one, and what waits there is the end of the server.
     """
 
     def __init__(self) -> None:
@@ -35,18 +37,21 @@ class HeldStops:
                 self._previous[number] = handler
 
     def uninstall(self) -> None:
-        """Give the signals back to the handlers that there were."""
+        """Give the signals back to the handlers that there were. The end of the server does not matter any more."""
+        shutdown.end_watch()
         self.hold()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self.release()
 
     def hold(self) -> None:
-        """Let handlers wait from now on."""
+        """Let what stops the run wait from now on."""
+        shutdown.hold()
         self._is_held = True
 
     def release(self) -> None:
-        """Let handlers run again, and call the one that waits."""
+        """Let the run be stopped again, by what waits too."""
+        shutdown.release()
         self._is_held = False
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
