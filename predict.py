@@ -131,6 +131,11 @@ class Predictor(BaseRunner):
             description="How the steps are spread over the noise. base: as the base was saved. Bases and LoRAs for few steps, such as Lightning, need trailing.",
             choices=["base", "leading", "linspace", "trailing"],
         ),
+        speed: str = Input(
+            default="exact",
+            description="exact: every step does everything. fast: about half the time for almost the same picture, with 23 steps or more.",
+            choices=["exact", "fast"],
+        ),
         num_inference_steps: int = Input(
             default=50,
             description="Number of denoising steps. More steps give finer pictures and take longer.",

@@ -31,12 +31,14 @@ from sdxl.serving.plan import plan_passes
 from sdxl.serving.prompt_texts import tell_of_prompts
 from sdxl.serving.request import MULTIPLE, GenerationRequest
 from sdxl.serving.samplers import make_scheduler
+from sdxl.serving.shallow_unet import ReusingUNet
+from sdxl.serving.shortcuts import fast_calls
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 Runner = Callable[[UNet2DConditionModel], Callable[..., Any]]
-"""Gives what to call instead of a UNet, such as a `Runners`."""
+"""Gives what to call instead of a UNet: a `ReusingUNet` or, such as a `Runners`, something that is called like one."""
 
 
 def generate(
@@ -46,7 +48,7 @@ def generate(
     refiner: UNet2DConditionModel | None = None,
     *,
     at_once: int = 4,
-    runner: Runner = lambda unet: unet,
+    runner: Runner = ReusingUNet,
 ) -> list[Image.Image]:
     """All pictures of `draw`, which has the same arguments, in a list."""
     return list(draw(pipeline, request, token_map, refiner, at_once=at_once, runner=runner))
@@ -61,7 +63,7 @@ def draw(
     *,
     first: int = 0,
     at_once: int = 4,
-    runner: Runner = lambda unet: unet,
+    runner: Runner = ReusingUNet,
 ) -> Generator[Image.Image]:
     """Draw the request with the weights that are in `pipeline`, and yield each picture as soon as it is decoded.
 
@@ -130,6 +132,7 @@ def _draw_batch(
             latents = begin(scheduler, course(scheduler, one.first, one.steps), latents, noise)
         assert latents is not None, "the first pass adds noise"
         planned = course(scheduler, one.first, one.stop)
+        calls = fast_calls(planned.timesteps.tolist()) if request.speed == "fast" else None
 
         # The refiner is not part of the pipeline: with offloading it goes to the GPU only for its pass.
         unet, conditioning = models[one.model]
@@ -142,6 +145,7 @@ def _draw_batch(
                 latents,
                 conditioning,
                 generators=batch.generators,
+                calls=calls,
                 kept=batch.kept,
                 on_call=bar.update,
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdxl.serving.request import DeliveryOptions, DrawingOptions, LayoutOptions
 from sdxl.serving.samplers import SCHEDULERS
+from sdxl.serving.shortcuts import FEWEST_STEPS
 
 
 def without_effect(
@@ -27,6 +28,10 @@ def without_effect(
     if drawing.refine != "base_image_refiner" and _changed(drawing, "refine_steps"):
         yield "refine_steps has no effect without refine=base_image_refiner."
     yield from _of_guidance(drawing)
+    if drawing.speed == "fast" and drawing.num_inference_steps < FEWEST_STEPS:
+        yield (
+            f"speed=fast saves little with {drawing.num_inference_steps} steps: it is for {FEWEST_STEPS} and more."
+        )
     if SCHEDULERS[drawing.scheduler].most_steps and _changed(drawing, "timestep_spacing"):
         yield f"timestep_spacing has no effect on {drawing.scheduler}, which has its own."
     if delivery.output_format == "png" and _changed(delivery, "output_quality"):
