@@ -133,7 +133,7 @@ class Predictor(BaseRunner):
         ),
         speed: str = Input(
             default="exact",
-            description="exact: every step does everything. fast: about half the time for almost the same picture, with 23 steps or more.",
+            description="exact: every step does everything. fast: almost the same picture in about half the time, from 23 steps on.",
             choices=["exact", "fast"],
         ),
         num_inference_steps: int = Input(

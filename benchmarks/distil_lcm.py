@@ -16,8 +16,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -146,12 +147,12 @@ class Distillation:
         unfinished.replace(file)
 
 
-def distil(work: Distillation, bank: Latents, *, steps: int, batch_size: int, rate: float) -> Iterator[float]:
-    """Train the LoRA with AdamW, whose rate falls to 0, and yield the loss of each step."""
+def distil(work: Distillation, batches: Iterable[Batch], *, steps: int, rate: float) -> Iterator[float]:
+    """Train the LoRA on `steps` batches with AdamW, whose rate falls to 0, and yield the loss of each."""
     optimizer = torch.optim.AdamW(work.parameters, lr=rate, weight_decay=0.0)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        loss = work.loss(work.batch(bank, batch_size))
+    for batch in islice(batches, steps):
+        loss = work.loss(batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(work.parameters, 1.0)
@@ -225,9 +226,8 @@ def main() -> None:
     bank = scenes(pipeline, args.scenes)
     work = Distillation(pipeline, rank=args.rank, guidance=args.guidance)
     losses = []
-    bar = tqdm(
-        distil(work, bank, steps=args.steps, batch_size=args.batch_size, rate=args.rate), total=args.steps
-    )
+    batches = (work.batch(bank, args.batch_size) for _ in range(args.steps))
+    bar = tqdm(distil(work, batches, steps=args.steps, rate=args.rate), total=args.steps)
     for loss in bar:
         losses.append(loss)
         bar.set_postfix(loss=f"{mean(losses[-100:]):.4f}")

@@ -1,8 +1,8 @@
 """`python -m benchmarks.fast`: what `speed=fast` saves, and what it changes in the miniature's pictures.
 
 The same prompts and seeds are drawn exactly, fast, and exactly in half the steps. The scorer says how many prompts are
-followed, and pictures are compared with the exact ones. The prompts are of combinations that the pretraining never saw. Seconds
-at full size are measured by `python -m benchmarks.sampling`.
+followed, and pictures are compared with the exact ones. The prompts are of combinations that the pretraining never saw.
+`benchmarks.sampling` measures seconds at full size.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import full_size
 from benchmarks.quality import about
+from benchmarks.sampling import add_to
 from benchmarks.subject_job import BASE
 from sdxl.data.contact_sheet import Row, contact_sheet
 from sdxl.serving.denoising import course
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--scheduler", default="K_EULER", choices=list(SCHEDULERS))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/fast.json"))
+    parser.add_argument("--into", type=Path, help="a results file that gets fast_score_loss too")
     parser.add_argument("--sheet", type=Path, help="file for a sheet of the first pictures")
     args = parser.parse_args()
     results, rows = measure(args.prompts, steps=args.steps, guidance=args.guidance, scheduler=args.scheduler)
@@ -171,6 +173,8 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=2) + "\n")
     sys.stdout.write(json.dumps(results, indent=2) + "\n")
+    if args.into:
+        add_to(args.into, fast_score_loss=results["fast_score_loss"])
     if args.sheet:
         contact_sheet(rows, side=200, text=20).save(args.sheet, quality=80)
 
