@@ -162,7 +162,7 @@ def test_runners_draw_the_same_fast_pictures(narrow_base: Path):
         {"refine": "expert_ensemble_refiner"},
         {"refine": "base_image_refiner", "guidance_rescale": 0.5, "negative_prompt": "a house"},
     ],
-    ids=str,
+    ids=["plain", "heun", "multistep", "pndm", "image", "inpainting", "ensemble", "base_image"],
 )
 def test_fast_pictures_are_near_the_exact_ones_in_all_modes(pipeline, refiner, given: dict[str, Any]):
     noted = Counting()

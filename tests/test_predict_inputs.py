@@ -223,6 +223,7 @@ PICTURE = Image.new("RGB", (64, 64))
             "speed=fast saves little with 8 steps: it is for 23 and more.",
         ),
         ({"num_inference_steps": 8}, None),
+        ({"speed": "fast", "num_inference_steps": 8, "scheduler": "HeunDiscrete"}, None),
         ({"output_quality": 50}, "output_quality has no effect on png, which is lossless."),
         ({"output_quality": 50, "output_format": "webp"}, None),
     ],

@@ -28,14 +28,18 @@ def without_effect(
     if drawing.refine != "base_image_refiner" and _changed(drawing, "refine_steps"):
         yield "refine_steps has no effect without refine=base_image_refiner."
     yield from _of_guidance(drawing)
-    if drawing.speed == "fast" and drawing.num_inference_steps < FEWEST_STEPS:
-        yield (
-            f"speed=fast saves little with {drawing.num_inference_steps} steps: it is for {FEWEST_STEPS} and more."
-        )
+    yield from _of_speed(drawing)
     if SCHEDULERS[drawing.scheduler].most_steps and _changed(drawing, "timestep_spacing"):
         yield f"timestep_spacing has no effect on {drawing.scheduler}, which has its own."
     if delivery.output_format == "png" and _changed(delivery, "output_quality"):
         yield "output_quality has no effect on png, which is lossless."
+
+
+def _of_speed(drawing: DrawingOptions) -> Iterator[str]:
+    steps = drawing.num_inference_steps
+    # Heun calls the UNet twice at each timestep, so the second call can reuse features however few steps there are.
+    if drawing.speed == "fast" and steps < FEWEST_STEPS and drawing.scheduler != "HeunDiscrete":
+        yield f"speed=fast saves little with {steps} steps: it is for {FEWEST_STEPS} and more."
 
 
 def _of_guidance(drawing: DrawingOptions) -> Iterator[str]:
