@@ -240,6 +240,13 @@ PICTURE = Image.new("RGB", (64, 64))
             "timestep_spacing has no effect on TCD, which has its own.",
         ),
         ({"timestep_spacing": "trailing"}, None),
+        ({"speed": "fast"}, None),
+        (
+            {"speed": "fast", "num_inference_steps": 8},
+            "speed=fast saves little with 8 steps: it is for 23 and more.",
+        ),
+        ({"num_inference_steps": 8}, None),
+        ({"speed": "fast", "num_inference_steps": 8, "scheduler": "HeunDiscrete"}, None),
         ({"output_quality": 50}, "output_quality has no effect on png, which is lossless."),
         ({"output_quality": 50, "output_format": "webp"}, None),
     ],
