@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,12 +119,9 @@ def measure(prompts: int, *, steps: int, guidance: float, scheduler: str) -> tup
     table: dict[str, dict[str, float]] = {}
     pictures: dict[str, list[Image.Image]] = {}
     for name, way in ways.items():
-        started = time.perf_counter()
         pictures[name] = drawn(painter, texts, guidance_scale=guidance, scheduler=scheduler, **way)
-        seconds = (time.perf_counter() - started) / prompts
         kept = followed(pictures[name], scenes, painter.placement.device.type)
         table[name] = {"followed": kept, **differences(pictures[name], pictures["exact"])}
-        table[name]["picture_s"] = round(seconds, 3)
 
     sampler: Any = make_scheduler(scheduler, painter.tuned.pipeline)
     sampler.set_timesteps(steps)
