@@ -8,7 +8,6 @@ Knows the public inputs; does not know how pictures are made. Imports torch and 
 
 import logging
 import pathlib
-import sys
 from typing import Optional
 
 from cog import BaseRunner, CancelationException, Input, Path
@@ -20,6 +19,7 @@ from sdxl.declared_inputs import as_declared, leave_downloads_to_us
 from sdxl.files.sources import allowed_fine_tune
 from sdxl.process import (
     configure_logging,
+    exit_with,
     keep_compiled_kernels,
     keep_memory_small,
     leave_at_once,
@@ -304,4 +304,4 @@ PROMPTS_FILE = ManyRuns(
 
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]
-    sys.exit(run_command_line(Predictor().run, description=about, many=PROMPTS_FILE))
+    exit_with(lambda: run_command_line(Predictor().run, description=about, many=PROMPTS_FILE))

@@ -11,7 +11,6 @@ import functools
 import logging
 import pathlib
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
@@ -33,7 +32,7 @@ from sdxl.data.source_folder import Source, open_source
 from sdxl.declared_inputs import as_declared, leave_downloads_to_us
 from sdxl.files.archives import pack_tar, require_archive
 from sdxl.files.fetching import fetch
-from sdxl.process import configure_logging, leave_at_once, repeat_on_cpu, start_logging
+from sdxl.process import configure_logging, exit_with, leave_at_once, repeat_on_cpu, start_logging
 from sdxl.shutdown import stops_with_server
 from sdxl.workspace import workspace_of_run
 
@@ -220,4 +219,5 @@ leave_downloads_to_us(Preprocessor.run)
 
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]
-    sys.exit(run_command_line(functools.wraps(Preprocessor().run)(_run_with_report), description=about))
+    with_report = functools.wraps(Preprocessor().run)(_run_with_report)
+    exit_with(lambda: run_command_line(with_report, description=about))

@@ -13,7 +13,6 @@ import logging
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -30,7 +29,14 @@ from sdxl.files.fetching import fetch
 from sdxl.files.result_upload import Target, upload_file
 from sdxl.files.sources import allowed_fine_tune, allowed_state
 from sdxl.history import History
-from sdxl.process import configure_logging, keep_compiled_kernels, leave_at_once, repeat_on_cpu, start_logging
+from sdxl.process import (
+    configure_logging,
+    exit_with,
+    keep_compiled_kernels,
+    leave_at_once,
+    repeat_on_cpu,
+    start_logging,
+)
 from sdxl.report.recorder import Recorder
 from sdxl.shutdown import stops_with_server
 from sdxl.training.config import TrainingConfig, prompts_of
@@ -595,4 +601,4 @@ def _train_with_report(**inputs: Any) -> list[pathlib.Path]:
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]
     with_report = functools.wraps(train)(_train_with_report)
-    sys.exit(run_in_each(lambda argv: run_command_line(with_report, description=about, argv=argv)))
+    exit_with(lambda: run_in_each(lambda argv: run_command_line(with_report, description=about, argv=argv)))
