@@ -155,7 +155,7 @@ def denoise(
 ) -> Tensor:
     """Denoise `latents` along a course.
 
-    unet: a `ReusingUNet`, or anything that is called like one.
+    unet: a `ReusingUNet`, or for calls that do everything also anything that is called like a UNet.
     calls: what each call of the course does; None for everything.
     on_call: runs after each call of the UNet.
     """
@@ -197,7 +197,7 @@ def predict_noise(
         encoder_hidden_states=conditioning.embeds,
         added_cond_kwargs={"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids},
         return_dict=False,
-        features=features,
+        **({} if features == "none" else {"features": features}),
     )[0]
     if not conditioning.guided:
         return predicted
