@@ -129,7 +129,7 @@ def stops(
             told = folder / "server.log"
             asking = threading.Thread(target=_ask, args=(f"{server}/{what}", {"input": job}))
             asking.start()
-            _wait_for_text(told, "Training tokens" if what == "trainings" else "Seed: 1")
+            _wait_for_text(told, "loss=" if what == "trainings" else "Seed: 1")
             time.sleep(dice.uniform(0.5, 2.0))
             found.setdefault(f"a server with {what}", []).append(_seconds_to_end(process))
             asking.join()
@@ -140,7 +140,7 @@ def stops(
         shutil.rmtree(state, ignore_errors=True)
         with (folder / "train.log").open("wb") as log:
             process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
-        _wait_for_text(folder / "train.log", "Training tokens")
+        _wait_for_text(folder / "train.log", "loss=")
         time.sleep(dice.uniform(0.5, 2.0))
         found.setdefault("python train.py", []).append(_seconds_to_end(process))
         states += any(state.rglob("state.json"))
