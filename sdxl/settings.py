@@ -195,6 +195,11 @@ def _minutes(name: str, default: float) -> float:
     return minutes
 
 
+def environment(**changed: str) -> dict[str, str]:
+    """The environment for a process that this one starts: its own, with some variables changed."""
+    return {**os.environ, **changed}
+
+
 def cache_folder() -> Path:
     """The folder for caches that outlive a run (`SDXL_CACHE`)."""
     return Path(variable("SDXL_CACHE") or "~/.cache/sdxl-subject-tuning").expanduser()
