@@ -1,7 +1,7 @@
 """The pictures of a project: as they came, as they will be cut, and what a person changed about them.
 
-    pictures/1/source/        as they came
-               prepared/      the dataset folder that `preprocess.py` made of them
+    pictures/1/dropped/        as they came
+               prepared/       the dataset folder that `preprocess.py` made of them
     pictures/set.json         one entry for each picture, in order
 
 Knows how drops become a set, and a set the archive that `train` takes; does not know the page or how pictures are prepared.
@@ -141,7 +141,7 @@ class PictureSet:
         """The pictures of one drop. fill: puts the files into a folder."""
         batch = self.project.new(self.folder.name)
         try:
-            source = batch / "source"
+            source = batch / "dropped"
             source.mkdir()
             fill(source)
             names = self._name_captions(source)
@@ -166,7 +166,7 @@ class PictureSet:
         prepared = read_dataset_folder(batch / "prepared")
         found = []
         for number, (one, image) in enumerate(zip(prepared, images, strict=True)):
-            name = str(image.relative_to(batch / "source"))
+            name = str(image.relative_to(batch / "dropped"))
             found.append(
                 Picture(
                     batch=int(batch.name),
