@@ -81,6 +81,12 @@ class Training:
         return doors.is_running(self.folder)
 
     @property
+    def log_end(self) -> str:
+        """The last lines of its log, without what progress bars wrote over."""
+        lines = [line.strip() for line in doors.log_of(self.folder).splitlines() if line.strip()]
+        return "\n".join(line for line in lines if "%|" not in line or line == lines[-1])[-4000:]
+
+    @property
     def resolved(self) -> Mapping[str, Any]:
         """The settings that the inputs became."""
         return read_json(self.folder / _INPUTS, {}).get("resolved", {})

@@ -1,0 +1,91 @@
+"""What all parts of the page share: the projects, the process that draws, and how errors reach people.
+
+Knows who is asked for what; does not know components.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gradio
+
+from sdxl.errors import UserInputError
+from sdxl.studio.choices import SMALLEST_REAL_BASE, Resolve
+from sdxl.studio.drawing import Drawer
+from sdxl.studio.picture_set import PictureSet
+from sdxl.studio.projects import Project, Projects
+from sdxl.studio.trainings import Training, all_of, latest
+from sdxl.studio.views import as_message
+
+log = logging.getLogger(__name__)
+
+PRIVATE = "private"
+"""Gradio's name for events that only the page calls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Studio:
+    """What the page works with."""
+
+    projects: Projects
+    drawer: Drawer
+    resolve: Resolve
+    base: str
+    """The name of the base, as people gave it."""
+
+    def project(self, key: str) -> Project:
+        """The project of a page.
+
+        Raises:
+            UserInputError: the page names none.
+        """
+        return self.projects.require(key)
+
+    def side(self, project: Project) -> int:
+        """The size of a project's pictures in pixels, that of the base; 1024 as long as there are none."""
+        pictures = PictureSet(project).pictures
+        return min((min(one.target_size) for one in pictures), default=1024)
+
+    def is_miniature(self, project: Project) -> bool:
+        """Whether the base is the small one."""
+        training = latest(project)
+        side = training.resolved.get("resolution") if training else None
+        return int(side or self.side(project)) < SMALLEST_REAL_BASE
+
+    def finished(self, project: Project) -> list[tuple[str, str]]:
+        """(what people see, path) of the fine-tunes of a project, the newest first."""
+        name = project.about.name or project.about.word
+        return [(f"{name}, training {one.number}", str(one.result)) for one in self.results(project)]
+
+    def results(self, project: Project) -> list[Training]:
+        """The finished trainings of a project, the newest first."""
+        return [one for one in all_of(project) if one.result.is_file()]
+
+    def everything_else(self, project: Project) -> list[tuple[str, str]]:
+        """(what people see, path) of the fine-tunes of all other projects."""
+        others = [self.projects.require(key) for _, key in self.projects.all() if key != project.key]
+        return [one for other in others for one in self.finished(other)]
+
+
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler whose errors are shown in the page: sentences for people as they are, others with their place in the log."""
+
+    @functools.wraps(function)
+    def handler(*inputs: Any) -> Any:
+        try:
+            return function(*inputs)
+        except UserInputError as error:
+            raise gradio.Error(as_message(str(error)), duration=None, print_exception=False) from error
+        except gradio.Error:
+            raise
+        except Exception as error:
+            log.exception("A part of the page failed.")
+            raise gradio.Error(
+                as_message(f"Something unexpected happened ({type(error).__name__}). The terminal has the details."),
+                duration=None,
+                print_exception=False,
+            ) from error
+
+    return handler
