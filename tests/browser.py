@@ -11,7 +11,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Page:
         )
         self._session: dict[str, str] = {}
         self.errors: list[str] = []
+        self.allowed: tuple[str, ...] = ("file:", "data:", "about:")
+        """How addresses may begin that the page asks for."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._session = {"sessionId": session}
@@ -57,9 +60,7 @@ class Page:
             self.errors.append(str(about["exceptionDetails"]))
         elif method == "Log.entryAdded" and about["entry"]["level"] in ("error", "warning"):
             self.errors.append(about["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not about["request"]["url"].startswith(
-            ("file:", "data:", "about:")
-        ):
+        elif method == "Network.requestWillBeSent" and not about["request"]["url"].startswith(self.allowed):
             self.errors.append("asks for " + about["request"]["url"])
         return told
 
@@ -69,6 +70,30 @@ class Page:
         self.call("Page.navigate", url=path.absolute().as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
+
+    def visit(self, address: str) -> None:
+        """Load an address of a server, from which alone the page may then ask for anything."""
+        self.allowed = (address, "data:", "blob:", "about:")
+        self.call("Page.navigate", url=address)
+        while self._next().get("method") != "Page.loadEventFired":
+            pass
+
+    def until(self, expression: str, *, seconds: float = 120) -> None:
+        """Wait until a JavaScript expression is true."""
+        deadline = time.monotonic() + seconds
+        while not self.run(f"!!({expression})"):
+            assert time.monotonic() < deadline, f"never true: {expression}"
+            time.sleep(0.1)
+
+    def attach(self, selector: str, files: Sequence[Path]) -> None:
+        """Choose files for the file input that `selector` names."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file.absolute()) for file in files])
+
+    def write(self, text: str) -> None:
+        """Type a text where the focus is, as a paste would."""
+        self.call("Input.insertText", text=text)
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""

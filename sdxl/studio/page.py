@@ -18,10 +18,29 @@ from sdxl.studio.tab_try import try_tab
 
 CSS = Path(__file__).with_name("page.css")
 _FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif")
-THEME = gr.themes.Soft(
-    primary_hue="orange", neutral_hue="stone", font=_FONT, font_mono=("ui-monospace", "Liberation Mono", "monospace")
+_MONO = ("ui-monospace", "Liberation Mono", "monospace")
+_STRONG, _STRONGER = "#a8430a", "#8a3506"
+THEME = gr.themes.Default(
+    primary_hue="orange", neutral_hue="stone", radius_size="lg", font=_FONT, font_mono=_MONO
+).set(
+    button_primary_background_fill=_STRONG,
+    button_primary_background_fill_hover=_STRONGER,
+    button_primary_background_fill_dark=_STRONG,
+    button_primary_background_fill_hover_dark=_STRONGER,
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    input_placeholder_color="*neutral_500",
+    checkbox_background_color_selected=_STRONG,
+    checkbox_background_color_selected_dark=_STRONG,
+    checkbox_border_color="*neutral_500",
+    slider_color=_STRONG,
+    slider_color_dark=_STRONG,
+    link_text_color=_STRONG,
+    link_text_color_dark="#ffb787",
 )
-"""Fonts of the system only: nothing is fetched."""
+"""Fonts of the system only, so that nothing is fetched; and colours that are easy to read."""
 HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
 _ADDRESS = "() => new URLSearchParams(location.search).get('project') || ''"
 _REMEMBER = "(key) => { history.replaceState(null, '', '?project=' + key); return [] }"
@@ -29,7 +48,7 @@ _REMEMBER = "(key) => { history.replaceState(null, '', '?project=' + key); retur
 
 def build(studio: Studio) -> gr.Blocks:
     """The page of `studio`."""
-    with gr.Blocks(title="Studio", analytics_enabled=False, fill_width=False) as page:
+    with gr.Blocks(title="Studio", analytics_enabled=False, fill_width=True) as page:
         key = gr.Textbox(visible="hidden", label="Project", elem_id="project")
         version = gr.State(0)
         gr.HTML(

@@ -23,7 +23,7 @@ MAX_FILE_SIZE = 1 << 30
 """Bytes of one uploaded file. The entry points bound what is in it."""
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
 )
 """Gradio needs inline scripts. Nothing may come from or go to another server."""
 

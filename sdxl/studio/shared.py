@@ -3,9 +3,11 @@
 Knows who is asked for what; does not know components.
 """
 
+import contextlib
 import functools
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,22 +72,31 @@ class Studio:
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose errors are shown in the page: sentences for people as they are, others with their place in the log."""
+    """A handler, perhaps one that yields, whose errors are shown in the page: sentences for people as they are, others with
+    their place in the log."""
 
     @functools.wraps(function)
     def handler(*inputs: Any) -> Any:
-        try:
+        with _shown_in_the_page():
             return function(*inputs)
-        except UserInputError as error:
-            raise gradio.Error(as_message(str(error)), duration=None, print_exception=False) from error
-        except gradio.Error:
-            raise
-        except Exception as error:
-            log.exception("A part of the page failed.")
-            raise gradio.Error(
-                as_message(f"Something unexpected happened ({type(error).__name__}). The terminal has the details."),
-                duration=None,
-                print_exception=False,
-            ) from error
 
-    return handler
+    @functools.wraps(function)
+    def yielding(*inputs: Any) -> Any:
+        with _shown_in_the_page():
+            yield from function(*inputs)
+
+    return yielding if inspect.isgeneratorfunction(function) else handler
+
+
+@contextlib.contextmanager
+def _shown_in_the_page() -> Iterator[None]:
+    try:
+        yield
+    except gradio.Error:
+        raise
+    except Exception as error:
+        sentence = str(error)
+        if not isinstance(error, UserInputError):
+            log.exception("A part of the page failed.")
+            sentence = f"Something unexpected happened ({type(error).__name__}). The terminal has the details."
+        raise gradio.Error(as_message(sentence), duration=None, print_exception=False) from error

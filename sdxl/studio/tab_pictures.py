@@ -12,6 +12,7 @@ from PIL import Image
 
 from sdxl.data.caption_text import tokens_in
 from sdxl.errors import UserInputError
+from sdxl.report.overview import counted
 from sdxl.studio import crops, helpers, views
 from sdxl.studio.picture_set import PictureSet
 from sdxl.studio.projects import KINDS, About
@@ -49,7 +50,7 @@ def pictures_tab(studio: Studio, key: gr.Textbox, version: gr.State) -> dict[str
         with gr.Row():
             target = gr.Textbox(label="What matters in the pictures", placeholder="a dog", scale=3)
             mask = gr.Button("Find it and mask the rest", scale=1)
-    notes = gr.HTML(elem_id="notes")
+    notes = gr.HTML(elem_id="notes", html_template="<div role='status'>${value}</div>")
     chosen = gr.State("")
     editor = _editor(studio, key, version, chosen)
 
@@ -66,18 +67,21 @@ def pictures_tab(studio: Studio, key: gr.Textbox, version: gr.State) -> dict[str
 
     outputs = [word, notes, version]
 
-    def shown(project: str, number: int) -> list[Any]:
+    def shown(project: str, number: int, done: str = "") -> list[Any]:
         about = studio.project(project).about
         problems = PictureSet(studio.project(project)).problems()
         called = f"In captions and prompts it is called {about.word}."
-        return [views.sentences([called], class_="soft"), views.sentences(problems), number + 1]
+        said = views.sentences([done] if done else [], class_="soft") + views.sentences(problems)
+        return [views.sentences([called], class_="soft"), said, number + 1]
 
     @told
     def tell(project: str, named: str, is_a: str, number: int) -> list[Any]:
         found = studio.project(project)
         before = found.about
         found.tell(About(name=named or "", kind=is_a or ""))
-        if found.about.word != before.word and PictureSet(found).pictures:
+        if found.about.word == before.word:
+            return [gr.skip()] * len(outputs)  # the cards stay, and with them the place where somebody writes
+        if PictureSet(found).pictures:
             PictureSet(found).insert_word(instead_of=before.word)
         return shown(project, number)
 
@@ -88,32 +92,32 @@ def pictures_tab(studio: Studio, key: gr.Textbox, version: gr.State) -> dict[str
         is_new = not pictures.pictures
         count = pictures.add([Path(file) for file in files or []])
         tokens = tokens_in(" ".join(one.caption for one in pictures.pictures))
-        if is_new and not found.about.name and tokens:
+        if is_new and not found.about.name and tokens and tokens[0] != found.about.word:
             found.tell(replace(found.about, name=tokens[0]))  # a set that names its subject already
-        gr.Info(f"{count} pictures added.")
-        return [None, found.about.name, *shown(project, number)]
+        done = f"{counted(count, 'picture')} added."
+        return [None, found.about.name, *shown(project, number, done)]
 
     @told
     def insert(project: str, number: int) -> list[Any]:
-        gr.Info(f"{PictureSet(studio.project(project)).insert_word()} captions changed.")
-        return shown(project, number)
+        count = PictureSet(studio.project(project)).insert_word()
+        return shown(project, number, f"{counted(count, 'caption')} changed.")
 
     @told
     def let_describe(project: str, number: int) -> list[Any]:
-        gr.Info(f"{helpers.describe(PictureSet(studio.project(project)))} pictures described.")
-        return shown(project, number)
+        count = helpers.describe(PictureSet(studio.project(project)))
+        return shown(project, number, f"{counted(count, 'picture')} described.")
 
     @told
     def let_mask(project: str, number: int, words: str) -> list[Any]:
         if not words.strip():
             raise UserInputError("Write what matters in the pictures, such as “a dog”.")
-        gr.Info(f"{helpers.find_masks(PictureSet(studio.project(project)), words)} pictures masked.")
-        return shown(project, number)
+        count = helpers.find_masks(PictureSet(studio.project(project)), words)
+        return shown(project, number, f"{counted(count, 'picture')} masked.")
 
     @told
     def mask_faces(project: str, number: int) -> list[Any]:
-        gr.Info(f"{helpers.find_masks(PictureSet(studio.project(project)), '', faces=True)} pictures masked.")
-        return shown(project, number)
+        count = helpers.find_masks(PictureSet(studio.project(project)), "", faces=True)
+        return shown(project, number, f"{counted(count, 'picture')} masked.")
 
     @told
     def pack(project: str) -> str:
@@ -141,10 +145,13 @@ def _card(
     word = pictures.project.about.word
     with gr.Column(elem_classes="card", min_width=220):
         shown = gr.HTML(views.card(pictures, picture))
-        caption = gr.Textbox(picture.caption, label=f"Caption of {picture.name}", lines=2, max_length=2000)
+        # `interactive` is named, because Gradio otherwise exchanges a field with a value at the first key.
+        caption = gr.Textbox(
+            picture.caption, label=f"Caption of {picture.name}", lines=2, max_length=2000, interactive=True
+        )
         under = gr.HTML(views.under_card(picture, word))
         with gr.Row():
-            used = gr.Checkbox(picture.used, label="Learn it", min_width=90)
+            used = gr.Checkbox(picture.used, label="Learn it", min_width=90, interactive=True)
             edit = gr.Button("Crop and mask", size="sm", min_width=110)
 
     @told
@@ -178,7 +185,7 @@ def _editor(studio: Studio, key: gr.Textbox, version: gr.State, chosen: gr.State
         across = gr.Slider(0, 100, label="Move the crop from left to right", step=1)
         down = gr.Slider(0, 100, label="Move the crop from top to bottom", step=1)
         paint = gr.ImageEditor(
-            label="Paint over what matters. Nothing painted: all of it matters.",
+            label="Mask",
             type="pil",
             sources=(),
             transforms=(),
@@ -228,7 +235,9 @@ def _opened(pictures: PictureSet, key: str) -> list[Any]:
     top, left = picture.crop_top_left
     mask = pictures.mask(picture)
     file = str(pictures.prepared(picture))
-    said = [] if height or width else ["There is nothing to move: the crop shows the whole picture."]
+    said = ["Paint over what matters. If nothing is painted, all of it matters."]
+    if not (height or width):
+        said.append("There is nothing to move: the crop shows the whole picture.")
     return [
         gr.update(visible=True),
         views.sentences([f"Crop and mask of {picture.name}"], class_="title") + views.sentences(said, class_="soft"),

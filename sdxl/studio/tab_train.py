@@ -37,8 +37,8 @@ def train_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
     takes = gr.HTML(elem_id="takes")
     with gr.Accordion("Settings", open=False):
         with gr.Row():
-            steps = gr.Number(label="Steps", precision=0, minimum=0, value=None, info="Empty: as chosen above")
-            rank = gr.Number(label="Rank of the LoRA", precision=0, minimum=0, value=None, info="Empty: as chosen above")
+            steps = gr.Number(label="Steps", precision=0, minimum=0, value=0, info="0: as chosen above")
+            rank = gr.Number(label="Rank of the LoRA", precision=0, minimum=0, value=0, info="0: as chosen above")
         small = gr.Checkbox(label="My GPU is small (12 to 24 GB): learn one picture at a time")
         whole = gr.Checkbox(label="Train the whole model instead of a LoRA: 5 GB instead of megabytes, more memory")
         prompts = gr.Textbox(label="What the previews show", info="One prompt a line. Empty: made from your captions", lines=2)
@@ -53,6 +53,7 @@ def train_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
         start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
         stop = gr.Button("Stop, and keep the best so far", variant="stop", size="lg", visible=False, elem_id="stop")
         go_on = gr.Button("Go on where it stopped", size="lg", visible=False, elem_id="go-on")
+    ended = gr.HTML()
     status = gr.HTML(elem_id="status")
     previews = gr.HTML(elem_id="previews")
     with gr.Accordion("Curves", open=False):
@@ -68,7 +69,7 @@ def train_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
 
     def choice(*values: Any) -> Choice:
         fields = ("preset", "whole_unet", "save_memory", "steps", "rank", "previews", "more")
-        return Choice(**dict(zip(fields, values, strict=True)))
+        return Choice(**{name: value for name, value in zip(fields, values, strict=True) if value is not None})
 
     def asked(project: Project, *values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The inputs that were chosen, and the settings that they become."""
@@ -95,9 +96,9 @@ def train_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
         return watch(project, "")
 
     @told
-    def end(project: str) -> None:
-        if training := trainings.latest(studio.project(project)):
-            gr.Info(training.stop())
+    def end(project: str) -> str:
+        training = trainings.latest(studio.project(project))
+        return views.sentences([training.stop()], class_="soft") if training else ""
 
     @told
     def resume(project: str) -> list[Any]:
@@ -136,7 +137,7 @@ def train_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
         event = component.blur if isinstance(component, gr.Textbox | gr.Number) else component.change
         event(foresee, [key, *chosen], [takes, table], api_visibility=PRIVATE, show_progress="hidden")
     start.click(begin, [key, *chosen], watched, api_visibility=PRIVATE)
-    stop.click(end, key, None, api_visibility=PRIVATE)
+    stop.click(end, key, ended, api_visibility=PRIVATE)
     go_on.click(resume, key, watched, api_visibility=PRIVATE)
     timer.tick(watch, [key, seen], watched, api_visibility=PRIVATE, show_progress="hidden")
     return {"outputs": [takes, table], "inputs": chosen, "shown": foresee, "watched": watched, "watch": watch}

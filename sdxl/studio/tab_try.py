@@ -35,7 +35,7 @@ def try_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
     with gr.Row():
         strength = gr.Slider(0, 1.5, value=1, step=0.05, label="Strength", info="1: as it was trained")
         count = gr.Slider(1, 4, value=1, step=1, label="Pictures")
-        seed = gr.Number(label="Seed", precision=0, minimum=0, value=None, info="Empty: a new one each time")
+        seed = gr.Textbox(label="Seed", info="Empty: a new one each time", max_length=10)
     with gr.Accordion("Start from a picture", open=False):
         gr.Markdown("It changes the picture. Paint over a part, and only that part is drawn anew.")
         start = gr.ImageEditor(
@@ -54,8 +54,9 @@ def try_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
             steps = gr.Slider(1, 100, value=50, step=1, label="Steps")
             guidance = gr.Slider(0, 20, value=7.5, step=0.5, label="How strictly it follows the words")
     draw = gr.Button("Draw", variant="primary", size="lg", elem_id="draw")
-    gallery = gr.Gallery(label="New pictures", columns=2, object_fit="contain", height="auto", elem_id="drawn")
-    before = gr.Gallery(label="Earlier pictures", columns=4, object_fit="contain", height="auto")
+    how = {"object_fit": "contain", "height": "auto", "visible": False, "interactive": False}
+    gallery = gr.Gallery(label="New pictures", columns=2, elem_id="drawn", **how)
+    before = gr.Gallery(label="Earlier pictures", columns=4, elem_id="before", **how)
 
     def shown(project: str) -> list[Any]:
         found = studio.project(project)
@@ -78,8 +79,10 @@ def try_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
         text, with_one, also, scale, number, wanted_seed, picture, strength, avoid, count_of_steps, follows = values
         if not text.strip():
             raise UserInputError("Write what to draw first.")
+        if wanted_seed and not wanted_seed.strip().isdecimal():
+            raise UserInputError("The seed is a number, such as 7, or empty.")
+        first = int(wanted_seed) if wanted_seed and wanted_seed.strip() else random.randrange(2**31)
         target = found.new("drawn")
-        first = int(random.randrange(2**31) if wanted_seed is None else wanted_seed)
         inputs = {"prompt": text, "negative_prompt": avoid or "", "seed": first, "num_outputs": int(number)}
         inputs |= {"num_inference_steps": int(count_of_steps), "guidance_scale": follows}
         inputs |= _from_picture(picture, strength, target)
@@ -92,8 +95,8 @@ def try_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
             files = studio.drawer.draw(inputs | weights, target / str(place))
             label = names[path] if path else "the base"
             pictures += [(str(file), f"{label}, seed {first + i}") for i, file in enumerate(files)]
-            yield [pictures, gr.skip()]
-        yield [pictures, _drawn(found)]
+            yield [gr.update(value=pictures, visible=True), gr.skip()]
+        yield [gr.skip(), _drawn(found)]
 
     asks = [key, prompt, tuned, beside, strength, count, seed, start, change, negative, steps, guidance]
     word.click(_with_word, [prompt, word], prompt, api_visibility=PRIVATE, show_progress="hidden")
@@ -123,8 +126,8 @@ def _from_picture(value: dict[str, Any] | None, change: float, folder: Path) -> 
     return given
 
 
-def _drawn(project: Project) -> list[str]:
-    """The pictures of earlier requests, the newest first."""
+def _drawn(project: Project) -> Any:
+    """The gallery of the pictures of earlier requests, the newest first."""
     files = [path for path in project.drawn.glob("*/*/*") if path.suffix in (".png", ".webp", ".jpg")]
     newest = sorted(files, key=lambda path: (-int(path.parent.parent.name), path.parent.name, path.name))
-    return [str(path) for path in newest[:_MOST_BEFORE]]
+    return gr.update(value=[str(path) for path in newest[:_MOST_BEFORE]], visible=bool(newest))

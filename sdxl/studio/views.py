@@ -86,7 +86,7 @@ def previews(now: Progress) -> Html:
     rows = [
         tag(
             "div",
-            tag("h4", cut(prompt, 200)),
+            tag("h3", cut(prompt, 200)),
             tag("div", *(_moment(now.folder, number, prompt, one) for one in shown), class_="moments"),
         )
         for number, prompt in enumerate(now.history.prompts)
