@@ -71,10 +71,10 @@ class Page:
         while self._next().get("method") != "Page.loadEventFired":
             pass
 
-    def visit(self, address: str) -> None:
+    def visit(self, address: str, path: str = "/") -> None:
         """Load an address of a server, from which alone the page may then ask for anything."""
-        self.allowed = (address, "data:", "blob:", "about:")
-        self.call("Page.navigate", url=address)
+        self.allowed = (f"{address}/", "data:", "blob:", "about:")
+        self.call("Page.navigate", url=address + path)
         while self._next().get("method") != "Page.loadEventFired":
             pass
 
@@ -97,7 +97,9 @@ class Page:
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        told = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        told = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
 

@@ -75,7 +75,10 @@ class Choice:
             given["lora_rank"] = int(self.rank)
         if self.previews.strip():
             given["preview_prompts"] = "|".join(line.strip() for line in self.previews.splitlines() if line.strip())
-        return given | _parsed(self.more)
+        more = _parsed(self.more)
+        if "preservation" in more:
+            given.pop("preservation_prompts", None)  # of the miniature; without preservation it has no effect
+        return given | more
 
 
 def _parsed(lines: str) -> dict[str, str]:

@@ -83,5 +83,7 @@ def make_app(studio: Studio) -> FastAPI:
 
 
 def serve(studio: Studio, port: int) -> None:
-    """Serve the page until Ctrl-C."""
-    uvicorn.run(make_app(studio), host=HOST, port=port, log_level="warning")
+    """Serve the page until Ctrl-C or SIGTERM. Open tabs hold connections, which are not waited for."""
+    uvicorn.run(
+        make_app(studio), host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1
+    )

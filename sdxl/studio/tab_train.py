@@ -35,13 +35,13 @@ def train_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
     gr.Markdown("## Let it learn")
     preset = gr.Radio(_PRESETS, value="good", label="How much time may it take?", elem_id="preset")
     takes = gr.HTML(elem_id="takes")
-    with gr.Accordion("Settings", open=False):
+    with gr.Accordion("Settings", open=False, elem_id="settings"):
         with gr.Row():
             steps = gr.Number(label="Steps", precision=0, minimum=0, value=0, info="0: as chosen above")
             rank = gr.Number(label="Rank of the LoRA", precision=0, minimum=0, value=0, info="0: as chosen above")
         small = gr.Checkbox(label="My GPU is small (12 to 24 GB): learn one picture at a time")
         whole = gr.Checkbox(label="Train the whole model instead of a LoRA: 5 GB instead of megabytes, more memory")
-        prompts = gr.Textbox(label="What the previews show", info="One prompt a line. Empty: made from your captions", lines=2)
+        prompts = gr.Textbox(label="What the previews show", info="One prompt a line. Empty: made from your captions", lines=2, elem_id="previews-of")
         more = gr.Textbox(
             label="Other settings",
             info="One name=value a line, as in the table of inputs in docs/inputs.md",

@@ -1,0 +1,243 @@
+"""The studio in a real browser: a person's whole path on a miniature, two tabs, keyboard and labels, and what leaves the machine."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sdxl.files.archives import unpack
+from tests.browser import CHROMIUM, Page, browser
+from tests.conftest import REPOSITORY, free_port, png
+
+GRADIO, AXE = (importlib.util.find_spec(name) for name in ("gradio", "axe_playwright_python"))
+pytestmark = pytest.mark.skipif(
+    GRADIO is None or CHROMIUM is None, reason="the studio needs requirements-studio.txt, and the test chromium"
+)
+QUICK = "max_train_steps=4\nchecks=1\npreservation=0\ntrain_batch_size=1\nresolution=64\nsave_every=0"
+PROMPTS = "a photo of REX on a beach"
+
+
+@dataclass
+class Server:
+    """A studio that runs."""
+
+    address: str
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+
+@pytest.fixture(scope="module")
+def start(narrow_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Server]]:
+    """`start()`: a studio on the same projects each time, as `make studio` starts it."""
+    folder = tmp_path_factory.mktemp("studio")
+    environment = os.environ | {"SDXL_BASE": str(narrow_base), "SDXL_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    started = []
+
+    def make() -> Server:
+        port = free_port()
+        line = [sys.executable, "studio.py", "-o", str(folder / "out"), "--port", str(port), "--no-browser"]
+        with (folder / "page.log").open("ab") as log:
+            process = subprocess.Popen(line, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        started.append(process)
+        server = Server(f"http://127.0.0.1:{port}", folder / "out", process)
+        deadline = time.monotonic() + 120
+        while status(server.address + "/") != 200:
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "page.log").read_text()
+            time.sleep(0.2)
+        return server
+
+    yield make
+    for process in started:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(start: Callable[[], Server]) -> Server:
+    return start()
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with browser() as opened:
+        opened.resize(1280)
+        yield opened
+
+
+def status(address: str, **headers: str) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def opened(page: Page, server: Server, project: str = "") -> str:
+    """Open a project, or a new one; return its key."""
+    page.visit(server.address, f"/?project={project}" if project else "/")
+    page.until("document.querySelector('#drop input[type=file]') && location.search.includes('=')")
+    return page.run("new URLSearchParams(location.search).get('project')")
+
+
+def choose(page: Page, step: str) -> None:
+    page.run(f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.includes('{step}')).click()")
+
+
+def write(page: Page, field: str, text: str) -> None:
+    """Replace what is in a field, and leave it."""
+    page.run(f"document.querySelector('{field}').focus()")
+    page.run(f"document.querySelector('{field}').select()")
+    page.write(text)
+    page.press("Tab")
+
+
+def shows(page: Page, part: str, text: str, *, seconds: float = 60) -> None:
+    """Wait until a part of the page shows a text."""
+    try:
+        page.until(f"document.querySelector('{part}')?.textContent.includes({json.dumps(text)})", seconds=seconds)
+    except AssertionError:
+        pytest.fail(f"{part} never shows {text!r}, but {page.run(f'document.querySelector(`{part}`)?.textContent')!r}")
+
+
+def require_accessible(page: Page) -> None:
+    """No serious finding of axe in what is seen now."""
+    if AXE is None or not AXE.submodule_search_locations:
+        return
+    page.run(Path(AXE.submodule_search_locations[0], "axe.min.js").read_text() + ";0")
+    found = page.run(
+        "axe.run(document, {resultTypes: ['violations']}).then(found => found.violations"
+        ".filter(one => ['serious', 'critical'].includes(one.impact))"
+        ".map(one => one.id + ' ' + one.nodes.map(node => node.html).join(' ')))"
+    )
+    assert found == []
+
+
+def test_a_person_makes_a_fine_tune(page: Page, start: Callable[[], Server], server: Server, tmp_path: Path):
+    key = opened(page, server)
+    # Pictures, one of them with a name that is HTML.
+    files = [tmp_path / name for name in ("<img src=x onerror=alert(1)>.png", *(f"{i}.png" for i in range(1, 6)))]
+    for number, file in enumerate(files):
+        file.write_bytes(png(number, (300, 256)))
+    write(page, "[placeholder=Rex]", "Rex")
+    shows(page, ".gradio-container", "it is called REX")
+    page.attach("#drop input[type=file]", files)
+    page.until("document.querySelectorAll('.card textarea').length == 6")
+    assert page.run("document.querySelectorAll('.card textarea')[0].value") == "a photo of REX"
+    shows(page, "#notes", "All captions are equal")
+    write(page, ".card textarea", "a photo of REX in the snow")
+    shows(page, ".card p.caption mark", "REX")
+    shows(page, ".card p.caption", "in the snow")
+    write(page, ".card textarea", "a photo in the snow")
+    shows(page, "#notes", "1 captions do not name REX")
+    page.run("document.querySelector('#put-word').click()")
+    shows(page, ".card p.caption", "a photo of REX, a photo in the snow")
+    require_accessible(page)
+
+    # Train, and be told what is wrong with a setting.
+    choose(page, "2 Train")
+    shows(page, "#takes", "260 steps: about ")
+    page.run("document.querySelector('#settings button').click()")
+    page.until("document.querySelector('#more textarea')")
+    write(page, "#more textarea", "lora_rank=many")
+    shows(page, "#takes", "lora_rank")
+    write(page, "#previews-of textarea", PROMPTS)
+    write(page, "#more textarea", QUICK)
+    shows(page, "#takes", "4 steps")
+    require_accessible(page)
+    page.run("document.querySelector('#start').click()")
+    page.until("document.querySelector('#stop')?.offsetWidth")
+
+    # The tab is closed, the page ends and starts again; the training does not notice.
+    page.call("Page.navigate", url="about:blank")
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(30)
+    server = start()
+    assert opened(page, server, key) == key
+    choose(page, "2 Train")
+    shows(page, "#status", "Finished", seconds=300)
+    page.until("document.querySelectorAll('#previews img').length == 2")
+    require_accessible(page)
+
+    # Draw, next to the base.
+    choose(page, "3 Try")
+    page.until("document.querySelector('#tuned input')?.value.includes('Rex, training 1')")
+    page.run("document.querySelector('#word').click()")
+    page.until("document.querySelector('#prompt textarea').value == 'a photo of REX REX'")
+    page.run("document.querySelector('#draw').click()")
+    page.until("document.querySelectorAll('#drawn img').length == 1", seconds=300)
+    require_accessible(page)
+
+    # Take it away.
+    choose(page, "4 Take away")
+    page.until("document.querySelectorAll('#links a').length == 2")
+    address = page.run("document.querySelector('#links a').href")
+    with urllib.request.urlopen(address) as answer:
+        (tmp_path / "result.tar").write_bytes(answer.read())
+    names = {path.name for path in unpack(tmp_path / "result.tar", tmp_path / "result")}
+    assert {"lora.safetensors", "embeddings.pti"} <= names
+    require_accessible(page)
+    assert status(page.run("document.querySelectorAll('#links a')[1].href")) == 200
+    told = [error for error in page.errors if "WebGL" not in error]
+    assert told == [], "scripts fail, or something is asked for elsewhere"
+
+    # On a phone nothing is wider than the screen.
+    page.resize(390, 844)
+    for step in ("1 Pictures", "2 Train", "3 Try", "4 Take away"):
+        choose(page, step)
+        page.until("document.querySelector('h2')")
+        assert page.run("document.documentElement.scrollWidth") <= 390
+    page.resize(1280)
+
+    # Only this machine's own pages may ask, and only for what trainings made.
+    assert status(address) == 200
+    assert status(address, Host="studio.example") == 403
+    assert status(address, Origin="http://studio.example") == 403
+    assert status(address.replace("/1/trained_model.tar", "/%2e%2e/project.json")) == 404
+    assert status(address.replace("trained_model.tar", "inputs.json")) == 404
+    assert status(address.replace(key, "0" * 12)) == 404
+
+
+def test_two_tabs_have_two_projects_and_errors_are_sentences(page: Page, start: Callable[[], Server], tmp_path: Path):
+    server = start()
+    with browser() as other:
+        other.resize(1280)
+        first, second = opened(page, server), opened(other, server)
+        assert first != second
+        damaged = tmp_path / "damaged.zip"
+        damaged.write_bytes(b"PK\x03\x04 no zip")
+        page.attach("#drop input[type=file]", [damaged])
+        shows(page, ".toast-wrap", "damaged.zip")
+        (tmp_path / "one.png").write_bytes(png(1, (300, 256)))
+        other.attach("#drop input[type=file]", [tmp_path / "one.png"])
+        other.until("document.querySelectorAll('.card textarea').length == 1")
+        assert page.run("document.querySelectorAll('.card').length") == 0
+
+        # With the keyboard alone: from the picture's caption to its editor.
+        other.run("document.querySelector('.card textarea').focus()")
+        for _ in range(2):
+            other.press("Tab")
+        assert other.run("document.activeElement.textContent.trim()") == "Crop and mask"
+        other.press("Enter")
+        other.until("document.querySelector('#editor')?.offsetWidth")
+        shows(other, "#editor", "Crop and mask of one.png")
+
+
+def test_nothing_leaves_the_machine(server: Server):
+    """The page's policy forbids it, and its first page names no other server that it would ask."""
+    with urllib.request.urlopen(f"{server.address}/") as answer:
+        policy, text = answer.headers["Content-Security-Policy"], answer.read().decode()
+    assert "default-src 'self' data: blob:;" in policy
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=.https?://(?!127)[^>]*>", text)
