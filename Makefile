@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 K ?= 3
 ALL_METHODS := untuned ti lora lora_class full full_class lora_pivotal full_pivotal
 
-.PHONY: env demo test test-gpu check check-real format quality serve serve-train serve-preprocess clean
+.PHONY: env studio demo test test-gpu check check-real format quality serve serve-train serve-preprocess clean
 .DEFAULT_GOAL := env
 
 env: .venv/.complete
@@ -19,16 +19,25 @@ env: .venv/.complete
 	@touch $@
 	@echo "The environment is ready. Next: make demo, make test, or make check."
 
+# Gradio's own wish for an older Pillow is passed over: see requirements-studio.txt.
+.venv/.studio-complete: .venv/.complete requirements-studio.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements-studio.txt
+	@touch $@
+
+# Options go into ARGS, such as ARGS="--port 8000".
+studio: .venv/.studio-complete
+	$(BIN)/python studio.py $(ARGS)
+
 demo: env
 	$(BIN)/python demo.py -o demo_out
 
-test: env
+test: .venv/.studio-complete
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu
 
-check: env
+check: .venv/.studio-complete
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

@@ -58,7 +58,9 @@ def _predictor() -> Any:
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("studio_out"), help="folder for the projects")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("studio_out"), help="folder for the projects"
+    )
     parser.add_argument("--port", type=int, default=7860, help="port on 127.0.0.1")
     parser.add_argument("--no-browser", action="store_true", help="do not open the page in a browser")
     parser.add_argument(_DRAWS, action="store_true", dest="draws", help=argparse.SUPPRESS)
@@ -73,7 +75,10 @@ def main() -> int:
     try:
         from sdxl.studio.server import HOST, serve
     except ImportError as error:
-        print(f"{error}. Run `make studio`, or pip install --no-deps -r requirements-studio.txt.", file=sys.stderr)
+        print(
+            f"{error}. Run `make studio`, or pip install --no-deps -r requirements-studio.txt.",
+            file=sys.stderr,
+        )
         return 2
     from sdxl.studio.drawing import Drawer
     from sdxl.studio.projects import Projects

@@ -97,9 +97,7 @@ class Page:
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        told = self.call(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
+        told = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
 

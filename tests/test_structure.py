@@ -57,6 +57,8 @@ ROOMS = {
         "data",
         "training",
     },
+    # A leaf: nothing imports it. It starts the entry points as processes.
+    "studio": {"errors", "settings", "history", "workspace", "files", "data", "report"},
 }
 """Room, or module directly in `sdxl` → what it may import from this project besides itself."""
 TOP = {
@@ -66,6 +68,7 @@ TOP = {
     "predict": {"dataset_and_utils", "sdxl"},
     "export": {"sdxl"},
     "demo": {"dataset_and_utils", "sdxl"},
+    "studio": {"sdxl", "train", "predict"},
 }
 """File at the top level → what it may import from this project."""
 OUTSIDE = {"tiny_world", "benchmarks", "tools"}

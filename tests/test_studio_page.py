@@ -22,7 +22,8 @@ from tests.conftest import REPOSITORY, free_port, png
 
 GRADIO, AXE = (importlib.util.find_spec(name) for name in ("gradio", "axe_playwright_python"))
 pytestmark = pytest.mark.skipif(
-    GRADIO is None or CHROMIUM is None, reason="the studio needs requirements-studio.txt, and the test chromium"
+    GRADIO is None or CHROMIUM is None,
+    reason="the studio needs requirements-studio.txt, and the test chromium",
 )
 QUICK = "max_train_steps=4\nchecks=1\npreservation=0\ntrain_batch_size=1\nresolution=64\nsave_every=0"
 PROMPTS = "a photo of REX on a beach"
@@ -41,7 +42,11 @@ class Server:
 def start(narrow_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Server]]:
     """`start()`: a studio on the same projects each time, as `make studio` starts it."""
     folder = tmp_path_factory.mktemp("studio")
-    environment = os.environ | {"SDXL_BASE": str(narrow_base), "SDXL_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "SDXL_BASE": str(narrow_base),
+        "SDXL_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
     started = []
 
     def make() -> Server:
@@ -93,7 +98,9 @@ def opened(page: Page, server: Server, project: str = "") -> str:
 
 
 def choose(page: Page, step: str) -> None:
-    page.run(f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.includes('{step}')).click()")
+    page.run(
+        f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.includes('{step}')).click()"
+    )
 
 
 def write(page: Page, field: str, text: str) -> None:
@@ -107,9 +114,13 @@ def write(page: Page, field: str, text: str) -> None:
 def shows(page: Page, part: str, text: str, *, seconds: float = 60) -> None:
     """Wait until a part of the page shows a text."""
     try:
-        page.until(f"document.querySelector('{part}')?.textContent.includes({json.dumps(text)})", seconds=seconds)
+        page.until(
+            f"document.querySelector('{part}')?.textContent.includes({json.dumps(text)})", seconds=seconds
+        )
     except AssertionError:
-        pytest.fail(f"{part} never shows {text!r}, but {page.run(f'document.querySelector(`{part}`)?.textContent')!r}")
+        pytest.fail(
+            f"{part} never shows {text!r}, but {page.run(f'document.querySelector(`{part}`)?.textContent')!r}"
+        )
 
 
 def require_accessible(page: Page) -> None:
@@ -125,10 +136,11 @@ def require_accessible(page: Page) -> None:
     assert found == []
 
 
-def test_a_person_makes_a_fine_tune(page: Page, start: Callable[[], Server], server: Server, tmp_path: Path):
-    key = opened(page, server)
-    # Pictures, one of them with a name that is HTML.
-    files = [tmp_path / name for name in ("<img src=x onerror=alert(1)>.png", *(f"{i}.png" for i in range(1, 6)))]
+def pictures_with_captions(page: Page, folder: Path) -> None:
+    """Step 1, with a picture whose name is HTML."""
+    files = [
+        folder / name for name in ("<img src=x onerror=alert(1)>.png", *(f"{i}.png" for i in range(1, 6)))
+    ]
     for number, file in enumerate(files):
         file.write_bytes(png(number, (300, 256)))
     write(page, "[placeholder=Rex]", "Rex")
@@ -138,15 +150,17 @@ def test_a_person_makes_a_fine_tune(page: Page, start: Callable[[], Server], ser
     assert page.run("document.querySelectorAll('.card textarea')[0].value") == "a photo of REX"
     shows(page, "#notes", "All captions are equal")
     write(page, ".card textarea", "a photo of REX in the snow")
-    shows(page, ".card p.caption mark", "REX")
     shows(page, ".card p.caption", "in the snow")
+    shows(page, ".card p.caption mark", "REX")
     write(page, ".card textarea", "a photo in the snow")
     shows(page, "#notes", "1 captions do not name REX")
     page.run("document.querySelector('#put-word').click()")
     shows(page, ".card p.caption", "a photo of REX, a photo in the snow")
     require_accessible(page)
 
-    # Train, and be told what is wrong with a setting.
+
+def training_begun(page: Page) -> None:
+    """Step 2, with a wrong setting first."""
     choose(page, "2 Train")
     shows(page, "#takes", "260 steps: about ")
     page.run("document.querySelector('#settings button').click()")
@@ -160,6 +174,37 @@ def test_a_person_makes_a_fine_tune(page: Page, start: Callable[[], Server], ser
     page.run("document.querySelector('#start').click()")
     page.until("document.querySelector('#stop')?.offsetWidth")
 
+
+def drawn(page: Page) -> None:
+    """Step 3."""
+    choose(page, "3 Try")
+    page.until("document.querySelector('#tuned input')?.value.includes('Rex, training 1')")
+    page.run("document.querySelector('#word').click()")
+    page.until("document.querySelector('#prompt textarea').value == 'a photo of REX REX'")
+    page.run("document.querySelector('#draw').click()")
+    page.until("document.querySelectorAll('#drawn img').length == 1", seconds=300)
+    require_accessible(page)
+
+
+def taken_away(page: Page, folder: Path) -> str:
+    """Step 4; returns the address of the tar."""
+    choose(page, "4 Take away")
+    page.until("document.querySelectorAll('#links a').length == 2")
+    address = page.run("document.querySelector('#links a').href")
+    with urllib.request.urlopen(address) as answer:
+        (folder / "result.tar").write_bytes(answer.read())
+    names = {path.name for path in unpack(folder / "result.tar", folder / "result")}
+    assert {"lora.safetensors", "embeddings.pti"} <= names
+    assert status(page.run("document.querySelectorAll('#links a')[1].href")) == 200
+    require_accessible(page)
+    return address
+
+
+def test_a_person_makes_a_fine_tune(page: Page, start: Callable[[], Server], server: Server, tmp_path: Path):
+    key = opened(page, server)
+    pictures_with_captions(page, tmp_path)
+    training_begun(page)
+
     # The tab is closed, the page ends and starts again; the training does not notice.
     page.call("Page.navigate", url="about:blank")
     server.process.send_signal(signal.SIGTERM)
@@ -171,33 +216,17 @@ def test_a_person_makes_a_fine_tune(page: Page, start: Callable[[], Server], ser
     page.until("document.querySelectorAll('#previews img').length == 2")
     require_accessible(page)
 
-    # Draw, next to the base.
-    choose(page, "3 Try")
-    page.until("document.querySelector('#tuned input')?.value.includes('Rex, training 1')")
-    page.run("document.querySelector('#word').click()")
-    page.until("document.querySelector('#prompt textarea').value == 'a photo of REX REX'")
-    page.run("document.querySelector('#draw').click()")
-    page.until("document.querySelectorAll('#drawn img').length == 1", seconds=300)
-    require_accessible(page)
-
-    # Take it away.
-    choose(page, "4 Take away")
-    page.until("document.querySelectorAll('#links a').length == 2")
-    address = page.run("document.querySelector('#links a').href")
-    with urllib.request.urlopen(address) as answer:
-        (tmp_path / "result.tar").write_bytes(answer.read())
-    names = {path.name for path in unpack(tmp_path / "result.tar", tmp_path / "result")}
-    assert {"lora.safetensors", "embeddings.pti"} <= names
-    require_accessible(page)
-    assert status(page.run("document.querySelectorAll('#links a')[1].href")) == 200
+    drawn(page)
+    address = taken_away(page, tmp_path)
     told = [error for error in page.errors if "WebGL" not in error]
     assert told == [], "scripts fail, or something is asked for elsewhere"
 
-    # On a phone nothing is wider than the screen.
+    # On a phone all steps are in sight, and nothing is wider than the screen.
     page.resize(390, 844)
+    page.visit(server.address, f"/?project={key}")
+    page.until("document.querySelectorAll('.card textarea').length == 6")
     for step in ("1 Pictures", "2 Train", "3 Try", "4 Take away"):
         choose(page, step)
-        page.until("document.querySelector('h2')")
         assert page.run("document.documentElement.scrollWidth") <= 390
     page.resize(1280)
 
@@ -210,7 +239,9 @@ def test_a_person_makes_a_fine_tune(page: Page, start: Callable[[], Server], ser
     assert status(address.replace(key, "0" * 12)) == 404
 
 
-def test_two_tabs_have_two_projects_and_errors_are_sentences(page: Page, start: Callable[[], Server], tmp_path: Path):
+def test_two_tabs_have_two_projects_and_errors_are_sentences(
+    page: Page, start: Callable[[], Server], tmp_path: Path
+):
     server = start()
     with browser() as other:
         other.resize(1280)

@@ -74,7 +74,9 @@ class Choice:
         if self.rank and not self.whole_unet:
             given["lora_rank"] = int(self.rank)
         if self.previews.strip():
-            given["preview_prompts"] = "|".join(line.strip() for line in self.previews.splitlines() if line.strip())
+            given["preview_prompts"] = "|".join(
+                line.strip() for line in self.previews.splitlines() if line.strip()
+            )
         more = _parsed(self.more)
         if "preservation" in more:
             given.pop("preservation_prompts", None)  # of the miniature; without preservation it has no effect
@@ -96,7 +98,9 @@ def _parsed(lines: str) -> dict[str, str]:
 
 def as_texts(inputs: Mapping[str, Any]) -> dict[str, str]:
     """Inputs as a command line writes them."""
-    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in inputs.items()}
+    return {
+        name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in inputs.items()
+    }
 
 
 def forecast(resolved: Mapping[str, Any], measured: float | None, *, has_gpu: bool) -> str:

@@ -63,7 +63,7 @@ def paint_mask(pictures: PictureSet, key: str, painted: Image.Image) -> None:
         forget_mask(pictures, picture)
         return
     height, width = picture.target_size
-    whole = _whole_mask(pictures, picture) or Image.new("L", picture.framing.covered_size[::-1])
+    whole = _whole_mask(pictures, picture) or _black(picture)
     top, left = picture.crop_top_left
     whole.paste(painted.convert("L").resize((width, height)), (left, top))
     _cut_mask(pictures, picture, whole)
@@ -84,6 +84,11 @@ def painted_in(layers: list[Image.Image]) -> Image.Image:
     return grey
 
 
+def _black(picture: Picture) -> Image.Image:
+    height, width = picture.framing.covered_size
+    return Image.new("L", (width, height))
+
+
 def _whole_file(pictures: PictureSet, picture: Picture) -> Path:
     prepared = pictures.prepared(picture)
     return prepared.with_name(f"{picture.number}.whole-mask.png")
@@ -97,9 +102,10 @@ def _whole_mask(pictures: PictureSet, picture: Picture) -> Image.Image | None:
     if whole.exists():
         with Image.open(whole) as opened:
             return opened.convert("L")
-    canvas = Image.new("L", picture.framing.covered_size[::-1])
+    canvas = _black(picture)
     with Image.open(mask) as opened:
-        canvas.paste(opened.convert("L"), picture.crop_top_left[::-1])
+        top, left = picture.crop_top_left
+        canvas.paste(opened.convert("L"), (left, top))
     return canvas
 
 

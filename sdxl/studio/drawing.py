@@ -40,7 +40,9 @@ class Drawer:
             process = self._running()
             assert process.stdin is not None and process.stdout is not None
             try:
-                process.stdin.write(json.dumps({"inputs": dict(inputs), "target": str(target.absolute())}) + "\n")
+                process.stdin.write(
+                    json.dumps({"inputs": dict(inputs), "target": str(target.absolute())}) + "\n"
+                )
                 process.stdin.flush()
                 answer = json.loads(process.stdout.readline())
             except (OSError, ValueError) as error:
@@ -93,7 +95,9 @@ def serve(run: Callable[..., Sequence[Path]]) -> None:
         except UserInputError as error:
             answer = {"error": str(error)}
         except Exception as error:
-            answer = {"error": f"Drawing failed: {type(error).__name__}. The log of the drawing has the details."}
+            answer = {
+                "error": f"Drawing failed: {type(error).__name__}. The log of the drawing has the details."
+            }
         _answer(answers, answer)
 
 

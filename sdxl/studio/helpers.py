@@ -43,7 +43,11 @@ def find_masks(pictures: PictureSet, words: str, *, faces: bool = False) -> int:
             target.with_name(f"{picture.number}.whole-mask.png").unlink(missing_ok=True)
             for old in (mask_file(target), large_file(target)):
                 old.unlink(missing_ok=True)
-            for new, place in ((one.picture, target), (one.mask, mask_file(target)), (one.large, large_file(target))):
+            for new, place in (
+                (one.picture, target),
+                (one.mask, mask_file(target)),
+                (one.large, large_file(target)),
+            ):
                 if new is not None:
                     shutil.copyfile(new, place)
             pictures.change(
@@ -73,5 +77,3 @@ def _asked(
             (source / f"{number}.txt").write_text(captions[picture.key], encoding="utf-8")
     prepare(source, folder, **inputs)
     return read_dataset_folder(folder / "prepared")
-
-

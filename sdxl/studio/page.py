@@ -11,12 +11,12 @@ import gradio as gr
 from sdxl.report.markup import tag
 from sdxl.studio import views
 from sdxl.studio.shared import PRIVATE, Studio, told
-from sdxl.studio.tab_pictures import pictures_tab
-from sdxl.studio.tab_take import take_tab
-from sdxl.studio.tab_train import train_tab
-from sdxl.studio.tab_try import try_tab
+from sdxl.studio.tab_pictures import PicturesTab
+from sdxl.studio.tab_take import TakeTab
+from sdxl.studio.tab_train import TrainTab
+from sdxl.studio.tab_try import TryTab
 
-CSS = Path(__file__).with_name("page.css")
+_STYLE = Path(__file__).with_name("page.css")
 _FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif")
 _MONO = ("ui-monospace", "Liberation Mono", "monospace")
 _STRONG, _STRONGER = "#a8430a", "#8a3506"
@@ -41,7 +41,8 @@ THEME = gr.themes.Default(
     link_text_color_dark="#ffb787",
 )
 """Fonts of the system only, so that nothing is fetched; and colours that are easy to read."""
-HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
+HEAD = f'<meta name="referrer" content="no-referrer"><style>{_STYLE.read_text(encoding="utf-8")}</style>'
+"""As a style of its own, because Gradio changes the selectors of those that it is given."""
 _ADDRESS = "() => new URLSearchParams(location.search).get('project') || ''"
 _REMEMBER = "(key) => { history.replaceState(null, '', '?project=' + key); return [] }"
 
@@ -50,41 +51,51 @@ def build(studio: Studio) -> gr.Blocks:
     """The page of `studio`."""
     with gr.Blocks(title="Studio", analytics_enabled=False, fill_width=True) as page:
         key = gr.Textbox(visible="hidden", label="Project", elem_id="project")
-        version = gr.State(0)
         gr.HTML(
             tag("h1", "Studio")
-            + tag("p", "Teach a picture model your dog, your face or your toy. Everything stays on this computer.", class_="soft")
+            + tag(
+                "p",
+                "Teach a picture model your dog, your face or your toy. Everything stays on this computer.",
+                class_="soft",
+            )
         )
         with gr.Accordion("Your projects", open=False):
             projects = gr.HTML()
         with gr.Tabs():
             with gr.Tab("1 Pictures"):
-                pictures = pictures_tab(studio, key, version)
+                pictures = PicturesTab(studio, key)
             with gr.Tab("2 Train") as train_step:
-                train = train_tab(studio, key)
+                train = TrainTab(studio, key)
             with gr.Tab("3 Try") as try_step:
-                tries = try_tab(studio, key)
+                tries = TryTab(studio, key)
             with gr.Tab("4 Take away") as take_step:
-                take = take_tab(studio, key)
+                take = TakeTab(studio, key)
         gr.HTML(tag("p", f"The base is {studio.base}.", class_="soft"))
 
         @told
         def open_project(address: str, number: int) -> list[Any]:
             project = studio.projects.open(address)
             named = {text: f"/?project={known}" for text, known in studio.projects.all()}
-            about = project.about
             return [
                 project.key,
                 views.links({"New project": "/", **named}),
-                about.name,
-                about.kind or None,
-                *pictures["shown"](project.key, number),
+                project.about.name,
+                project.about.kind or None,
+                *pictures.shown(project.key, number),
             ]
 
-        fills = [key, projects, pictures["name"], pictures["kind"], *pictures["outputs"]]
-        opened = page.load(open_project, [key, version], fills, js=f"() => [({_ADDRESS})(), 0]", api_visibility=PRIVATE)
-        opened = opened.then(None, key, None, js=_REMEMBER)
-        for step, part in ((train_step, train), (try_step, tries), (take_step, take)):
-            inputs = [key, *part.get("inputs", [])]
-            step.select(told(part["shown"]), inputs, part["outputs"], api_visibility=PRIVATE, show_progress="hidden")
+        fills = [key, projects, pictures.name, pictures.kind, *pictures.outputs]
+        page.load(
+            open_project,
+            [key, pictures.version],
+            fills,
+            js=f"() => [({_ADDRESS})(), 0]",
+            api_visibility=PRIVATE,
+        ).then(None, key, None, js=_REMEMBER)
+        for step, inputs, tab in (
+            (train_step, train.inputs, train),
+            (try_step, key, tries),
+            (take_step, key, take),
+        ):
+            step.select(tab.shown, inputs, tab.outputs, api_visibility=PRIVATE, show_progress="hidden")
     return page

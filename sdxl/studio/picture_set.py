@@ -8,14 +8,16 @@ Knows how drops become a set, and a set the archive that `train` takes; does not
 """
 
 import csv
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sdxl.data.advice import FEW
 from sdxl.data.caption_files import find_captions
-from sdxl.data.caption_text import check_caption_text, count_token, one_line
+from sdxl.data.caption_text import check_caption_text, count_token, one_line, tokens_in
 from sdxl.data.dataset_folder import (
     ADVICE,
     TABLE,
@@ -156,9 +158,7 @@ class PictureSet:
         files = open_source(source, source)
         if find_captions(files, global_caption=None) is None:
             with (source / TABLE).open("w", encoding="utf-8", newline="") as file:
-                rows = [
-                    [files.relative(image), self.project.about.plain_caption] for image in files.images
-                ]
+                rows = [[files.relative(image), self.project.about.plain_caption] for image in files.images]
                 csv.writer(file).writerows([["image_file", "caption"], *rows])
         return files.images
 
@@ -174,10 +174,10 @@ class PictureSet:
                     name=name,
                     original=str(image.relative_to(self.folder)),
                     caption=one.caption,
-                    advice=tuple(
-                        line.removeprefix(name).strip() for line in advice if _is_about(line, name)
-                    ),
-                    **_numbers(one.framing),
+                    advice=tuple(line.removeprefix(name).strip() for line in advice if _is_about(line, name)),
+                    original_size=one.framing.original_size,
+                    crop_top_left=one.framing.crop_top_left,
+                    target_size=one.framing.target_size,
                 )
             )
         return found
@@ -201,19 +201,27 @@ class PictureSet:
     def insert_word(self, *, instead_of: str = "") -> int:
         """Let every caption name the subject by its word; return how many were changed.
 
-        instead_of: the word that it had before.
+        instead_of: the word that it had before; by default one that all captions without the new word have.
         """
         about, changed, pictures = self.project.about, 0, []
+        instead_of = instead_of or self._other_word()
         for picture in self.pictures:
             caption = picture.caption
             if instead_of and count_token(caption, instead_of):
-                caption = caption.replace(instead_of, about.word)
+                caption = re.sub(rf"(?<!\w){re.escape(instead_of)}(?!\w)", about.word, caption)
             elif not count_token(caption, about.word):
                 caption = f"{about.plain_caption}, {caption}" if caption else about.plain_caption
             changed += caption != picture.caption
             pictures.append(replace(picture, caption=caption))
         self._write(pictures)
         return changed
+
+    def _other_word(self) -> str:
+        """The word by which all captions without the project's word call the subject; empty if there is none."""
+        word = self.project.about.word
+        found = [set(tokens_in(one.caption)) for one in self.pictures if not count_token(one.caption, word)]
+        common = set.intersection(*found) if found else set()
+        return common.pop() if len(common) == 1 else ""
 
     def set_captions(self, captions: Mapping[str, str]) -> None:
         """Give the pictures with these keys new captions."""
@@ -264,9 +272,7 @@ class PictureSet:
 def prepare(source: Path, batch: Path, **inputs: object) -> list[str]:
     """Let `preprocess.py` make the dataset folder `prepared` in `batch` of the files in `source`; return its advice."""
     archive, output = batch / "source.tar", batch / "out"
-    pack_tar(
-        {str(path.relative_to(source)): path for path in source.rglob("*") if path.is_file()}, archive
-    )
+    pack_tar({str(path.relative_to(source)): path for path in source.rglob("*") if path.is_file()}, archive)
     doors.run(doors.command("preprocess", {"files": archive, **inputs}, output), batch)
     archive.unlink()
     prepared = batch / "prepared"
@@ -277,17 +283,9 @@ def prepare(source: Path, batch: Path, **inputs: object) -> list[str]:
     return advice
 
 
-def _numbers(framing: Framing) -> dict[str, tuple[int, int]]:
-    return {
-        "original_size": framing.original_size,
-        "crop_top_left": framing.crop_top_left,
-        "target_size": framing.target_size,
-    }
-
-
-def _picture(entry: dict) -> Picture:
+def _picture(entry: dict[str, Any]) -> Picture:
     pairs = ("original_size", "crop_top_left", "target_size", "advice")
-    return Picture(**entry | {name: tuple(entry[name]) for name in pairs})
+    return Picture(**{**entry, **{name: tuple(entry[name]) for name in pairs}})
 
 
 def _is_about(line: str, name: str) -> bool:
@@ -300,4 +298,3 @@ def _copy_all(files: Sequence[Path], folder: Path) -> None:
     for number, file in enumerate(files):
         target = folder / file.name
         shutil.copyfile(file, target if not target.exists() else folder / f"{number}-{file.name}")
-

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdxl.studio import files
-from sdxl.studio.page import CSS, HEAD, THEME, build
+from sdxl.studio.page import HEAD, THEME, build
 from sdxl.studio.shared import Studio
 
 HOST = "127.0.0.1"
@@ -40,9 +40,14 @@ class OwnPagesOnly:
             return
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if urlsplit(f"//{host}").hostname not in (HOST, "localhost") or origin not in (None, f"http://{host}"):
+        if urlsplit(f"//{host}").hostname not in (HOST, "localhost") or origin not in (
+            None,
+            f"http://{host}",
+        ):
             if scope["type"] == "http":
-                await PlainTextResponse("Open the studio by its own address.", status_code=403)(scope, receive, send)
+                await PlainTextResponse("Open the studio by its own address.", status_code=403)(
+                    scope, receive, send
+                )
             return
 
         async def with_policy(message: Message) -> None:
@@ -75,7 +80,6 @@ def make_app(studio: Studio) -> FastAPI:
         allowed_paths=[str(studio.projects.folder.absolute())],
         ssr_mode=False,
         theme=THEME,
-        css_paths=CSS,
         head=HEAD,
     )
     app.add_middleware(OwnPagesOnly)
@@ -84,6 +88,4 @@ def make_app(studio: Studio) -> FastAPI:
 
 def serve(studio: Studio, port: int) -> None:
     """Serve the page until Ctrl-C or SIGTERM. Open tabs hold connections, which are not waited for."""
-    uvicorn.run(
-        make_app(studio), host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1
-    )
+    uvicorn.run(make_app(studio), host=HOST, port=port, log_level="warning", timeout_graceful_shutdown=1)

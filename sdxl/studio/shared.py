@@ -98,5 +98,7 @@ def _shown_in_the_page() -> Iterator[None]:
         sentence = str(error)
         if not isinstance(error, UserInputError):
             log.exception("A part of the page failed.")
-            sentence = f"Something unexpected happened ({type(error).__name__}). The terminal has the details."
+            sentence = (
+                f"Something unexpected happened ({type(error).__name__}). The terminal has the details."
+            )
         raise gradio.Error(as_message(sentence), duration=None, print_exception=False) from error

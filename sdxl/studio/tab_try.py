@@ -17,116 +17,178 @@ from sdxl.studio.projects import Project
 from sdxl.studio.shared import PRIVATE, Studio, told
 
 _SCENES = ("on a beach", "in the snow", "in a forest at sunset", "as a pencil drawing")
-_BASE = "the base, without your training"
+_BASE = ("the base, without your training", "")
+"""What people see, and the path that stands for it."""
 _MOST_BEFORE = 40
 """Pictures of earlier requests that are shown."""
 
 
-def try_tab(studio: Studio, key: gr.Textbox) -> dict[str, Any]:
-    """Build the tab; return `outputs` and `shown`, which fill it for a project."""
-    gr.Markdown("## Draw with it")
-    prompt = gr.Textbox(label="What shall it draw?", lines=2, elem_id="prompt", max_length=5000)
-    with gr.Row(elem_id="words"):
-        word = gr.Button("TOK", size="sm", min_width=80, elem_id="word")
-        scenes = [gr.Button(scene, size="sm", min_width=100) for scene in _SCENES]
-    with gr.Row():
-        tuned = gr.Dropdown(label="Draw with", choices=[], elem_id="tuned")
-        beside = gr.Dropdown(label="Beside it", choices=[], multiselect=True, value=[])
-    with gr.Row():
-        strength = gr.Slider(0, 1.5, value=1, step=0.05, label="Strength", info="1: as it was trained")
-        count = gr.Slider(1, 4, value=1, step=1, label="Pictures")
-        seed = gr.Textbox(label="Seed", info="Empty: a new one each time", max_length=10)
-    with gr.Accordion("Start from a picture", open=False):
-        gr.Markdown("It changes the picture. Paint over a part, and only that part is drawn anew.")
-        start = gr.ImageEditor(
-            label="The picture to start from",
-            type="pil",
-            sources=("upload", "clipboard"),
-            transforms=(),
-            layers=False,
-            brush=gr.Brush(colors=["#ff7828"], color_mode="fixed", default_size=24),
-            height=420,
-        )
-        change = gr.Slider(0.05, 1, value=0.8, step=0.05, label="How much to change")
-    with gr.Accordion("More", open=False):
-        negative = gr.Textbox(label="What to keep out of the picture")
-        with gr.Row():
-            steps = gr.Slider(1, 100, value=50, step=1, label="Steps")
-            guidance = gr.Slider(0, 20, value=7.5, step=0.5, label="How strictly it follows the words")
-    draw = gr.Button("Draw", variant="primary", size="lg", elem_id="draw")
-    how = {"object_fit": "contain", "height": "auto", "visible": False, "interactive": False}
-    gallery = gr.Gallery(label="New pictures", columns=2, elem_id="drawn", **how)
-    before = gr.Gallery(label="Earlier pictures", columns=4, elem_id="before", **how)
+class TryTab:
+    """The components of the step, and what they do."""
 
-    def shown(project: str) -> list[Any]:
-        found = studio.project(project)
-        own = studio.finished(found)
-        others = [(_BASE, ""), *own, *studio.everything_else(found)]
-        small = studio.is_miniature(found)
+    def __init__(self, studio: Studio, key: gr.Textbox) -> None:
+        self._studio, self._key = studio, key
+        gr.Markdown("## Draw with it")
+        self._words()
+        with gr.Row():
+            self.tuned = gr.Dropdown(label="Draw with", choices=[], elem_id="tuned")
+            self.beside = gr.Dropdown(label="Beside it", choices=[], multiselect=True, value=[])
+        with gr.Row():
+            self.strength = gr.Slider(
+                0, 1.5, value=1, step=0.05, label="Strength", info="1: as it was trained"
+            )
+            self.count = gr.Slider(1, 4, value=1, step=1, label="Pictures")
+            self.seed = gr.Textbox(label="Seed", info="Empty: a new one each time", max_length=10)
+        self._picture()
+        with gr.Accordion("More", open=False):
+            self.negative = gr.Textbox(label="What to keep out of the picture")
+            with gr.Row():
+                self.steps = gr.Slider(1, 100, value=50, step=1, label="Steps")
+                self.guidance = gr.Slider(
+                    0, 20, value=7.5, step=0.5, label="How strictly it follows the words"
+                )
+        self.draw = gr.Button("Draw", variant="primary", size="lg", elem_id="draw")
+        self.drawn, self.before = _gallery("New pictures", "drawn"), _gallery("Earlier pictures", "before")
+        self.outputs = [
+            self.word,
+            self.tuned,
+            self.beside,
+            self.steps,
+            self.guidance,
+            self.prompt,
+            self.before,
+        ]
+        self._connect()
+
+    def _words(self) -> None:
+        self.prompt = gr.Textbox(label="What shall it draw?", lines=2, elem_id="prompt", max_length=5000)
+        with gr.Row():
+            self.word = gr.Button("TOK", size="sm", min_width=80, elem_id="word")
+            scenes = [gr.Button(scene, size="sm", min_width=100) for scene in _SCENES]
+        for button in (self.word, *scenes):
+            button.click(
+                _with_word, [self.prompt, button], self.prompt, api_visibility=PRIVATE, show_progress="hidden"
+            )
+
+    def _picture(self) -> None:
+        with gr.Accordion("Start from a picture", open=False):
+            gr.Markdown("It changes the picture. Paint over a part, and only that part is drawn anew.")
+            self.picture = gr.ImageEditor(
+                label="The picture to start from",
+                type="pil",
+                sources=("upload", "clipboard"),
+                transforms=(),
+                layers=False,
+                brush=gr.Brush(colors=["#ff7828"], color_mode="fixed", default_size=24),
+                height=420,
+            )
+            self.change = gr.Slider(0.05, 1, value=0.8, step=0.05, label="How much to change")
+
+    def _connect(self) -> None:
+        asks = [self._key, self.prompt, self.tuned, self.beside, self.strength, self.count, self.seed]
+        asks += [self.picture, self.change, self.negative, self.steps, self.guidance]
+        for event in (self.draw.click, self.prompt.submit):
+            event(
+                self.let_draw,
+                asks,
+                [self.drawn, self.before],
+                api_visibility=PRIVATE,
+                concurrency_id="draw",
+                concurrency_limit=1,
+            )
+
+    @told
+    def shown(self, key: str) -> list[Any]:
+        """The fine-tunes and pictures of a project, for the components of `outputs`."""
+        project = self._studio.project(key)
+        own = self._studio.finished(project)
+        small = self._studio.is_miniature(project)
         return [
-            gr.update(value=found.about.word),
-            gr.update(choices=[*own, (_BASE, "")], value=own[0][1] if own else ""),
-            gr.update(choices=others, value=[]),
+            gr.update(value=project.about.word),
+            gr.update(choices=[*own, _BASE], value=own[0][1] if own else ""),
+            gr.update(choices=[_BASE, *own, *self._studio.everything_else(project)], value=[]),
             gr.update(value=20 if small else 50),
             gr.update(value=3 if small else 7.5),
-            found.about.plain_caption,
-            _drawn(found),
+            project.about.plain_caption,
+            _earlier(project),
         ]
 
     @told
-    def let_draw(project: str, *values: Any) -> Iterator[list[Any]]:
-        found = studio.project(project)
-        text, with_one, also, scale, number, wanted_seed, picture, strength, avoid, count_of_steps, follows = values
-        if not text.strip():
+    def let_draw(
+        self,
+        key: str,
+        prompt: str,
+        tuned: str | None,
+        beside: list[str] | None,
+        strength: float,
+        count: float,
+        seed: str | None,
+        picture: dict[str, Any] | None,
+        change: float,
+        negative: str | None,
+        steps: float,
+        guidance: float,
+    ) -> Iterator[list[Any]]:
+        """Draw with each chosen fine-tune, from the same seeds; show each as it comes."""
+        project = self._studio.project(key)
+        if not prompt.strip():
             raise UserInputError("Write what to draw first.")
-        if wanted_seed and not wanted_seed.strip().isdecimal():
-            raise UserInputError("The seed is a number, such as 7, or empty.")
-        first = int(wanted_seed) if wanted_seed and wanted_seed.strip() else random.randrange(2**31)
-        target = found.new("drawn")
-        inputs = {"prompt": text, "negative_prompt": avoid or "", "seed": first, "num_outputs": int(number)}
-        inputs |= {"num_inference_steps": int(count_of_steps), "guidance_scale": follows}
-        inputs |= _from_picture(picture, strength, target)
-        names = {path: name for name, path in [*studio.finished(found), *studio.everything_else(found), (_BASE, "")]}
+        first = _seed(seed)
+        folder = project.new("drawn")
+        inputs = {
+            **{"prompt": prompt, "negative_prompt": negative or "", "seed": first, "num_outputs": int(count)},
+            **{"num_inference_steps": int(steps), "guidance_scale": guidance},
+            **_from_picture(picture, change, folder),
+        }
+        known = [_BASE, *self._studio.finished(project), *self._studio.everything_else(project)]
+        names = {path: name for name, path in known}
         pictures: list[tuple[str, str]] = []
-        for place, path in enumerate(dict.fromkeys([with_one or "", *(also or [])])):
+        for place, path in enumerate(dict.fromkeys([tuned or "", *(beside or [])])):
             if path not in names:
                 raise UserInputError("This fine-tune is not there any more: choose another one.")
-            weights = {"replicate_weights": path, "lora_scale": scale} if path else {}
-            files = studio.drawer.draw(inputs | weights, target / str(place))
+            weights = {"replicate_weights": path, "lora_scale": strength} if path else {}
+            files = self._studio.drawer.draw(inputs | weights, folder / str(place))
             label = names[path] if path else "the base"
             pictures += [(str(file), f"{label}, seed {first + i}") for i, file in enumerate(files)]
             yield [gr.update(value=pictures, visible=True), gr.skip()]
-        yield [gr.skip(), _drawn(found)]
+        yield [gr.skip(), _earlier(project)]
 
-    asks = [key, prompt, tuned, beside, strength, count, seed, start, change, negative, steps, guidance]
-    word.click(_with_word, [prompt, word], prompt, api_visibility=PRIVATE, show_progress="hidden")
-    for scene in scenes:
-        scene.click(_with_word, [prompt, scene], prompt, api_visibility=PRIVATE, show_progress="hidden")
-    for event in (draw.click, prompt.submit):
-        event(let_draw, asks, [gallery, before], api_visibility=PRIVATE, concurrency_id="draw", concurrency_limit=1)
-    return {"outputs": [word, tuned, beside, steps, guidance, prompt, before], "shown": shown}
+
+def _gallery(label: str, name: str) -> gr.Gallery:
+    return gr.Gallery(
+        label=label, elem_id=name, object_fit="contain", height="auto", visible=False, interactive=False
+    )
 
 
 def _with_word(prompt: str, word: str) -> str:
     return f"{prompt.rstrip()} {word}".strip()
 
 
+def _seed(text: str | None) -> int:
+    """The seed that somebody wrote, or a random one."""
+    if not text or not text.strip():
+        return random.randrange(2**31)
+    if not text.strip().isdecimal():
+        raise UserInputError("The seed is a number, such as 7, or empty.")
+    return int(text)
+
+
 def _from_picture(value: dict[str, Any] | None, change: float, folder: Path) -> dict[str, Any]:
     """The inputs for a picture to start from, and for what was painted over it; none if there is no picture."""
     background: Image.Image | None = (value or {}).get("background")
-    if background is None or background.getbbox() is None:
+    if value is None or background is None or background.getbbox() is None:
         return {}
     picture = folder / "start.png"
     background.convert("RGB").save(picture)
     given: dict[str, Any] = {"image": str(picture), "prompt_strength": change}
-    painted = crops.painted_in(value["layers"]) if value and value.get("layers") else None
+    painted = crops.painted_in(value["layers"]) if value.get("layers") else None
     if painted is not None and painted.getbbox() is not None:
         painted.save(folder / "mask.png")
         given |= {"mask": str(folder / "mask.png"), "mask_blur": 4}
     return given
 
 
-def _drawn(project: Project) -> Any:
+def _earlier(project: Project) -> Any:
     """The gallery of the pictures of earlier requests, the newest first."""
     files = [path for path in project.drawn.glob("*/*/*") if path.suffix in (".png", ".webp", ".jpg")]
     newest = sorted(files, key=lambda path: (-int(path.parent.parent.name), path.parent.name, path.name))

@@ -33,7 +33,9 @@ def card(pictures: PictureSet, picture: Picture) -> Html:
     layers = [image(small, f"{picture.name}, as it will be learned", most_bytes=30_000)]
     mask = pictures.mask(picture)
     if mask is not None:
-        layers.append(image(mask_layer(mask, small.size), "What is red counts less", most_bytes=9_000, class_="mask"))
+        layers.append(
+            image(mask_layer(mask, small.size), "What is red counts less", most_bytes=9_000, class_="mask")
+        )
     return tag("div", *layers, class_="layers" if picture.used else "layers unused")
 
 
@@ -41,7 +43,11 @@ def under_card(picture: Picture, word: str) -> Html:
     """Whether the caption names the word, and advice."""
     parts = re.split(rf"(?<!\w)({re.escape(word)})(?!\w)", picture.caption)
     marked = [tag("mark", part) if number % 2 else part for number, part in enumerate(parts)]
-    said = tag("p", *marked, class_="caption") if len(parts) > 1 else tag("p", f"{word} is missing here.", class_="warning")
+    said = (
+        tag("p", *marked, class_="caption")
+        if len(parts) > 1
+        else tag("p", f"{word} is missing here.", class_="warning")
+    )
     advice = [tag("p", f"{picture.name} {sentence}", class_="warning") for sentence in picture.advice]
     return tag("div", said, *advice)
 
