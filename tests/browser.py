@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CHROMIUM = shutil.which("chromium")
 _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run")
@@ -23,12 +23,8 @@ _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pip
 class Page:
     """One open page. `errors` collects script errors, blocked parts and failed requests."""
 
-    def __init__(self, to: int, back: int) -> None:
-        self._to, self._back, self._numbers = (
-            os.fdopen(to, "wb", 0),
-            os.fdopen(back, "rb"),
-            itertools.count(1),
-        )
+    def __init__(self, to: IO[bytes], back: IO[bytes], numbers: Iterator[int]) -> None:
+        self._to, self._back, self._numbers = to, back, numbers
         self._session: dict[str, str] = {}
         self.errors: list[str] = []
         self.allowed: tuple[str, ...] = ("file:", "data:", "about:")
@@ -38,6 +34,10 @@ class Page:
         self._session = {"sessionId": session}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+
+    def other_tab(self) -> "Page":
+        """A second page of the same browser. What it tells while this one is used, this one hears."""
+        return Page(self._to, self._back, self._numbers)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command, and return its result."""
@@ -145,7 +145,7 @@ def browser() -> Iterator[Page]:
         process = subprocess.Popen(["bash", "-c", move, profile], pass_fds=(their_in, their_out))
         os.close(their_in)
         os.close(their_out)
-        page = Page(to, back)
+        page = Page(os.fdopen(to, "wb", 0), os.fdopen(back, "rb"), itertools.count(1))
         try:
             yield page
         finally:

@@ -97,11 +97,11 @@ def _whole_file(pictures: PictureSet, picture: Picture) -> Path:
 def _whole_mask(pictures: PictureSet, picture: Picture) -> Image.Image | None:
     """The mask of the whole resized picture; what nobody has seen yet is black. None: there is no mask."""
     mask, whole = pictures.mask(picture), _whole_file(pictures, picture)
-    if mask is None:
-        return None
     if whole.exists():
         with Image.open(whole) as opened:
             return opened.convert("L")
+    if mask is None:
+        return None
     canvas = _black(picture)
     with Image.open(mask) as opened:
         top, left = picture.crop_top_left

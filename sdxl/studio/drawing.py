@@ -62,6 +62,7 @@ class Drawer:
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
+            self._end()
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / doors.LOG).open("wb") as log:
                 self._process = subprocess.Popen(
@@ -78,6 +79,10 @@ class Drawer:
     def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):  # what was not sent is lost with the process
+                    assert pipe is not None
+                    pipe.close()
             self._process.wait()
             self._process = None
 

@@ -3,6 +3,7 @@
 Knows the order of the steps; does not know what is in them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,5 +98,10 @@ def build(studio: Studio) -> gr.Blocks:
             (try_step, key, tries),
             (take_step, key, take),
         ):
-            step.select(tab.shown, inputs, tab.outputs, api_visibility=PRIVATE, show_progress="hidden")
+            step.select(_once_open(tab), inputs, tab.outputs, api_visibility=PRIVATE, show_progress="hidden")
     return page
+
+
+def _once_open(tab: TrainTab | TryTab | TakeTab) -> Callable[..., list[Any]]:
+    """What fills a tab; nothing as long as the page is still being opened."""
+    return lambda key, *values: tab.shown(key, *values) if key else [gr.skip()] * len(tab.outputs)
