@@ -67,8 +67,12 @@ class Studio:
 
     def everything_else(self, project: Project) -> list[tuple[str, str]]:
         """(what people see, path) of the fine-tunes of all other projects."""
-        others = [self.projects.require(key) for _, key in self.projects.all() if key != project.key]
-        return [one for other in others for one in self.finished(other)]
+        return [
+            (f"{shown}, training {one.number}", str(one.result))
+            for shown, key in self.projects.all()
+            if key != project.key
+            for one in self.results(self.projects.require(key))
+        ]
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:

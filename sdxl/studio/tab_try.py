@@ -19,6 +19,8 @@ from sdxl.studio.shared import PRIVATE, Studio, told
 _SCENES = ("on a beach", "in the snow", "in a forest at sunset", "as a pencil drawing")
 _BASE = ("the base, without your training", "")
 """What people see, and the path that stands for it."""
+_SEEDS = 100_000
+"""Random seeds are below: few digits are easy to write down."""
 _MOST_BEFORE = 40
 """Pictures of earlier requests that are shown."""
 
@@ -167,7 +169,7 @@ def _with_word(prompt: str, word: str) -> str:
 def _seed(text: str | None) -> int:
     """The seed that somebody wrote, or a random one."""
     if not text or not text.strip():
-        return random.randrange(2**31)
+        return random.randrange(_SEEDS)
     if not text.strip().isdecimal():
         raise UserInputError("The seed is a number, such as 7, or empty.")
     return int(text)
