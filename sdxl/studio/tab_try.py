@@ -34,7 +34,7 @@ class TryTab:
         self._words()
         with gr.Row():
             self.tuned = gr.Dropdown(label="Draw with", choices=[], elem_id="tuned")
-            self.beside = gr.Dropdown(label="Beside it", choices=[], multiselect=True, value=[])
+            self.beside = gr.Dropdown(label="Compare with", choices=[], multiselect=True, value=[])
         with gr.Row():
             self.strength = gr.Slider(
                 0, 1.5, value=1, step=0.05, label="Strength", info="1: as it was trained"
