@@ -267,6 +267,8 @@ def test_a_person_makes_a_fine_tune(page: Page, start: Callable[[], Server], ser
     for step in ("1 Pictures", "2 Train", "3 Try", "4 Take away"):
         choose(page, step)
         assert page.run("document.documentElement.scrollWidth") <= 390
+        widest = "Math.max(...[...document.querySelectorAll('button, h2')].map(one => one.getBoundingClientRect().right))"
+        assert page.run(widest) <= 390, step
     page.resize(1280)
 
     two_tabs(page, server, key, tmp_path)
