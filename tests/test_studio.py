@@ -2,8 +2,12 @@
 
 import fcntl
 import json
+import os
+import signal
+import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from sdxl.studio.picture_set import PictureSet
 from sdxl.studio.projects import About, Projects
 from sdxl.studio.taking import file_for
 from sdxl.studio.trainings import Training
-from tests.conftest import png, write_zip
+from tests.conftest import REPOSITORY, png, write_zip
 
 HOSTILE = "=cmd()|'x' \u202e<b>é, \"q\".png"
 
@@ -172,11 +176,20 @@ def test_the_forecast_says_what_it_goes_by():
     assert "two processor cores" in forecast(settings(256, Choice()), None, has_gpu=False)
 
 
-def test_a_process_outlives_nobody_it_should_not(tmp_path: Path):
+def test_a_process_outlives_the_one_that_started_it(tmp_path: Path):
     assert not doors.is_running(tmp_path)
-    process = doors.start([sys.executable, "-c", "input()"], tmp_path)
-    process.wait(60)
-    assert not doors.is_running(tmp_path)
+    program = (
+        "import sys; from pathlib import Path; from sdxl.studio import doors; "
+        "print(doors.start([sys.executable, '-c', 'import time; time.sleep(600)'], Path(sys.argv[1])).pid)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, capture_output=True, check=True
+    )
+    assert doors.is_running(tmp_path)
+    os.kill(int(done.stdout), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while doors.is_running(tmp_path):
+        assert time.monotonic() < deadline
     with (tmp_path / doors.LOCK).open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert doors.is_running(tmp_path)

@@ -18,7 +18,7 @@ from sdxl.studio.trainings import Training
 
 _EVERY_SECONDS = 2.0
 _CURVES_AGAIN = 20
-"""Curves are drawn at most so many times in a run, and at each check: a drawing takes a second."""
+"""Curves are drawn at most so many times in a run, and at each check."""
 _PRESETS = [
     ("Quick: a first look", "quick"),
     ("Good: right for most", "good"),
@@ -54,8 +54,12 @@ class TrainTab:
         self.ended = gr.HTML()
         self.status = gr.HTML(elem_id="status")
         self.previews = gr.HTML(elem_id="previews")
-        with gr.Accordion("Curves", open=False):
+        with gr.Accordion("Curves", open=False, elem_id="curves") as curves:
             self.curves = gr.HTML()
+        self.with_curves = gr.State(False)
+        """Whether somebody looks at the curves: to draw them takes half a second."""
+        curves.expand(lambda: True, None, self.with_curves, api_visibility=PRIVATE)
+        curves.collapse(lambda: False, None, self.with_curves, api_visibility=PRIVATE)
         with gr.Accordion("Log", open=False):
             self.log = gr.Textbox(label="The last lines of the log", lines=8, max_lines=8, interactive=False)
         self.seen = gr.State("")
@@ -109,7 +113,11 @@ class TrainTab:
         self.stop.click(self.end, self._key, self.ended, api_visibility=PRIVATE)
         self.go_on.click(self.resume, self._key, self.watched, api_visibility=PRIVATE)
         gr.Timer(_EVERY_SECONDS).tick(
-            self.watch, self.key_and(self.seen), self.watched, api_visibility=PRIVATE, show_progress="hidden"
+            self.watch,
+            self.key_and(self.seen, self.with_curves),
+            self.watched,
+            api_visibility=PRIVATE,
+            show_progress="hidden",
         )
 
     def _asked(self, project: Project, *values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -157,11 +165,11 @@ class TrainTab:
         training.go()
         return self._seen(training, "")
 
-    def watch(self, key: str, before: str) -> list[Any]:
+    def watch(self, key: str, before: str, with_curves: bool) -> list[Any]:
         """What has changed since `before`."""
         training = trainings.latest(self._studio.project(key)) if key else None
         if training is not None:
-            return self._seen(training, before)
+            return self._seen(training, before, with_curves)
         hidden = gr.update(visible=False)
         return ["", "", "", "", gr.update(visible=True), hidden, hidden, ""] if before else self._as_it_is
 
@@ -169,16 +177,17 @@ class TrainTab:
     def _as_it_is(self) -> list[Any]:
         return [gr.skip()] * len(self.watched)
 
-    def _seen(self, training: Training, before: str) -> list[Any]:
+    def _seen(self, training: Training, before: str, with_curves: bool = False) -> list[Any]:
         """The training as it is now, for the components of `watched`. before: what they show."""
         now = training.progress
         part = now.step * _CURVES_AGAIN // max(1, now.steps)
         pictures = f"{training.number} {len(now.history.previews)} {now.folder.name}"
-        drawn = f"{training.number} {len(now.history.checks)} {part} {now.state}"
+        drawn = f"{training.number} {len(now.history.checks)} {part} {now.state}" if with_curves else ""
         seen = f"{pictures}|{drawn}|{now.step} {now.state} {now.message}"
         if seen == before:
             return self._as_it_is
-        same_pictures, same_curves = before.startswith(f"{pictures}|"), f"|{drawn}|" in before
+        same_pictures = before.startswith(f"{pictures}|")
+        same_curves = not with_curves or f"|{drawn}|" in before
         running = training.is_running
         return [
             views.progress(now),
