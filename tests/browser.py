@@ -23,11 +23,14 @@ _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pip
 class Page:
     """One open page. `errors` collects script errors, blocked parts and failed requests."""
 
-    def __init__(self, to: IO[bytes], back: IO[bytes], numbers: Iterator[int]) -> None:
+    def __init__(
+        self, to: IO[bytes], back: IO[bytes], numbers: Iterator[int], beside: "Page | None" = None
+    ) -> None:
+        """beside: another page of the same browser. Each hears what both tell, so they have one list of errors."""
         self._to, self._back, self._numbers = to, back, numbers
         self._session: dict[str, str] = {}
-        self.errors: list[str] = []
-        self.allowed: tuple[str, ...] = ("file:", "data:", "about:")
+        self.errors: list[str] = beside.errors if beside else []
+        self.allowed: tuple[str, ...] = beside.allowed if beside else ("file:", "data:", "about:")
         """How addresses may begin that the page asks for."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -36,8 +39,8 @@ class Page:
             self.call(f"{domain}.enable")
 
     def other_tab(self) -> "Page":
-        """A second page of the same browser. What it tells while this one is used, this one hears."""
-        return Page(self._to, self._back, self._numbers)
+        """A second page of the same browser."""
+        return Page(self._to, self._back, self._numbers, self)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command, and return its result."""

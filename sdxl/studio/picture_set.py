@@ -7,10 +7,12 @@
 Knows how drops become a set, and a set the archive that `train` takes; does not know the page or how pictures are prepared.
 """
 
+import contextlib
 import csv
+import fcntl
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,13 +132,14 @@ class PictureSet:
             came += self._prepared_batch(lambda source, group=group: unpack(group[0], source))
         if loose:
             came += self._prepared_batch(lambda source: _copy_all(loose, source))
-        pictures = self.pictures
-        if len(pictures) + len(came) > MOST_PICTURES:
-            raise DatasetError(
-                f"That makes {len(pictures) + len(came)} pictures, but the studio shows at most {MOST_PICTURES}: for one "
-                "subject the best 20 are enough."
-            )
-        self._write([*pictures, *came])
+        with self._alone():
+            pictures = self.pictures
+            if len(pictures) + len(came) > MOST_PICTURES:
+                raise DatasetError(
+                    f"That makes {len(pictures) + len(came)} pictures, but the studio shows at most {MOST_PICTURES}: for one "
+                    "subject the best 20 are enough."
+                )
+            self._write([*pictures, *came])
         return len(came)
 
     def _prepared_batch(self, fill: Callable[[Path], object]) -> list[Picture]:
@@ -190,12 +193,12 @@ class PictureSet:
         Raises:
             UserInputError: there is no such picture, or its caption holds what no caption may.
         """
-        picture = self.find(key)
         if "caption" in changed:
             changed["caption"] = one_line(str(changed["caption"]))
-            check_caption_text(str(changed["caption"]), f"The caption of {picture.name}")
-        new = replace(picture, **changed)  # type: ignore[arg-type]
-        self._write([new if one.key == key else one for one in self.pictures])
+            check_caption_text(str(changed["caption"]), f"The caption of {self.find(key).name}")
+        with self._alone():
+            new = replace(self.find(key), **changed)  # type: ignore[arg-type]
+            self._write([new if one.key == key else one for one in self.pictures])
         return new
 
     def insert_word(self, *, instead_of: str = "") -> int:
@@ -203,17 +206,18 @@ class PictureSet:
 
         instead_of: the word that it had before; by default one that all captions without the new word have.
         """
-        about, changed, pictures = self.project.about, 0, []
-        instead_of = instead_of or self._other_word()
-        for picture in self.pictures:
-            caption = picture.caption
-            if instead_of and count_token(caption, instead_of):
-                caption = re.sub(rf"(?<!\w){re.escape(instead_of)}(?!\w)", about.word, caption)
-            elif not count_token(caption, about.word):
-                caption = f"{about.plain_caption}, {caption}" if caption else about.plain_caption
-            changed += caption != picture.caption
-            pictures.append(replace(picture, caption=caption))
-        self._write(pictures)
+        with self._alone():
+            about, changed, pictures = self.project.about, 0, []
+            instead_of = instead_of or self._other_word()
+            for picture in self.pictures:
+                caption = picture.caption
+                if instead_of and count_token(caption, instead_of):
+                    caption = re.sub(rf"(?<!\w){re.escape(instead_of)}(?!\w)", about.word, caption)
+                elif not count_token(caption, about.word):
+                    caption = f"{about.plain_caption}, {caption}" if caption else about.plain_caption
+                changed += caption != picture.caption
+                pictures.append(replace(picture, caption=caption))
+            self._write(pictures)
         return changed
 
     def _other_word(self) -> str:
@@ -225,9 +229,18 @@ class PictureSet:
 
     def set_captions(self, captions: Mapping[str, str]) -> None:
         """Give the pictures with these keys new captions."""
-        self._write(
-            [replace(one, caption=one_line(captions.get(one.key, one.caption))) for one in self.pictures]
-        )
+        with self._alone():
+            self._write(
+                [replace(one, caption=one_line(captions.get(one.key, one.caption))) for one in self.pictures]
+            )
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else changes the set meanwhile: two captions may be written at once, in two tabs too."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _write(self, pictures: Sequence[Picture]) -> None:
         write_json(self.folder / _SET, [asdict(picture) for picture in pictures])

@@ -70,7 +70,16 @@ class PicturesTab:
         asks, key, version = [self._key, self.version], self._key, self.version
         for event in (self.name.blur, self.name.submit, self.kind.change):
             told_inputs = [key, self.name, self.kind, version]
-            event(self.tell, told_inputs, self.outputs, api_visibility=PRIVATE, show_progress="hidden")
+            event(
+                self.tell,
+                told_inputs,
+                self.outputs,
+                api_visibility=PRIVATE,
+                show_progress="hidden",
+                trigger_mode="always_last",
+                concurrency_id="tell",
+                concurrency_limit=1,
+            )
         for source in (self.drop, self.folder):
             source.upload(
                 self.add, [key, source, version], [source, self.name, *self.outputs], api_visibility=PRIVATE
@@ -105,7 +114,11 @@ class PicturesTab:
     def _card(self, pictures: PictureSet, picture_key: str) -> None:
         """One picture with its caption."""
         picture = pictures.find(picture_key)
-        quiet: dict[str, Any] = {"api_visibility": PRIVATE, "show_progress": "hidden"}
+        quiet: dict[str, Any] = {
+            "api_visibility": PRIVATE,
+            "show_progress": "hidden",
+            "trigger_mode": "always_last",
+        }
         with gr.Column(elem_classes="card", min_width=220):
             shown = gr.HTML(views.card(pictures, picture))
             # `interactive` is named, because Gradio otherwise exchanges a field with a value at the first key.
@@ -135,9 +148,9 @@ class PicturesTab:
                 views.sentences(found.problems()),
             ]
 
-        for event in (caption.blur, caption.submit):
-            event(write, [self._key, caption], [under, self.notes], **quiet)
-        used.input(use, [self._key, used], [shown, self.notes], **quiet)
+        # Not `input` or `blur`: with them Gradio sends what was there before the last key.
+        caption.change(write, [self._key, caption], [under, self.notes], **quiet)
+        used.change(use, [self._key, used], [shown, self.notes], **quiet)
         self.editor.opens_with(edit, picture_key)
 
     @told

@@ -38,7 +38,7 @@ class TakeTab:
             push = gr.Button("Put it there")
             pushed = gr.HTML()
         self.outputs = [self.training, self.links, self.made]
-        self.training.input(self.files, [key, self.training], self.links, api_visibility=PRIVATE)
+        self.training.change(self.files, [key, self.training], self.links, api_visibility=PRIVATE)
         make.click(
             self.export,
             [key, self.training, form],

@@ -107,8 +107,17 @@ class TrainTab:
 
     def _connect(self) -> None:
         for one in self.chosen:
-            event = one.blur if isinstance(one, gr.Textbox | gr.Number) else one.change
-            event(self.shown, self.inputs, self.outputs, api_visibility=PRIVATE, show_progress="hidden")
+            one.change(
+                self.shown,
+                self.inputs,
+                self.outputs,
+                api_visibility=PRIVATE,
+                show_progress="hidden",
+                # One after the other, and the last one surely: an older answer must not replace a newer one.
+                trigger_mode="always_last",
+                concurrency_id="foresee",
+                concurrency_limit=1,
+            )
         self.start.click(self.begin, self.inputs, self.watched, api_visibility=PRIVATE)
         self.stop.click(self.end, self._key, self.ended, api_visibility=PRIVATE)
         self.go_on.click(self.resume, self._key, self.watched, api_visibility=PRIVATE)
