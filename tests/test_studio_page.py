@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from sdxl.files.archives import unpack
+from sdxl.studio import doors
 from tests.browser import CHROMIUM, Page, browser
 from tests.conftest import REPOSITORY, free_port, png
 
@@ -228,8 +229,13 @@ def test_a_person_makes_a_fine_tune(page: Page, server: Server, tmp_path: Path):
     pictures_with_captions(page, tmp_path)
     training_begun(page)
 
-    # The tab is closed and opened again; the training does not notice.
+    # The tab is closed, and opened again when the training has finished.
     page.call("Page.navigate", url="about:blank")
+    folder = server.folder / key / "trainings" / "1"
+    deadline = time.monotonic() + 300
+    while doors.is_running(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     assert opened(page, server, key) == key
     choose(page, "2 Train")
     shows(page, "#status", "Finished", seconds=300)
