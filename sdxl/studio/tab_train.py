@@ -106,18 +106,16 @@ class TrainTab:
         return [self._key, *components]
 
     def _connect(self) -> None:
-        for one in self.chosen:
-            one.change(
-                self.shown,
-                self.inputs,
-                self.outputs,
-                api_visibility=PRIVATE,
-                show_progress="hidden",
-                # One after the other, and the last one surely: an older answer must not replace a newer one.
-                trigger_mode="always_last",
-                concurrency_id="foresee",
-                concurrency_limit=1,
-            )
+        # One event for all of them: while it runs, the last change waits, so the last answer is the right one.
+        gr.on(
+            [one.change for one in self.chosen],
+            self.shown,
+            self.inputs,
+            self.outputs,
+            api_visibility=PRIVATE,
+            show_progress="hidden",
+            trigger_mode="always_last",
+        )
         self.start.click(self.begin, self.inputs, self.watched, api_visibility=PRIVATE)
         self.stop.click(self.end, self._key, self.ended, api_visibility=PRIVATE)
         self.go_on.click(self.resume, self._key, self.watched, api_visibility=PRIVATE)
