@@ -482,11 +482,11 @@ def _watch(
 
     keep: takes the fine-tunes of all checked moments, if they are wanted.
     """
-    from sdxl.serving.previews import preview_drawer, preview_prompts, preview_side
+    from sdxl.serving.previews import PreviewDrawer, preview_prompts, preview_side
     from sdxl.training.data_parallel import rank
     from sdxl.training.examples import held_out_examples, kept_out
     from sdxl.training.stops import finish_on_signal
-    from sdxl.training.watch import Watch
+    from sdxl.training.watch import AT_ONCE, Watch
 
     asked = finish_on_signal()
     if not settings.behind_server():
@@ -509,13 +509,14 @@ def _watch(
         watch.history.prompts = list(
             prompts_of(named, name="preview_prompts") if named else preview_prompts(captions, token_map, word)
         )
-        watch.draw = preview_drawer(
+        watch.draw = PreviewDrawer(
             components,
             token_map,
             watch.history.prompts,
             output / PREVIEWS,
             side=preview_side(config.resolution),
             seed=config.seed,
+            at_once=AT_ONCE * config.train_batch_size // 2,  # with guidance a picture has two rows
         )
     return watch
 

@@ -128,7 +128,7 @@ def test_pictures_of_parts_that_take_turns_on_the_gpu_are_those_of_all_on_it(
                 "num_inference_steps": 6,
                 "seed": 0,
             }
-            files = call(predictor.run, **small, num_outputs=2, **inputs)
+            files = call(predictor.run, num_outputs=2, **(small | inputs))
             return [np.array(Image.open(file)) for file in files]
 
         base = draw()

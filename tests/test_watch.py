@@ -34,7 +34,9 @@ def watched(folder: Path) -> tuple[Components, Meter]:
     cache_examples(folder, components, TOK, seed=0)
     held_out = held_out_examples(folder, components, TOK, seed=0, pictures=())
     NewTokens(components, TOK, "TOK:fish", torch.Generator().manual_seed(0))
-    meter = Meter(components, held_out, TOK, words="TOK:fish", texts=TEXTS, seed=0, mixed_precision=False)
+    meter = Meter(
+        components, held_out, TOK, words="TOK:fish", texts=TEXTS, seed=0, mixed_precision=False, at_once=5
+    )
     return components, meter
 
 
@@ -64,7 +66,7 @@ def test_a_unet_that_knows_a_picture_has_a_lower_loss_on_it(watched: tuple[Compo
     captions = meter._texts()[0]
     noise = meter._noise
     for share in (*BANDS.values(),) * 4:
-        times = meter._times(share, len(held.latents))
+        times = meter._times([share], len(held.latents))
         noisy = components.noise_scheduler.add_noise(held.latents, noise, times)  # type: ignore[arg-type]
         told = {"text_embeds": captions.pooled, "time_ids": held.time_ids}
         out = unet(noisy, times, encoder_hidden_states=captions.hidden, added_cond_kwargs=told).sample

@@ -4,12 +4,15 @@ Knows streams and graphs; does not know training.
 """
 
 from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 WARM_UP_CALLS = 3
 """Calls of a piece of work before its capture. In these, libraries allocate workspaces and choose kernels."""
+
+Result = TypeVar("Result")
+"""A tensor, or a tuple of tensors."""
 
 
 class GraphedWork:
@@ -35,7 +38,7 @@ class GraphedWork:
     def forget(self) -> None:
         """Drop all graphs and their memory. Call this when the work itself changes."""
         self._calls: dict[Hashable, int] = {}
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
         self._stream = torch.cuda.Stream() if self.enabled else None
 
@@ -43,8 +46,8 @@ class GraphedWork:
         """Whether the work of `key` is captured, so that calls replay it."""
         return key in self._graphs
 
-    def __call__(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
-        """Run `work`, or replay the graph of `key`; return the result."""
+    def __call__(self, key: Hashable, work: Callable[[], Result]) -> Result:
+        """Run `work`, or replay the graph of `key`; return the result, a tensor or several."""
         if not self.enabled:
             return work()
         if self.holds(key):
@@ -56,7 +59,7 @@ class GraphedWork:
             return self._warm_up(work)
         return self._capture(key, work)
 
-    def _warm_up(self, work: Callable[[], Tensor]) -> Tensor:
+    def _warm_up(self, work: Callable[[], Result]) -> Result:
         """Run `work` eagerly on the stream of the later capture.
 
         autograd accumulates a gradient on the stream where it first appeared; that must be the capturing stream.
@@ -68,7 +71,7 @@ class GraphedWork:
         torch.cuda.current_stream().wait_stream(self._stream)
         return result
 
-    def _capture(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
+    def _capture(self, key: Hashable, work: Callable[[], Result]) -> Result:
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
             graph.register_generator_state(self.generator)

@@ -51,14 +51,16 @@ class Meter:
         texts: Sequence[str],
         seed: int,
         mixed_precision: bool,
+        at_once: int,
     ) -> None:
         """Compute what the base predicts.
 
         held_out: examples that training does not see, all of one shape.
         words: the words of new tokens, such as "TOK:dog"; the base answers with these in place of the tokens.
         texts: what is asked for beside the subject, at least two; they name no new token.
+        at_once: most pictures in one call of the UNet.
         """
-        self._components, self._mixed = components, mixed_precision
+        self._components, self._mixed, self._at_once = components, mixed_precision, at_once
         self._device = components.device
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._held = held_out.collate(range(len(held_out)))
@@ -116,46 +118,47 @@ class Meter:
 
     def _losses(self, captions: TextConditioning) -> dict[str, float]:
         """The mean squared error of the held-out examples in each band."""
-        scheduler = self._components.noise_scheduler
-        losses = {}
-        for band, share in BANDS.items():
-            times = self._times(share, len(self._held.latents))
-            noisy = scheduler.add_noise(self._held.latents, self._noise, times)  # type: ignore[arg-type]
-            target = training_target(scheduler, self._held.latents, self._noise, times)
-            error = (self._call(noisy, times, captions, self._held) - target).square() * self._held.mask
-            losses[band] = float(error.sum() / self._held.mask.sum().clamp_min(1e-6)) + 1e-12
-        return losses
+        scheduler, count = self._components.noise_scheduler, len(self._held.latents)
+        every = self._held.take(torch.arange(count, device=self._device).repeat(len(BANDS)))
+        noise, times = self._noise.repeat(len(BANDS), 1, 1, 1), self._times(list(BANDS.values()), count)
+        noisy = scheduler.add_noise(every.latents, noise, times)  # type: ignore[arg-type]
+        target = training_target(scheduler, every.latents, noise, times)
+        captions = captions.take(torch.arange(count, device=self._device).repeat(len(BANDS)))
+        errors = (self._call(noisy, times, captions, every) - target).square() * every.mask
+        whole = self._held.mask.sum().clamp_min(1e-6)
+        return {
+            band: float(error.sum() / whole) + 1e-12
+            for band, error in zip(BANDS, errors.chunk(len(BANDS)), strict=True)
+        }
 
     def _predicted(self, texts: TextConditioning, shares: Sequence[float]) -> Tensor:
         """Predictions [timesteps, texts, c, h, w] for the first held-out example, with noise, under each of the texts."""
-        scheduler = self._components.noise_scheduler
-        first, count = self._held.take(torch.tensor([0], device=self._device)), len(texts.pooled)
-        several = first.take(torch.zeros(count, dtype=torch.long, device=self._device))
-        found = []
-        for share in shares:
-            times = self._times(share, count)
-            noise = self._noise[:1].expand(count, -1, -1, -1)
-            noisy = scheduler.add_noise(several.latents, noise, times)  # type: ignore[arg-type]
-            found.append(self._call(noisy, times, texts, several))
-        return torch.stack(found)
+        count, rows = len(texts.pooled), len(texts.pooled) * len(shares)
+        several = self._held.take(torch.zeros(rows, dtype=torch.long, device=self._device))
+        noise, times = self._noise[:1].expand(rows, -1, -1, -1), self._times(shares, count)
+        noisy = self._components.noise_scheduler.add_noise(several.latents, noise, times)  # type: ignore[arg-type]
+        texts = texts.take(torch.arange(count, device=self._device).repeat(len(shares)))
+        return self._call(noisy, times, texts, several).unflatten(0, (len(shares), count))
 
-    def _times(self, share: float, count: int) -> Tensor:
+    def _times(self, shares: Sequence[float], count: int) -> Tensor:
+        """Timesteps [len(shares) · count]: each of the shares of all timesteps `count` times."""
         steps = self._components.noise_scheduler.config["num_train_timesteps"]
-        return torch.full((count,), int(share * steps), device=self._device)
+        times = torch.tensor([int(share * steps) for share in shares], device=self._device)
+        return times.repeat_interleave(count)
 
     @torch.no_grad()
     def _call(self, noisy: Tensor, times: Tensor, texts: TextConditioning, like: Example) -> Tensor:
-        """The UNet's predictions, one picture at a time so that memory for training stays free."""
+        """The UNet's predictions for all rows, as many at once as memory for training leaves room for."""
         unet = self._components.unet
         rows = []
         # Compiled blocks would compile anew for these shapes and for calls without gradients.
         with torch.compiler.set_stance("force_eager"), autocast(self._device, self._mixed):
-            for row in range(len(noisy)):
-                one = slice(row, row + 1)
-                added = {"text_embeds": texts.pooled[one].to(unet.dtype), "time_ids": like.time_ids[one]}
-                hidden = texts.hidden[one].to(unet.dtype)
+            for start in range(0, len(noisy), self._at_once):
+                some = slice(start, start + self._at_once)
+                added = {"text_embeds": texts.pooled[some].to(unet.dtype), "time_ids": like.time_ids[some]}
+                hidden = texts.hidden[some].to(unet.dtype)
                 told = {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
-                rows.append(unet(noisy[one].to(unet.dtype), times[one], **told).sample.float())
+                rows.append(unet(noisy[some].to(unet.dtype), times[some], **told).sample.float())
         return torch.cat(rows)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,23 @@ from sdxl.training.signals import Meter
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 4
+"""Pictures in a call of the UNet without gradients, for each picture of a training batch. Without activations to keep, a
+picture takes a tenth of the memory."""
 PREVIEWED = 2
 """Previews are drawn at every so many looks, and at the last."""
+
+
+class Previewer(Protocol):
+    """Draws previews."""
+
+    def __call__(self, step: int) -> Previews:
+        """Draw them with the weights after `step`."""
+        ...
+
+    def freeze_text(self) -> None:
+        """Read the prompts for the last time, because the text encoders are about to leave the device."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -38,7 +53,7 @@ class Watch:
     """How often to look."""
     held_out: ExampleDataset | None = None
     """What training does not see; not None if `checks` is above 0."""
-    draw: Callable[[int], Previews] | None = None
+    draw: Previewer | None = None
     """Draws the previews of a moment with the present weights; None: there are none."""
     keep: Callable[[int, TrainedFineTune], None] | None = None
     """Takes the fine-tune of every checked moment."""
@@ -69,6 +84,7 @@ class Watch:
                 texts=texts_beside(config),
                 seed=config.seed,
                 mixed_precision=mixed_precision,
+                at_once=AT_ONCE * config.train_batch_size,
             )
             self._preview(0)
 
@@ -76,6 +92,9 @@ class Watch:
         """The text encoders have learned all that they will, and are about to leave the device."""
         if self._meter is not None:
             self._meter.freeze_text()
+        with self._without_failure("after the pivot"):
+            if self.draw is not None:
+                self.draw.freeze_text()
 
     def stops_after(self, step: int, snapshot: Callable[[], TrainedFineTune]) -> bool:
         """Look after `step`, if it is time or the last chance, and keep a snapshot of the best moment.
@@ -167,13 +186,17 @@ class Watch:
         self.history.watched_seconds += time.monotonic() - started
 
     def _preview(self, step: int) -> None:
-        """Draw previews. A failure is told, and does not stop the training."""
-        if self.draw is None:
-            return
+        with self._without_failure(f"after step {step}"):
+            if self.draw is not None:
+                self.history.previews.append(self.draw(step))
+
+    @contextmanager
+    def _without_failure(self, when: str) -> Iterator[None]:
+        """A failure of the previews is told, and does not stop the training."""
         try:
-            self.history.previews.append(self.draw(step))
+            yield
         except Exception as error:
-            log.warning("The previews after step %d failed (%s): training goes on without them.", step, error)
+            log.warning("The previews %s failed (%s): training goes on without them.", when, error)
             self.draw = None
 
 
