@@ -5,7 +5,6 @@ Knows how a command line runs and ends; does not import cog.
 """
 
 import argparse
-import difflib
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sdxl.declared_inputs import REQUIRED, DeclaredInput, declared_inputs
+from sdxl.declared_inputs import REQUIRED, DeclaredInput, declared_inputs, require_known
 from sdxl.errors import UserInputError, WithheldError
 from sdxl.files.archives import atomic_path
 
@@ -135,10 +134,7 @@ def _parse_all(items: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[s
         name, equals, text = item.partition("=")
         if not equals:
             raise UserInputError(f"-i {item} is not an input: write -i name=value.")
-        if name not in inputs:
-            similar = difflib.get_close_matches(name, inputs, n=1)
-            hint = f"did you mean {similar[0]}?" if similar else "choose one from the list of inputs."
-            raise UserInputError(f"There is no input {name}: {hint}")
+        require_known(name, inputs)
         value = inputs[name].parse(text)
         if inputs[name].many:
             values.setdefault(name, []).append(value)

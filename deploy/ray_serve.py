@@ -1,0 +1,205 @@
+"""A fleet on Ray Serve: many replicas that draw, each with its own fine-tunes in memory, behind one address.
+
+A request goes to a replica that holds its fine-tune already, if one has a free place. `Gateway` reads and checks
+requests, which are JSON over HTTP in the form of Cog's. `Painters` draw them. docs/fleet.md has the rest.
+
+    serve run deploy/serve.yaml
+"""
+
+import asyncio
+import dataclasses
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from deploy.drawing import Drawer
+from deploy.requests import (
+    LARGEST_BODY,
+    Answer,
+    Asked,
+    RefusedError,
+    failed,
+    fine_tune_of,
+    name_of_fine_tune,
+    read_request,
+)
+from sdxl import settings
+from sdxl.errors import UserInputError
+from sdxl.process import start_logging
+
+log = logging.getLogger(__name__)
+http = FastAPI(openapi_url=None)
+
+TRIES = 3
+"""How often a request is drawn whose replica dies. A request that kills replicas must end."""
+LOST = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
+"""What Ray raises when a replica dies with a request, or with its pictures before they are fetched."""
+
+
+class FleetSettings(BaseModel):
+    """The `args` of the application in a Serve config."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fine_tunes: int = Field(default=64, ge=1)
+    """How many fine-tunes a replica keeps, and is known for. They should fit into `SDXL_CACHE_MEMORY_GB`."""
+    by_fine_tune: bool = True
+    """Send requests to replicas that hold their fine-tune. false: to any, to compare."""
+
+
+class _StoppedError(Exception):
+    """A load was cancelled. Ray's multiplexer clears up after an Exception, but not after a CancelledError."""
+
+
+class _Held:
+    """A fine-tune that Ray counts as loaded. The weights are in the painter's own cache."""
+
+    def __init__(self, held: set[str], name: str) -> None:
+        self._held, self._name = held, name
+        held.add(name)
+
+    def __del__(self) -> None:  # Ray calls this when it drops the fine-tune
+        self._held.discard(self._name)
+
+
+@serve.deployment(
+    ray_actor_options={"num_gpus": 1, "num_cpus": 1},
+    max_ongoing_requests=3,  # one is drawn, and the fine-tunes of the next are fetched meanwhile
+    max_queued_requests=200,
+    autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 1.5},
+    health_check_period_s=10,
+    graceful_shutdown_timeout_s=120,
+)
+class Painters:
+    """Draw requests, each replica with a base of its own."""
+
+    def __init__(self, fine_tunes: int) -> None:
+        """Load the base. fine_tunes: as in `FleetSettings`."""
+        self._drawer = Drawer()
+        self._held: set[str] = set()
+        self._sources: dict[str, str] = {}
+        """Name → source of the fine-tunes that are asked for now."""
+        self._loading = asyncio.Lock()
+
+        async def load(name: str) -> _Held:
+            try:
+                await self._drawer.fetch(self._sources[name])
+            except asyncio.CancelledError:
+                raise _StoppedError from None
+            return _Held(self._held, name)
+
+        self._hold = serve.multiplexed(load, max_num_models_per_replica=fine_tunes)
+
+    def check_health(self) -> None:
+        """Ray replaces the replica when this raises."""
+        self._drawer.require_health()
+
+    async def draw(self, inputs: dict[str, Any]) -> Answer:
+        """Draw a request of checked inputs."""
+        source = fine_tune_of(inputs)
+        metrics: dict[str, Any] = {"replica": serve.get_replica_context().replica_id.unique_id}
+        if source is not None:
+            name = serve.get_multiplexed_model_id() or name_of_fine_tune(source)
+            try:
+                metrics["fine_tune_was_loaded"] = await self._load(name, source)
+            except UserInputError as error:
+                return failed(error)
+            except _StoppedError:
+                raise asyncio.CancelledError from None
+        answer = await self._drawer.draw(inputs)
+        return dataclasses.replace(answer, metrics=answer.metrics | metrics)
+
+    async def _load(self, name: str, source: str) -> bool:
+        """Load a fine-tune, or mark it as used again; whether it was loaded already."""
+        if name in self._held:
+            await self._hold(name)
+            return True
+        async with self._loading:  # here, so that a request that is cancelled in the queue leaves no trace in Ray's
+            was_loaded = name in self._held
+            self._sources[name] = source
+            try:
+                await self._hold(name)
+            finally:
+                del self._sources[name]
+            return was_loaded
+
+
+# Above the class: Serve pickles the class where it is defined, with what is there by then.
+async def _body(request: Request) -> bytes:
+    """The body of a request.
+
+    Raises:
+        RefusedError: it is too large.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > LARGEST_BODY:
+            limit = LARGEST_BODY >> 20
+            raise RefusedError(f"The request has more than {limit} MiB: send large files as URLs.", 413)
+    return bytes(body)
+
+
+@serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.5})
+@serve.ingress(http)
+class Gateway:
+    """Reads requests, finds them a replica, and tries again if that dies."""
+
+    def __init__(self, painters: DeploymentHandle, by_fine_tune: bool) -> None:
+        start_logging()
+        settings.set_behind_server(True)
+        self._painters, self._by_fine_tune = painters, by_fine_tune
+
+    @http.post("/predictions")
+    async def predictions(self, request: Request) -> JSONResponse:
+        """Draw pictures: `{"input": {…}}` → `{"status", "output", "error", …}`."""
+        identity = ""
+        try:
+            asked = read_request(await _body(request))
+            identity = asked.id
+            answer = await self._drawn(asked)
+        except UserInputError as error:
+            answer = failed(error)
+        headers = {"retry-after": "5"} if answer.status == 503 else None
+        return JSONResponse(answer.as_json(identity), status_code=answer.status, headers=headers)
+
+    @http.get("/health-check")
+    async def health(self) -> JSONResponse:
+        """200 and READY if a replica can draw; 503 and STARTING otherwise."""
+        context = serve.get_replica_context()
+        status = await asyncio.to_thread(serve.status)
+        painters = status.applications[context.app_name].deployments["Painters"]
+        running = painters.replica_states.get("RUNNING", 0)
+        body = {"status": "READY" if running else "STARTING", "replicas": running}
+        return JSONResponse(body, status_code=200 if running else 503)
+
+    async def _drawn(self, asked: Asked) -> Answer:
+        source = fine_tune_of(asked.inputs)
+        painters = self._painters
+        if source is not None and self._by_fine_tune:
+            painters = painters.options(multiplexed_model_id=name_of_fine_tune(source))
+        for number in range(1, TRIES + 1):
+            try:
+                answer = await painters.draw.remote(asked.inputs)
+                return dataclasses.replace(answer, metrics=answer.metrics | {"tries": number})
+            except LOST as error:
+                log.warning("Request %s lost its replica (%s)", asked.id, type(error).__name__)
+            except BackPressureError:
+                return Answer(status=503, error="This server has too many requests: try again later.")
+            except DeploymentUnavailableError:
+                return Answer(status=503, error="This server cannot draw now: try again later.")
+        return Answer(
+            status=503, error=f"{TRIES} replicas died with this request: try again, or ask for less at once."
+        )
+
+
+def app(args: FleetSettings) -> serve.Application:
+    """The application, as a Serve config imports it."""
+    return Gateway.bind(Painters.bind(args.fine_tunes), args.by_fine_tune)
