@@ -23,8 +23,8 @@ from deploy.drawing import Drawer
 from deploy.requests import (
     LARGEST_BODY,
     Answer,
-    Asked,
     RefusedError,
+    checked,
     failed,
     fine_tune_of,
     name_of_fine_tune,
@@ -110,7 +110,7 @@ class Painters:
             try:
                 metrics["fine_tune_was_loaded"] = await self._load(name, source)
             except UserInputError as error:
-                return failed(error)
+                return dataclasses.replace(failed(error), metrics=metrics)
             except _StoppedError:
                 raise asyncio.CancelledError from None
         answer = await self._drawer.draw(inputs)
@@ -121,7 +121,9 @@ class Painters:
         if name in self._held:
             await self._hold(name)
             return True
-        async with self._loading:  # here, so that a request that is cancelled in the queue leaves no trace in Ray's
+        async with (
+            self._loading
+        ):  # here, so that a request that is cancelled in the queue leaves no trace in Ray's
             was_loaded = name in self._held
             self._sources[name] = source
             try:
@@ -160,15 +162,14 @@ class Gateway:
     @http.post("/predictions")
     async def predictions(self, request: Request) -> JSONResponse:
         """Draw pictures: `{"input": {…}}` → `{"status", "output", "error", …}`."""
-        identity = ""
+        name = ""
         try:
-            asked = read_request(await _body(request))
-            identity = asked.id
-            answer = await self._drawn(asked)
+            name, given = read_request(await _body(request))
+            answer = await self._drawn(name, checked(given))
         except UserInputError as error:
             answer = failed(error)
         headers = {"retry-after": "5"} if answer.status == 503 else None
-        return JSONResponse(answer.as_json(identity), status_code=answer.status, headers=headers)
+        return JSONResponse(answer.as_json(name), status_code=answer.status, headers=headers)
 
     @http.get("/health-check")
     async def health(self) -> JSONResponse:
@@ -180,17 +181,18 @@ class Gateway:
         body = {"status": "READY" if running else "STARTING", "replicas": running}
         return JSONResponse(body, status_code=200 if running else 503)
 
-    async def _drawn(self, asked: Asked) -> Answer:
-        source = fine_tune_of(asked.inputs)
+    async def _drawn(self, name: str, inputs: dict[str, Any]) -> Answer:
+        """The answer of a painter to the request `name`; of another one, if the first dies."""
+        source = fine_tune_of(inputs)
         painters = self._painters
         if source is not None and self._by_fine_tune:
             painters = painters.options(multiplexed_model_id=name_of_fine_tune(source))
         for number in range(1, TRIES + 1):
             try:
-                answer = await painters.draw.remote(asked.inputs)
+                answer = await painters.draw.remote(inputs)
                 return dataclasses.replace(answer, metrics=answer.metrics | {"tries": number})
             except LOST as error:
-                log.warning("Request %s lost its replica (%s)", asked.id, type(error).__name__)
+                log.warning("Request %s lost its replica (%s)", name, type(error).__name__)
             except BackPressureError:
                 return Answer(status=503, error="This server has too many requests: try again later.")
             except DeploymentUnavailableError:

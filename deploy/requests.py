@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from predict import Predictor
 from sdxl import settings
 from sdxl.declared_inputs import checked_inputs
-from sdxl.errors import NotEnoughMemoryError, StorageError, UserInputError, shortened
+from sdxl.errors import NotEnoughMemoryError, StorageError, UserInputError
 
 LARGEST_BODY = 100 << 20
 """Bytes of a request, as behind Cog. What is larger goes as a URL."""
@@ -29,15 +29,6 @@ class RefusedError(UserInputError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A request for pictures."""
-
-    id: str
-    inputs: dict[str, Any]
-    """All inputs of predict.py, checked; the seed is decided, so that a second try draws the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Answer:
     """What became of a request."""
 
@@ -50,19 +41,18 @@ class Answer:
     logs: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
 
-    def as_json(self, identity: str) -> dict[str, Any]:
-        """The body of the answer to the request `identity`."""
+    def as_json(self, name: str) -> dict[str, Any]:
+        """The body of the answer to the request `name`."""
         status = "succeeded" if self.error is None else "failed"
-        body = {"id": identity, "status": status, "output": self.output, "error": self.error}
+        body = {"id": name, "status": status, "output": self.output, "error": self.error}
         return body | {"logs": self.logs, "metrics": self.metrics}
 
 
-def read_request(body: bytes) -> Asked:
-    """Read and check the body of a request, by the declarations in predict.py.
+def read_request(body: bytes) -> tuple[str, dict[str, Any]]:
+    """The name of a request and its inputs as they are given.
 
     Raises:
         RefusedError: it is not JSON, or asks for something other than pictures in the answer.
-        UserInputError: an input is wrong or unknown.
     """
     try:
         asked = json.loads(body, parse_constant=_no_number)
@@ -73,11 +63,20 @@ def read_request(body: bytes) -> Asked:
         raise RefusedError("The request has no inputs: send an object such as {input: {prompt: …}}.", 400)
     if asked.get("webhook"):
         raise RefusedError("This server calls no webhooks: leave out webhook, and wait for the answer.", 422)
-    identity = asked.get("id") or secrets.token_hex(13)
-    if not isinstance(identity, str) or len(identity) > _LONGEST_ID:
+    name = asked.get("id") or secrets.token_hex(13)
+    if not isinstance(name, str) or len(name) > _LONGEST_ID:
         raise RefusedError(f"id must be a text of up to {_LONGEST_ID} characters.", 422)
+    return name, given
+
+
+def checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All inputs of predict.py, checked by its declarations. The seed is decided, so that a second try draws the same.
+
+    Raises:
+        UserInputError: an input is wrong or unknown.
+    """
     inputs = checked_inputs(Predictor().run, given)
-    return Asked(id=identity, inputs=inputs | {"seed": settings.resolve_seed(inputs["seed"])})
+    return inputs | {"seed": settings.resolve_seed(inputs["seed"])}
 
 
 def _no_number(name: str) -> NoReturn:
@@ -105,4 +104,4 @@ def failed(error: UserInputError) -> Answer:
         status = error.status
     else:
         status = 507 if isinstance(error, StorageError | NotEnoughMemoryError) else 422
-    return Answer(status=status, error=shortened(str(error)) if len(str(error)) > 2000 else str(error))
+    return Answer(status=status, error=str(error))
