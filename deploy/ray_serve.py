@@ -95,7 +95,7 @@ class Painters:
                 raise _StoppedError from None
             return _Held(self._held, name)
 
-        self._hold = serve.multiplexed(load, max_num_models_per_replica=fine_tunes)
+        self._hold: Any = serve.multiplexed(load, max_num_models_per_replica=fine_tunes)
 
     def check_health(self) -> None:
         """Ray replaces the replica when this raises."""
@@ -176,8 +176,8 @@ class Gateway:
         """200 and READY if a replica can draw; 503 and STARTING otherwise."""
         context = serve.get_replica_context()
         status = await asyncio.to_thread(serve.status)
-        painters = status.applications[context.app_name].deployments["Painters"]
-        running = painters.replica_states.get("RUNNING", 0)
+        states: Any = status.applications[context.app_name].deployments["Painters"].replica_states
+        running = states.get("RUNNING", 0)
         body = {"status": "READY" if running else "STARTING", "replicas": running}
         return JSONResponse(body, status_code=200 if running else 503)
 
