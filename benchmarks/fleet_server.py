@@ -9,9 +9,11 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -94,7 +96,7 @@ class Fleet:
 
     def metrics(self) -> str:
         """What Prometheus would read."""
-        listed = self.folder / "ray" / "ray" / "prom_metrics_service_discovery.json"
+        listed = Path(self.environment["RAY_TMPDIR"]) / "ray" / "prom_metrics_service_discovery.json"
         targets = [target for entry in yaml.safe_load(listed.read_text()) for target in entry["targets"]]
         return "\n".join(requests.get(f"http://{target}/metrics", timeout=30).text for target in targets)
 
@@ -129,12 +131,13 @@ def running_fleet(
     """A fleet of miniatures whose files are in `folder`; `args` are those of the application."""
     config = small_config(replicas, **args)
     folder.mkdir(parents=True, exist_ok=True)
+    session = Path(tempfile.mkdtemp(prefix="ray-"))  # paths of sockets may have 107 characters
     (folder / "token").write_text(secrets.token_hex(32))  # else Ray keeps one in the home folder
     environment = {
         **os.environ,
         **environment,
         "PYTHONPATH": str(REPOSITORY),
-        "RAY_TMPDIR": str(folder / "ray"),
+        "RAY_TMPDIR": str(session),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -157,3 +160,4 @@ def running_fleet(
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
+        shutil.rmtree(session, ignore_errors=True)

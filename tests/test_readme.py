@@ -116,6 +116,10 @@ def test_commands_work(page: Path, line: str, tmp_path: Path, monkeypatch: pytes
             assert_accepted(name, arguments, tmp_path, monkeypatch)
         case ["cog", "build", "-f", config]:
             assert (REPOSITORY / config).is_file()
+        case ["serve", "run", file] | ["kubectl", "apply", "-f", file] | ["pip", "install", "-r", file]:
+            assert (REPOSITORY / file).is_file()
+        case ["docker", "build", "-f", file, "-t", _, "."]:
+            assert (REPOSITORY / file).is_file()
         case ["python", "-m", module, *arguments]:
             assert_module_takes(module, arguments)
         case ["python", "export.py", *arguments]:

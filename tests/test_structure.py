@@ -66,7 +66,7 @@ TOP = {
     "demo": {"dataset_and_utils", "sdxl"},
 }
 """File at the top level → what it may import from this project."""
-OUTSIDE = {"tiny_world", "benchmarks", "tools"}
+OUTSIDE = {"tiny_world", "benchmarks", "tools", "deploy"}
 """Packages that may import everything in the project. The product never imports them."""
 
 
