@@ -5,6 +5,7 @@ Knows predict.py; does not know Ray or HTTP.
 
 import asyncio
 import base64
+import dataclasses
 import logging
 import mimetypes
 import shutil
@@ -23,6 +24,7 @@ from predict import Predictor
 from sdxl import settings
 from sdxl.errors import UserInputError
 from sdxl.files.sources import allowed_fine_tune
+from sdxl.serving.fine_tune_cache import FineTuneCache
 
 log = logging.getLogger(__name__)
 
@@ -39,27 +41,38 @@ class StrangersPredictor(Predictor):
         return True
 
 
+class _OnDisk:
+    """A fine-tune that is fetched and not read."""
+
+    nbytes = 1
+
+
 class Drawer:
-    """Draws one request at a time. Fetches the fine-tune of the next one meanwhile."""
+    """Draws one request at a time. The fine-tunes of the next ones are fetched meanwhile."""
 
     def __init__(self) -> None:
         """Load the base, and warm up."""
         settings.set_behind_server(True)
         self.predictor = StrangersPredictor()
         self.predictor.setup()
+        # It shares its folder with the painter's cache, and keeps nothing in memory.
+        limits = dataclasses.replace(settings.cache_limits(), memory=0)
+        self._fetched = FineTuneCache(settings.cache_folder(), limits, lambda files: _OnDisk())
         self._turn = asyncio.Lock()
         self._broken: str | None = None
         self._stops_until: float | None = None
 
     async def fetch(self, source: str) -> None:
-        """Bring a fine-tune into memory, unless it is there.
+        """Bring a fine-tune to this machine's disk, unless it is there. Drawing with it reads it into memory.
+
+        That is left to the drawing, because reading compares with the base, which fine-tunes change while they are applied.
 
         Raises:
             UserInputError: it cannot be fetched, is not a fine-tune, or a stranger may not name it.
         """
         allowed = allowed_fine_tune(source, "replicate_weights")
         assert allowed is not None
-        await run_stoppable(lambda: self.predictor.painter.fine_tunes.get(allowed))
+        await run_stoppable(lambda: self._fetched.get(allowed))
 
     async def draw(self, inputs: dict[str, Any]) -> Answer:
         """Draw a request of checked inputs, when its turn comes. If the task is cancelled, the drawing stops."""

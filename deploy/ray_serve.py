@@ -59,7 +59,7 @@ class _StoppedError(Exception):
 
 
 class _Held:
-    """A fine-tune that Ray counts as loaded. The weights are in the painter's own cache."""
+    """A fine-tune that Ray counts as loaded. The weights are in the caches of the painter, on disk and in memory."""
 
     def __init__(self, held: set[str], name: str) -> None:
         self._held, self._name = held, name

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.fleet import write_fine_tunes
 from deploy import drawing
 from deploy.drawing import Drawer
 from deploy.requests import RefusedError, checked, failed, fine_tune_of, name_of_fine_tune, read_request
@@ -30,9 +31,15 @@ LONG = {**SMALL, "width": 128, "height": 128, "num_inference_steps": 500}
 
 
 @pytest.fixture(scope="module")
-def drawer() -> Iterator[Drawer]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def drawer(cache: Path) -> Iterator[Drawer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SDXL_BASE", str(TINY_BASE))
+        patch.setenv("SDXL_CACHE", str(cache))
         yield Drawer()
     settings.set_behind_server(False)
 
@@ -171,6 +178,21 @@ def test_requests_come_from_strangers(drawer: Drawer, tmp_path: Path):
     answer = asyncio.run(drawer.draw(checked(SMALL) | {"extra_lora": [str(tar)]}))
     assert answer.status == 422 and answer.error is not None and "takes no paths" in answer.error
     assert answer.output is None and answer.as_json("a")["status"] == "failed"
+
+
+def test_a_fine_tune_is_fetched_before_its_turn(drawer: Drawer, cache: Path, tmp_path: Path):
+    write_fine_tunes(tmp_path / "made", 1)
+    uri = f"data:application/x-tar;base64,{base64.b64encode((tmp_path / 'made' / '0.tar').read_bytes()).decode()}"
+    base = asyncio.run(drawer.draw(checked(SMALL)))
+    asyncio.run(drawer.fetch(uri))
+    [entry] = cache.glob("*/.entry.json")
+    assert not drawer.predictor.painter.fine_tunes._memory
+    built = entry.stat().st_mtime_ns
+    tuned = asyncio.run(drawer.draw(checked(SMALL | {"replicate_weights": uri})))
+    assert tuned.status == 200 and tuned.output != base.output
+    assert len(drawer.predictor.painter.fine_tunes._memory) == 1
+    assert entry.stat().st_mtime_ns == built  # not fetched again
+    assert asyncio.run(drawer.draw(checked(SMALL))).output == base.output
 
 
 def test_a_cancelled_drawing_stops_and_the_next_is_right(
