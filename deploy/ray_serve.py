@@ -204,4 +204,6 @@ class Gateway:
 
 def app(args: FleetSettings) -> serve.Application:
     """The application, as a Serve config imports it."""
-    return Gateway.bind(Painters.bind(args.fine_tunes), args.by_fine_tune)
+    gateway: Any = Gateway  # Serve adds `bind`
+    painters: Any = Painters
+    return gateway.bind(painters.bind(args.fine_tunes), args.by_fine_tune)
