@@ -47,8 +47,8 @@ Job = tuple[int, int]
 class Drawn:
     """What became of one request."""
 
-    lost: bool
-    """No answer, or no picture in it."""
+    lost: str = ""
+    """Why there is no picture; empty if there is one."""
     wrong: bool = False
     """Another picture than the reference."""
     found: bool = False
@@ -189,14 +189,13 @@ def send(fleet: Fleet, job: Job, reference: str) -> Drawn:
     started = time.monotonic()
     try:
         answer = fleet.draw(inputs_of(job)).json()
-    except (requests.RequestException, ValueError):
-        return Drawn(lost=True)
+    except (requests.RequestException, ValueError) as error:
+        return Drawn(lost=f"no answer: {error!r}")
     if answer.get("status") != "succeeded":
-        return Drawn(lost=True)
+        return Drawn(lost=json.dumps(answer))
     [uri] = answer["output"]
     metrics = answer["metrics"]
     return Drawn(
-        lost=False,
         wrong=digest(base64.b64decode(uri.partition(",")[2])) != reference,
         found=metrics["fine_tune_was_loaded"],
         tries=metrics["tries"],
@@ -211,7 +210,7 @@ def summed(drawn: Sequence[Drawn], prefix: str) -> dict[str, Any]:
     numbers = {
         "found_share": round(float(np.mean([one.found for one in answered])), 3),
         "wrong": sum(one.wrong for one in drawn),
-        "lost": sum(one.lost for one in drawn),
+        "lost": sum(bool(one.lost) for one in drawn),
     }
     for percent in (50, 95, 99):
         numbers[f"p{percent}_s"] = round(float(np.percentile([one.seconds for one in answered], percent)), 2)

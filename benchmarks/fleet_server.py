@@ -29,6 +29,9 @@ REPOSITORY = Path(__file__).parent.parent
 CONFIG = REPOSITORY / "deploy" / "serve.yaml"
 SECONDS = 600
 """The longest wait for a fleet to start or to change."""
+_LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+"""Runs a program that the system kills when its parent ends, however that ends (PR_SET_PDEATHSIG in Linux' prctl.h).
+Ray's processes end with it."""
 
 
 @dataclass
@@ -83,6 +86,8 @@ class Fleet:
         while time.monotonic() < deadline and self.process.poll() is None:
             if self.replicas() == replicas:
                 return
+            if "Deploying app 'sdxl' failed" in self.log:
+                break
             time.sleep(0.2)
         raise TimeoutError(f"there are not {replicas} replicas:\n{self.log[-3000:]}")
 
@@ -144,7 +149,7 @@ def running_fleet(
     }
     with (folder / "fleet.log").open("wb") as log:
         process = subprocess.Popen(
-            serve("run", str(write_config(folder, config))),
+            [sys.executable, "-c", _LAUNCH, *serve("run", str(write_config(folder, config)))],
             cwd=REPOSITORY,
             env=environment,
             stdout=log,

@@ -22,7 +22,7 @@ from deploy.requests import Answer, failed
 from deploy.stoppable import run_stoppable
 from predict import Predictor
 from sdxl import settings
-from sdxl.errors import UserInputError
+from sdxl.errors import NotEnoughMemoryError, StorageError, UserInputError
 from sdxl.files.sources import allowed_fine_tune
 from sdxl.serving.fine_tune_cache import FineTuneCache
 
@@ -72,7 +72,13 @@ class Drawer:
         """
         allowed = allowed_fine_tune(source, "replicate_weights")
         assert allowed is not None
-        await run_stoppable(lambda: self._fetched.get(allowed))
+        try:
+            await run_stoppable(lambda: self._fetched.get(allowed))
+        except Exception as error:
+            told = StorageError.behind(error) or NotEnoughMemoryError.behind(error)
+            if told is None:
+                raise
+            raise told from error
 
     async def draw(self, inputs: dict[str, Any]) -> Answer:
         """Draw a request of checked inputs, when its turn comes. If the task is cancelled, the drawing stops."""

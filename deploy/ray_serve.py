@@ -7,15 +7,25 @@ requests, which are JSON over HTTP in the form of Cog's. `Painters` draw them. d
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -37,10 +47,12 @@ from sdxl.process import start_logging
 log = logging.getLogger(__name__)
 http = FastAPI(openapi_url=None)
 
-TRIES = 3
-"""How often a request is drawn whose replica dies. A request that kills replicas must end."""
+PAUSES_S = (0.5, 4.0)
+"""Seconds before the second and the third try of a request that lost its replica. A request that kills replicas must end."""
+
+
 LOST = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
-"""What Ray raises when a replica dies with a request, or with its pictures before they are fetched."""
+"""What Ray should raise when a replica dies with a request, or with its pictures before they are fetched."""
 
 
 class FleetSettings(BaseModel):
@@ -56,6 +68,14 @@ class FleetSettings(BaseModel):
 
 class _StoppedError(Exception):
     """A load was cancelled. Ray's multiplexer clears up after an Exception, but not after a CancelledError."""
+
+
+@dataclass
+class _Wanted:
+    """The fine-tune that a request waits for."""
+
+    source: str
+    was_loaded: bool = True
 
 
 class _Held:
@@ -84,13 +104,16 @@ class Painters:
         """Load the base. fine_tunes: as in `FleetSettings`."""
         self._drawer = Drawer()
         self._held: set[str] = set()
-        self._sources: dict[str, str] = {}
-        """Name → source of the fine-tunes that are asked for now."""
+        """The fine-tunes that Ray counts as loaded. While it drops one, it may be in here for a moment longer."""
         self._loading = asyncio.Lock()
+        # Ray's multiplexer calls `load` in the task of the request, but hands it a name only.
+        self._wanted: ContextVar[_Wanted] = ContextVar("wanted")
 
         async def load(name: str) -> _Held:
+            wanted = self._wanted.get()
+            wanted.was_loaded = False
             try:
-                await self._drawer.fetch(self._sources[name])
+                await self._drawer.fetch(wanted.source)
             except asyncio.CancelledError:
                 raise _StoppedError from None
             return _Held(self._held, name)
@@ -118,19 +141,12 @@ class Painters:
 
     async def _load(self, name: str, source: str) -> bool:
         """Load a fine-tune, or mark it as used again; whether it was loaded already."""
-        if name in self._held:
+        wanted = _Wanted(source)
+        self._wanted.set(wanted)
+        # One load at a time, as in Ray's multiplexer. There, a request that is cancelled in the queue would leave a trace.
+        async with contextlib.nullcontext() if name in self._held else self._loading:
             await self._hold(name)
-            return True
-        async with (
-            self._loading
-        ):  # here, so that a request that is cancelled in the queue leaves no trace in Ray's
-            was_loaded = name in self._held
-            self._sources[name] = source
-            try:
-                await self._hold(name)
-            finally:
-                del self._sources[name]
-            return was_loaded
+        return wanted.was_loaded
 
 
 # Above the class: Serve pickles the class where it is defined, with what is there by then.
@@ -187,19 +203,25 @@ class Gateway:
         painters = self._painters
         if source is not None and self._by_fine_tune:
             painters = painters.options(multiplexed_model_id=name_of_fine_tune(source))
-        for number in range(1, TRIES + 1):
+        for number, pause in enumerate((*PAUSES_S, None), start=1):
             try:
                 answer = await painters.draw.remote(inputs)
                 return dataclasses.replace(answer, metrics=answer.metrics | {"tries": number})
-            except LOST as error:
-                log.warning("Request %s lost its replica (%s)", name, type(error).__name__)
             except BackPressureError:
                 return Answer(status=503, error="This server has too many requests: try again later.")
             except DeploymentUnavailableError:
                 return Answer(status=503, error="This server cannot draw now: try again later.")
-        return Answer(
-            status=503, error=f"{TRIES} replicas died with this request: try again, or ask for less at once."
-        )
+            except TaskCancelledError:
+                raise
+            except (
+                Exception
+            ) as error:  # painters answer with their own errors, so this one is Ray's: a replica died
+                unknown = not isinstance(error, LOST)
+                log.warning("Request %s lost its replica (%r)", name, type(error), exc_info=unknown)
+                if pause is not None:
+                    await asyncio.sleep(pause)
+        lost = "This request lost its replica three times: try again, or ask for less at once."
+        return Answer(status=503, error=lost)
 
 
 def app(args: FleetSettings) -> serve.Application:

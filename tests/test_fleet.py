@@ -52,7 +52,7 @@ def test_requests_go_to_the_replica_that_holds_their_fine_tune(
     """Two replicas with one fine-tune each: sooner or later each keeps its own."""
     jobs = [(number % 2, 0) for number in range(40)]
     drawn = bench.send_all(fleet, jobs, references, clients=1)
-    assert not any(one.lost or one.wrong for one in drawn)
+    assert not [one for one in drawn if one.lost or one.wrong]
     assert all(one.found for one in drawn[-8:])
     assert {one.replica for one in drawn[-8::2]} & {one.replica for one in drawn[-7::2]} == set()
     metrics = fleet.metrics()
@@ -71,7 +71,7 @@ def test_a_killed_replica_loses_no_request_and_draws_no_wrong_picture(
             os.kill(before[0], signal.SIGKILL)
 
     drawn = bench.send_all(fleet, bench.skewed(FINE_TUNES, 30), references, clients=4, each=each)
-    assert len(drawn) == 30 and not any(one.lost or one.wrong for one in drawn)
+    assert len(drawn) == 30 and not [one for one in drawn if one.lost or one.wrong]
     fleet.wait_for(REPLICAS)
     assert before[0] not in fleet.painters()
 
@@ -87,7 +87,7 @@ def test_a_client_that_goes_away_stops_its_drawing(fleet: Fleet, references: dic
     drew: set[str] = set()
     while len(drew) < REPLICAS:
         drawn = bench.send_all(fleet, [(n, 0) for n in range(FINE_TUNES)], references, clients=4)
-        assert not any(one.lost or one.wrong for one in drawn)
+        assert not [one for one in drawn if one.lost or one.wrong]
         drew |= {one.replica for one in drawn}
     assert fleet.log.count("judged:") == judged  # of these only the long request is judged, at its end
 

@@ -25,6 +25,7 @@ from sdxl import settings
 from sdxl.declared_inputs import declared_inputs
 from sdxl.errors import StorageError, UserInputError
 from tests.conftest import TINY_BASE, call
+from tests.test_faults import full_disk
 
 SMALL = {"prompt": "a red fish", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 5}
 LONG = {**SMALL, "width": 128, "height": 128, "num_inference_steps": 500}
@@ -193,6 +194,13 @@ def test_a_fine_tune_is_fetched_before_its_turn(drawer: Drawer, cache: Path, tmp
     assert len(drawer.predictor.painter.fine_tunes._memory) == 1
     assert entry.stat().st_mtime_ns == built  # not fetched again
     assert asyncio.run(drawer.draw(checked(SMALL))).output == base.output
+
+
+def test_a_full_disk_is_told_when_a_fine_tune_is_fetched(drawer: Drawer, tmp_path: Path):
+    write_fine_tunes(tmp_path / "made", 1)
+    content = base64.b64encode((tmp_path / "made" / "0.tar").read_bytes()).decode()
+    with full_disk(1), pytest.raises(StorageError, match="cannot be written"):
+        asyncio.run(drawer.fetch(f"data:application/x-tar;name=other;base64,{content}"))
 
 
 def test_a_cancelled_drawing_stops_and_the_next_is_right(
