@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 K ?= 3
 ALL_METHODS := untuned ti lora lora_class full full_class lora_pivotal full_pivotal
 
-.PHONY: env demo test test-gpu check check-real format schema quality serve serve-train serve-preprocess clean
+.PHONY: env demo test test-gpu check check-real format quality serve serve-train serve-preprocess clean
 .DEFAULT_GOAL := env
 
 env: .venv/.complete
@@ -32,7 +32,8 @@ check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m tools.cog_schema --check
+	$(BIN)/python -m tools.cog_schema
+	$(BIN)/python -m tools.cog_schema --config cog.preprocess.yaml --folder runs/preprocessor
 
 # For people with a GPU and the hub. Options go into ARGS, such as ARGS="--only latents --steps 500".
 check-real: env
@@ -42,16 +43,16 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schema: env
-	$(BIN)/python -m tools.cog_schema
-
 quality: env
 	$(BIN)/python -m benchmarks.quality --subjects $(K) $(if $(filter 10,$(K)),--base-prompts 500 --methods $(ALL_METHODS),--base-prompts 50 --output runs/quality-of-$(K))
 
+# Without a schema Cog's server checks no input. `cog build` overwrites it, so each start makes it anew.
 serve: env
+	$(BIN)/python -m tools.cog_schema
 	PORT=5000 COG_PREDICT_TYPE_STUB=predict.py:Predictor exec python -m cog.server.http --host 127.0.0.1
 
 serve-train: env
+	$(BIN)/python -m tools.cog_schema
 	PORT=5001 COG_TRAIN_TYPE_STUB=train.py:train exec python -m cog.server.http --host 127.0.0.1 --x-mode train
 
 # Cog's server reads the schema from the folder that it starts in, so each model needs its own folder.

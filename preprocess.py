@@ -11,12 +11,11 @@ import functools
 import logging
 import pathlib
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
-from cog import BaseRunner, Input, Path
+from cog import BaseRunner, CancelationException, Input, Path
 from coglet import server
 
 from sdxl import settings
@@ -31,9 +30,10 @@ from sdxl.data.framed_pictures import FramedPicture, frame_all
 from sdxl.data.model_stages import find_salience, upscale_small, write_missing_captions
 from sdxl.data.source_folder import Source, open_source
 from sdxl.declared_inputs import as_declared, leave_downloads_to_us
-from sdxl.files.archives import pack_tar
+from sdxl.files.archives import pack_tar, require_archive
 from sdxl.files.fetching import fetch
-from sdxl.process import configure_logging, repeat_on_cpu
+from sdxl.process import configure_logging, exit_with, leave_at_once, repeat_on_cpu, start_logging
+from sdxl.shutdown import stops_with_server
 from sdxl.workspace import workspace_of_run
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class Preprocessor(BaseRunner):
             description="Softness of the masks' edges: 0.5 is hard, 2 is soft.",
         ),
     ) -> Path:
-        # Wrong inputs are refused here, before anything imports torch.
+        # Wrong inputs are refused before anything imports torch.
         settings.set_behind_server(server.active)
         given = as_declared(self.run, locals())
         archive, size = given.pop("files"), given.pop("target_size")
@@ -178,12 +178,19 @@ class Preprocessor(BaseRunner):
             mask_temperature=given.pop("temp"),
             **given,
         )
-        if size is None:
-            config = dataclasses.replace(config, target_size=_base_size())
         repeat_on_cpu()
-        configure_logging()
-        with workspace_of_run("preprocess", smaller="give smaller pictures") as workspace:
+        if server.active:
+            leave_at_once()
+        start_logging()
+        with (
+            workspace_of_run("preprocess", smaller="give smaller pictures") as workspace,
+            stops_with_server(CancelationException),
+        ):
             source = fetch(str(archive), workspace / "fetched")
+            require_archive(source)
+            configure_logging()
+            if size is None:
+                config = dataclasses.replace(config, target_size=_base_size())
             folder = prepare_dataset(source, workspace / "dataset", config=config, report=workspace)
             shutil.rmtree(workspace / "fetched", ignore_errors=True)
             members = {path.name: path for path in (*folder.iterdir(), workspace / SHEET, workspace / ADVICE)}
@@ -212,4 +219,5 @@ leave_downloads_to_us(Preprocessor.run)
 
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]
-    sys.exit(run_command_line(functools.wraps(Preprocessor().run)(_run_with_report), description=about))
+    with_report = functools.wraps(Preprocessor().run)(_run_with_report)
+    exit_with(lambda: run_command_line(with_report, description=about))

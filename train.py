@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
-from cog import Input, Path, current_scope
+from cog import CancelationException, Input, Path, current_scope
 from coglet import server
 
 from dataset_and_utils import TokenMap
@@ -24,11 +24,21 @@ from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
 from sdxl.errors import UploadError
-from sdxl.files.result_upload import Target, parse_target, upload_file
-from sdxl.files.sources import allowed_base, allowed_fine_tune, allowed_state
+from sdxl.files.archives import require_archive
+from sdxl.files.fetching import fetch
+from sdxl.files.result_upload import Target, upload_file
+from sdxl.files.sources import allowed_fine_tune, allowed_state
 from sdxl.history import History
-from sdxl.process import configure_logging, keep_compiled_kernels, repeat_on_cpu
+from sdxl.process import (
+    configure_logging,
+    exit_with,
+    keep_compiled_kernels,
+    leave_at_once,
+    repeat_on_cpu,
+    start_logging,
+)
 from sdxl.report.recorder import Recorder
+from sdxl.shutdown import stops_with_server
 from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.config_file import with_config
 from sdxl.training.contradictions import without_effect
@@ -316,18 +326,17 @@ def train(
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
     settings.set_behind_server(server.active)
     given = as_declared(train, with_config(locals(), declared_inputs(train)))
-    given["base"] = allowed_base(given["base"], "base")
+    given["base"] = allowed_fine_tune(given["base"], "base")
     given["resume"] = allowed_state(given["resume"], "resume")
     given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
-    upload_url = given.pop("upload_url")
-    target = parse_target(upload_url, "upload_url") if upload_url else None
     inputs = train_inputs(given)
     repeat_on_cpu()
-    configure_logging()
-    with workspace_of_run(
-        "train", smaller="lower train_batch_size or resolution, or train a LoRA"
-    ) as workspace:
-        return _delivered(run(inputs, workspace), target)
+    if server.active:
+        leave_at_once()
+    start_logging()
+    smaller = "lower train_batch_size or resolution, or train a LoRA"
+    with workspace_of_run("train", smaller=smaller) as workspace, stops_with_server(CancelationException):
+        return _delivered(run(inputs, workspace), inputs.upload_url)
 
 
 leave_downloads_to_us(train)
@@ -354,10 +363,14 @@ def run(
 
     on_step: takes the report of each step; without it, the numbers go to Cog.
     """
+    for told in without_effect(inputs.options):
+        log.warning("%s", told)
+    archive = _fetched(inputs.input_images, workspace / "fetched" / "pictures")
+
     # Here, after the inputs are checked: importing these takes seconds.
+    configure_logging()
     from preprocess import prepare_dataset
     from sdxl.data.dataset_folder import read_dataset_folder
-    from sdxl.files.fetching import fetch
     from sdxl.model import fine_tune_files
     from sdxl.model.base_checks import tell_of_distillation
     from sdxl.model.bases import find_base
@@ -369,8 +382,6 @@ def run(
     from sdxl.training.recipe import fine_tune
     from sdxl.training.start_words import start_words
 
-    for told in without_effect(inputs.options):
-        log.warning("%s", told)
     recorder = Recorder(History(), workspace / OUTPUT, asked=inputs.asked, described=_descriptions())
 
     # Pictures → dataset folder.
@@ -378,7 +389,6 @@ def run(
     base = find_base(inputs.source_of_base, called=inputs.base_is_called)
     tell_of_distillation(base.folder, base.name)
     resolution = native_resolution(base.folder) if inputs.resolution is None else inputs.resolution
-    archive = fetch(inputs.input_images, workspace / "fetched")
     preprocess_config = inputs.preprocess_config(resolution)
     check = early_check(inputs, base.folder, resolution)
     dataset_folder = prepare_dataset(
@@ -475,13 +485,18 @@ def _watch(
     from sdxl.serving.previews import preview_drawer, preview_prompts, preview_side
     from sdxl.training.data_parallel import rank
     from sdxl.training.examples import held_out_examples, kept_out
+    from sdxl.training.stops import finish_on_signal
     from sdxl.training.watch import Watch
 
+    asked = finish_on_signal()
+    if not settings.behind_server():
+        log.info("To end this training early, with the best moment so far: kill -USR1 %d", os.getpid())
     if not config.checks:
-        return Watch()
+        return Watch(asked_to_finish=asked)
     token_map = TokenMap.parse(config.token_map)
     watch = Watch(
         checks=config.checks,
+        asked_to_finish=asked,
         history=history,
         keep=keep if config.keep_checked else None,
         held_out=held_out_examples(
@@ -553,6 +568,13 @@ def _prior(config: TrainingConfig, components: "Components", base: dict[str, Any
     return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
 
 
+def _fetched(source: str, folder: pathlib.Path) -> pathlib.Path:
+    """The archive at `source`, fetched into `folder`. What is no archive is refused before a base is fetched."""
+    archive = fetch(source, folder)
+    require_archive(archive)
+    return archive
+
+
 def _descriptions() -> dict[str, str]:
     """What each input means."""
     declarations = {name: declared.declaration for name, declared in declared_inputs(train).items()}
@@ -579,4 +601,4 @@ def _train_with_report(**inputs: Any) -> list[pathlib.Path]:
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]
     with_report = functools.wraps(train)(_train_with_report)
-    sys.exit(run_in_each(lambda argv: run_command_line(with_report, description=about, argv=argv)))
+    exit_with(lambda: run_in_each(lambda argv: run_command_line(with_report, description=about, argv=argv)))

@@ -1,7 +1,8 @@
 """`python -m benchmarks.sampling`: serving at SDXL's full size on a GPU, compared with diffusers' eager pipeline.
 
 Weights are random. A request is a prompt in and PNG files out. Ours goes through predict.py, with the safety checker and the
-watermark; diffusers has neither. The two take turns; figures are medians.
+watermark; diffusers has neither. The two take turns; figures are medians. `benchmarks.expert` and `benchmarks.fast` add to the
+results.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -101,10 +103,13 @@ def switches(predictor: Any, tars: dict[str, Path]) -> dict[str, float]:
 
 
 def requests(predictor: Any, eager: Any, folder: Path, turns: int) -> dict[str, float]:
-    """Seconds from prompt to PNG, for one picture and for four at once."""
+    """Seconds from prompt to PNG, for one picture and for four at once; also with `speed=fast`."""
 
     def ours(count: int) -> None:
         predictor.run_with_defaults(prompt=PROMPT, num_outputs=count, seed=0)
+
+    def fast(count: int) -> None:
+        predictor.run_with_defaults(prompt=PROMPT, num_outputs=count, seed=0, speed="fast")
 
     def theirs(count: int) -> None:
         pictures = eager(
@@ -115,9 +120,9 @@ def requests(predictor: Any, eager: Any, folder: Path, turns: int) -> dict[str, 
 
     found = {}
     for count in (1, 4):
-        times: dict[str, list[float]] = {"ours": [], "eager": []}
+        times: dict[str, list[float]] = {"ours": [], "fast": [], "eager": []}
         for _ in range(turns + 1):
-            for name, work in (("ours", ours), ("eager", theirs)):
+            for name, work in (("ours", ours), ("fast", fast), ("eager", theirs)):
                 torch.cuda.synchronize()
                 started = time.perf_counter()
                 work(count)
@@ -179,6 +184,13 @@ def with_defaults(predictor: Any) -> Any:
     return predictor
 
 
+def add_to(file: Path, **found: Any) -> None:
+    """Add figures to a results file, which need not exist."""
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results | found, indent=2) + "\n")
+
+
 def main() -> None:
     """Measure, print and write the results."""
     args = _arguments()
@@ -233,6 +245,8 @@ def main() -> None:
     for rows in (2, 8):
         found[f"eager_{rows}_rows_ms"] = milliseconds(pair(eager.unet, rows, HALF), 12)
         found[f"ours_{rows}_rows_ms"] = milliseconds(pair(runner, rows, HALF), 20, skip=6)
+    milliseconds(pair(partial(runner, features="keep"), 2, HALF), 1)
+    found["shallow_2_rows_ms"] = milliseconds(pair(partial(runner, features="reuse"), 2, HALF), 20, skip=6)
     ceiling = ceiling_tflops()
     share = 2 * full_size.forward_tflop(SIDE) / (found["ours_2_rows_ms"] / 1000) / ceiling
     note(
@@ -250,6 +264,8 @@ def main() -> None:
         stages=stages(predictor.painter.tuned.pipeline),
         request_speedup=round(found["eager_1_s"] / found["ours_1_s"], 2),
         request4_speedup=round(found["eager_4_s"] / found["ours_4_s"], 2),
+        exact_picture_s=found["ours_1_s"],
+        fast_picture_s=found["fast_1_s"],
     )
     note(picture_difference_levels=difference(predictor, eager))
     tars = full_size.save_fine_tunes(eager.unet, args.workdir)

@@ -37,6 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.serving_jobs import BASE, Job, all_jobs, make_fine_tunes
+from tools import cog_schema
 
 WARM = 50
 """After this many requests, memory should hardly grow."""
@@ -139,15 +140,18 @@ def cog_server(
     folder: Path, environment: dict[str, str], *, what: str = "predictions"
 ) -> Iterator[tuple[str, subprocess.Popen]]:
     """The server of "predictions" or "trainings", as `make serve` or `make serve-train` starts it; its URL and process."""
-    port = free_port()
+    port, project = free_port(), Path(__file__).parents[1]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    stub, mode = {"COG_PREDICT_TYPE_STUB": "predict.py:Predictor"}, []
+    cog_schema.main(["--config", str(project / "cog.yaml"), "--folder", str(folder)])
+    stub, mode = {"COG_PREDICT_TYPE_STUB": f"{project}/predict.py:Predictor"}, []
     if what == "trainings":
-        stub, mode = {"COG_TRAIN_TYPE_STUB": "train.py:train"}, ["--x-mode", "train"]
+        stub, mode = {"COG_TRAIN_TYPE_STUB": f"{project}/train.py:train"}, ["--x-mode", "train"]
+    own = {"PORT": str(port), "PATH": path, "PYTHONPATH": str(project)}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "cog.server.http", *mode],
-            env={**os.environ, **environment, **stub, "PORT": str(port), "PATH": path},
+            cwd=folder,
+            env={**os.environ, **environment, **stub, **own},
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -157,7 +161,8 @@ def cog_server(
         wait_for(url, "READY", seconds=300)
         yield url, process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

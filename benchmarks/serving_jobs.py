@@ -17,7 +17,7 @@ from torch import Tensor
 from sdxl.files.archives import pack_tar
 from sdxl.serving.samplers import SCHEDULERS
 
-BASE = Path("base_models/tiny-sdxl")
+BASE = Path(__file__).parent.parent / "base_models" / "tiny-sdxl"
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from sdxl import settings
 from sdxl.errors import UserInputError, shortened
 from sdxl.files.fetching import existing, is_remote
+from sdxl.files.sources import allowed_file
 
 _DECLARED = "_declared_hints"
 """Attribute of an entry point: its type hints as they are written."""
@@ -59,12 +59,11 @@ class DeclaredInput:
         """
         if isinstance(value, list | tuple):
             return [self._typed_item(item) for item in value]
-        is_file = issubclass(self.kind, PurePath) and isinstance(value, str) and bool(value.strip())
-        if is_file and settings.behind_server() and not is_remote(value):
-            raise UserInputError(
-                f"{self.name} is {shortened(value)}, but this server takes no paths: give an http(s) URL or a data: URI."
-            )
-        return None if self._is_left_out(value) else self._typed_item(value)
+        if self._is_left_out(value):
+            return None
+        if issubclass(self.kind, PurePath) and isinstance(value, str):
+            value = allowed_file(value, self.name)
+        return self._typed_item(value)
 
     def parse(self, text: str) -> Any:
         """Convert `text` to this input's type and check it; an empty text is treated as in `typed`.

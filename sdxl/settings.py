@@ -36,6 +36,7 @@ VARIABLES = {
     "SDXL_CACHE_DISK_GB": "Disk space for cached fine-tunes, in gigabytes. Default: 50.",
     "SDXL_CACHE_MEMORY_GB": "Memory for cached fine-tunes, in gigabytes. Default: a quarter of the machine's memory.",
     "SDXL_FINE_TUNES": "Folder with fine-tunes that requests to a server may name by their paths in it. Default: none.",
+    "SDXL_INPUTS": "Folder with anything that requests to a server may name by its path: archives, pictures, fine-tunes, bases, states. Everyone who reaches the server can use all of it. Default: none.",
     "SDXL_PRIVATE_URLS": "1 lets requests to a server name URLs in private networks and on this machine. Default: 0.",
     "SDXL_DOWNLOAD_MINUTES": "Time limit for one download. Default: 60.",
     "SDXL_KEEP_MINUTES": "How long a server keeps the files of a result after the run. Default: 10.",
@@ -163,6 +164,12 @@ def public_urls_only() -> bool:
 def fine_tunes_folder() -> Path | None:
     """The folder whose fine-tunes strangers may name (`SDXL_FINE_TUNES`)."""
     name = variable("SDXL_FINE_TUNES")
+    return Path(name).expanduser() if name else None
+
+
+def inputs_folder() -> Path | None:
+    """The folder all of whose files strangers may name, for every input (`SDXL_INPUTS`)."""
+    name = variable("SDXL_INPUTS")
     return Path(name).expanduser() if name else None
 
 

@@ -16,7 +16,7 @@ from sdxl.errors import DownloadError, UserInputError
 from sdxl.files.kept_folders import KeptFolders
 from sdxl.files.part_files import variants
 from sdxl.files.pipelines import local_folder
-from sdxl.files.sources import allowed_base
+from sdxl.files.sources import allowed_fine_tune
 from sdxl.model.bases import find_base
 from tests.conftest import TINY_BASE
 from tests.single_files import checkpoint, weights_of, write
@@ -308,13 +308,13 @@ def test_what_strangers_may_name_as_base(tmp_path: Path, monkeypatch: pytest.Mon
             None,
             "",
         ):
-            assert allowed_base(source, "base") == source
-        assert allowed_base("base", "base") == str(tmp_path / "mine" / "base")
+            assert allowed_fine_tune(source, "base") == source
+        assert allowed_fine_tune("base", "base") == str(tmp_path / "mine" / "base")
         wrong = [str(TINY_BASE), "base_models/tiny-sdxl", "/etc/passwd", "a/b/../../c.safetensors", "../mine"]
         unet = "base_models/tiny-sdxl/unet/diffusion_pytorch_model.fp16.safetensors"
         for source in [*wrong, unet, "a/b/c.ckpt", "a/b/.c.safetensors"]:
             with pytest.raises(UserInputError, match=r"base is .* but this server takes no paths"):
-                allowed_base(source, "base")
+                allowed_fine_tune(source, "base")
     finally:
         settings.set_behind_server(False)
 

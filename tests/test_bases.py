@@ -24,7 +24,7 @@ from sdxl.model.components import load_components
 from sdxl.model.ldm_names import CLIP_G, CLIP_L, UNET, VAE
 from sdxl.model.single_file_base import prediction_of
 from sdxl.serving.pipeline import load_pipeline
-from tests.conftest import QUICK, REPOSITORY, TINY_BASE, call, write_captioned_zip
+from tests.conftest import QUICK, REPOSITORY, TINY_BASE, call, write_captioned_zip, write_zip
 from tests.single_files import EXTRA, checkpoint, weights_of, write
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -263,8 +263,9 @@ def test_other_folders_are_told(base: Path):
 
 def test_training_refuses_before_it_reads_pictures(base: Path, tmp_path: Path):
     edit(base / "unet" / "config.json", in_channels=9)
+    archive = write_zip(tmp_path / "x.zip", {"0.png": b"no picture"})
     with pytest.raises(UserInputError, match="is an inpainting model"):
-        call(train.train, input_images=tmp_path / "missing.zip", base=str(base))
+        call(train.train, input_images=archive, base=str(base))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,25 @@ from tools import cog_schema
 
 
 class Server:
-    """A running Cog server."""
+    """A Cog server that was started."""
 
-    def __init__(self, port: int, what: str, pid: int) -> None:
-        self.pid = pid
+    def __init__(self, port: int, what: str, process: subprocess.Popen, log: Path) -> None:
+        self.process, self.log = process, log
         self.url = f"http://127.0.0.1:{port}"
         self.what = what  # "predictions" or "trainings"
+
+    def wait_until(self, wanted: str) -> None:
+        """Wait while the server starts, until its health is `wanted`."""
+        while self.process.poll() is None:
+            try:
+                status = self.get("health-check")["status"]
+            except requests.RequestException:
+                status = "none yet"
+            if status == wanted:
+                return
+            assert status in ("none yet", "STARTING"), self.log.read_text()
+            time.sleep(0.1)
+        pytest.fail(f"the server ended:\n{self.log.read_text()}")
 
     def post(self, inputs: dict[str, Any]) -> requests.Response:
         """Run a job to its end. The server answers 409 until it has cleared up after the job before."""
@@ -48,7 +62,7 @@ class Server:
 
     def workers(self) -> list[int]:
         """The processes that the server started."""
-        listed = Path(f"/proc/{self.pid}/task").glob("*/children")
+        listed = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         return [int(pid) for children in listed for pid in children.read_text().split()]
 
     def get(self, path: str) -> Any:
@@ -56,14 +70,13 @@ class Server:
 
 
 @contextmanager
-def serve(workspace: Path, entry_point: str, *, weights: str = "") -> Iterator[Server]:
+def serve(workspace: Path, entry_point: str, **environment: str) -> Iterator[Server]:
     """Start the server as `make serve`, `make serve-train` and `make serve-preprocess` do, on a free port."""
     port = free_port()
-    train, folder = entry_point == "train.py:train", REPOSITORY
-    if entry_point == "preprocess.py:Preprocessor":
-        folder = workspace.parent / "preprocessor"
-        cog_schema.main(["--config", str(REPOSITORY / "cog.preprocess.yaml"), "--folder", str(folder)])
-    environment = {
+    train, folder = entry_point == "train.py:train", workspace.parent / "server"
+    config = "cog.preprocess.yaml" if entry_point == "preprocess.py:Preprocessor" else "cog.yaml"
+    assert cog_schema.main(["--config", str(REPOSITORY / config), "--folder", str(folder)]) == 0
+    settings = {
         **os.environ,
         "COG_TRAIN_TYPE_STUB" if train else "COG_PREDICT_TYPE_STUB": f"{REPOSITORY}/{entry_point}",
         "PYTHONPATH": str(REPOSITORY),
@@ -72,45 +85,35 @@ def serve(workspace: Path, entry_point: str, *, weights: str = "") -> Iterator[S
         "SDXL_BASE": str(TINY_BASE),
         "SDXL_WORKSPACE": str(workspace),
         "HF_HUB_OFFLINE": "1",
-        **({"COG_WEIGHTS": weights} if weights else {}),
-        **({"SDXL_PRIVATE_URLS": "1"} if train else {}),
+        **environment,
     }
     command = [sys.executable, "-m", "cog.server.http", *(["--x-mode", "train"] if train else [])]
-    with (workspace.parent / "server.log").open("wb") as log:
+    log = workspace.parent / "server.log"
+    with log.open("wb") as opened:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            command, cwd=folder, env=settings, stdout=opened, stderr=opened, start_new_session=True
         )
-    server = Server(port, "trainings" if train else "predictions", process.pid)
     try:
-        _wait_until_ready(server, process, workspace.parent / "server.log")
-        yield server
+        yield Server(port, "trainings" if train else "predictions", process, log)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _wait_until_ready(server: Server, process: subprocess.Popen, log: Path) -> None:
-    while process.poll() is None:
-        try:
-            status = server.get("health-check")["status"]
-        except requests.RequestException:
-            status = "STARTING"
-        if status == "READY":
-            return
-        assert status == "STARTING", log.read_text()
-        time.sleep(0.2)
-    pytest.fail(f"the server did not start:\n{log.read_text()}")
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(tmp_path_factory.mktemp("trainer") / "workspace", "train.py:train") as server:
+    workspace = tmp_path_factory.mktemp("trainer") / "workspace"
+    opened = {"SDXL_PRIVATE_URLS": "1", "SDXL_INPUTS": str(workspace.parent / "inputs")}
+    with serve(workspace, "train.py:train", **opened) as server:
+        server.wait_until("READY")
         yield server
 
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(tmp_path_factory.mktemp("predictor") / "workspace", "predict.py:Predictor") as server:
+        server.wait_until("READY")
         yield server
 
 
@@ -124,6 +127,7 @@ def picture(uri: str) -> Image.Image:
 
 
 SMALL = {"prompt": "a photo of TOK", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 0}
+LONG = {"width": 256, "height": 256, "num_inference_steps": 500, "num_outputs": 4}
 
 
 def test_a_training_its_tar_and_a_prediction_with_it(trainer: Server, predictor: Server, captioned_zip: Path):
@@ -175,9 +179,12 @@ def test_pictures_of_several_shapes_go_from_the_preprocessor_through_a_training(
     texts = {f"{name}.txt": f"a {name} TOK" for name in sizes}
     raw = write_zip(tmp_path / "raw.zip", files | texts)
     with serve(tmp_path / "workspace", "preprocess.py:Preprocessor") as preprocessor:
+        preprocessor.wait_until("READY")
         served = preprocessor.get("openapi.json")["components"]["schemas"]["Input"]
         assert served["required"] == ["files"] and "prompt" not in served["properties"]
         assert preprocessor.post({"files": data_uri(b"no zip")}).json()["status"] == "failed"
+        missing = preprocessor.post({})
+        assert missing.status_code == 422 and "files" in json.dumps(missing.json()["detail"])
         assert "files is missing: give" in preprocessor.post({"files": ""}).json()["error"]
         inputs = {"files": data_uri(raw.read_bytes()), "target_size": 128.0, "bucketing": True}
         answer = preprocessor.post(inputs).json()
@@ -197,14 +204,57 @@ def test_pictures_of_several_shapes_go_from_the_preprocessor_through_a_training(
     assert training["status"] == "succeeded" and training["metrics"]["step"] == 6, training
 
 
-def test_weights_given_at_start_serve_requests_that_name_none(
-    predictor: Server, fine_tunes: dict[str, Path], tmp_path: Path
-):
-    tar = fine_tunes["lora"]
-    weights = data_uri(tar.read_bytes(), "application/x-tar")
+class Webhook(http.server.BaseHTTPRequestHandler):
+    """Takes what a server tells about its jobs."""
+
+    events: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def do_POST(self) -> None:
+        self.events.put(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def test_a_server_from_its_setup_to_its_end(predictor: Server, fine_tunes: dict[str, Path], tmp_path: Path):
+    """During setup it says so. Weights given at start serve requests that name none. SIGTERM stops a job that a client waits for."""
+    weights = data_uri(fine_tunes["lora"].read_bytes(), "application/x-tar")
     expected = predictor.post({**SMALL, "replicate_weights": weights}).json()["output"]
-    with serve(tmp_path / "workspace", "predict.py:Predictor", weights=str(tar)) as tuned:
-        assert tuned.post(SMALL).json()["output"] == expected
+    asked, answered = threading.Event(), threading.Event()
+
+    class Weights(Webhook):
+        events: queue.Queue[dict[str, Any]] = queue.Queue()
+
+        def do_GET(self) -> None:
+            asked.set()
+            answered.wait()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(fine_tunes["lora"].read_bytes())
+
+    with (
+        http_server(Weights) as url,
+        serve(tmp_path / "workspace", "predict.py:Predictor", COG_WEIGHTS=f"{url}/lora.tar") as server,
+        ThreadPoolExecutor() as background,
+    ):
+        asked.wait()
+        assert server.get("health-check")["status"] == "STARTING"
+        assert requests.post(f"{server.url}/predictions", json={"input": SMALL}).status_code == 503
+        answered.set()
+        server.wait_until("READY")
+        assert server.post(SMALL).json()["output"] == expected
+        results = list((tmp_path / "workspace").iterdir())
+
+        body = {"input": {**SMALL, **LONG}, "webhook": f"{url}/told"}
+        job = background.submit(requests.post, f"{server.url}/predictions", json=body)
+        while "Seed: 0" not in Weights.events.get().get("logs", ""):
+            pass
+        server.process.terminate()
+        answer = job.result().json()
+        assert answer["status"] == "canceled", answer
+        assert server.process.wait() == 0
+    assert list((tmp_path / "workspace").iterdir()) == results
 
 
 def test_strangers_reach_neither_the_servers_files_nor_its_network(
@@ -250,11 +300,11 @@ def test_a_request_without_enough_memory_is_told_and_the_next_one_is_right(predi
     assert predictor.post(SMALL).json()["output"] == expected
 
 
-def test_the_committed_schema_is_served(trainer: Server, predictor: Server):
-    committed = json.loads((REPOSITORY / ".cog" / "openapi_schema.json").read_text())["components"]["schemas"]
+def test_the_schema_of_the_sources_is_served(trainer: Server, predictor: Server):
+    expected = cog_schema.build(REPOSITORY / "cog.yaml")["components"]["schemas"]
     served = predictor.get("openapi.json")["components"]["schemas"]
-    assert served["Input"] == committed["Input"]
-    assert trainer.get("openapi.json")["components"]["schemas"]["TrainingInput"] == committed["TrainingInput"]
+    assert served["Input"] == expected["Input"]
+    assert trainer.get("openapi.json")["components"]["schemas"]["TrainingInput"] == expected["TrainingInput"]
 
 
 @pytest.mark.parametrize(
@@ -326,16 +376,7 @@ def http_server(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> I
 
 def test_a_cancelled_training_stops_and_the_server_goes_on(trainer: Server, captioned_zip: Path):
     """The server tells a webhook what happens, in order, so the test needs no clock."""
-    events: queue.Queue[dict[str, Any]] = queue.Queue()
-
-    class Webhook(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            events.put(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
+    events = Webhook.events
     inputs = {**QUICK, "input_images": data_uri(captioned_zip.read_bytes()), "max_train_steps": 100_000}
     url = f"{trainer.url}/trainings/long"
     with http_server(Webhook) as webhook:
@@ -349,7 +390,16 @@ def test_a_cancelled_training_stops_and_the_server_goes_on(trainer: Server, capt
     assert last["status"] == "canceled" and "output" not in last, last
     assert last["metrics"]["step"] < 100_000
     assert "The state after step" in last["logs"] or "the run stopped amid a step" in last["logs"]
-    assert trainer.post({**inputs, "max_train_steps": 2}).json()["status"] == "succeeded"
+    assert "input_images is missing" in trainer.post(QUICK).json()["error"]
+
+
+def test_a_file_of_the_operator_and_the_old_name_of_its_input(trainer: Server, captioned_zip: Path):
+    folder = trainer.log.parent / "inputs"
+    folder.mkdir()
+    shutil.copy(captioned_zip, folder / "pictures.zip")
+    answer = trainer.post({**QUICK, "input_data_tar_or_zip": "pictures.zip", "max_train_steps": 2}).json()
+    assert answer["status"] == "succeeded", answer
+    assert (folder / "pictures.zip").is_file()
 
 
 def test_an_archive_may_come_from_a_url(trainer: Server, captioned_zip: Path, tmp_path: Path):

@@ -98,8 +98,11 @@ def test_pictures_are_the_eager_ones_whatever_was_drawn_before(
 
         base, tuned = draw(), draw(replicate_weights=str(tar))
         more, long = draw(num_outputs=3), draw(prompt="a photo of " + "a red house " * 30)
+        fast = draw(speed="fast", num_inference_steps=36)
+        tuned_fast = draw(speed="fast", num_inference_steps=36, replicate_weights=str(tar))
+        assert np.array_equal(fast, draw(speed="fast", num_inference_steps=36))
         assert np.array_equal(base, draw()) and np.array_equal(tuned, draw(replicate_weights=str(tar)))
-        drawn[name] = [*base, *tuned, *more, *long]
+        drawn[name] = [*base, *tuned, *more, *long, *fast, *tuned_fast]
     for one, other in zip(drawn["eager"], drawn[speed], strict=True):  # half precision rounds differently
         assert np.abs(one.astype(int) - other.astype(int)).mean() < 3
 
@@ -131,8 +134,9 @@ def test_pictures_of_parts_that_take_turns_on_the_gpu_are_those_of_all_on_it(
         base = draw()
         tuned = [picture for tar in tars for picture in draw(replicate_weights=tar)]
         refined = draw(refine="expert_ensemble_refiner")
+        fast = draw(refine="expert_ensemble_refiner", speed="fast", num_inference_steps=25)
         assert np.array_equal(base, draw())
-        drawn[name] = [*base, *tuned, *refined]
+        drawn[name] = [*base, *tuned, *refined, *fast]
         where = {
             part.device.type
             for part in (predictor.painter.tuned.pipeline.unet, predictor.painter.tuned.pipeline.vae)

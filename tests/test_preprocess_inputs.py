@@ -53,6 +53,7 @@ def test_imports_are_light(module: str):
         ({"mask_target_prompts": " , "}, "must name something"),
         ({"caption_text": "a photo of <s0>"}, "holds <s0>"),
         ({"caption_text": "TOK and TOK"}, "names TOK twice"),
+        ({"files": str(REPOSITORY / "README.md")}, "is a text file"),
     ],
 )
 def test_wrong_inputs_are_refused_before_torch_is_imported(
@@ -60,7 +61,7 @@ def test_wrong_inputs_are_refused_before_torch_is_imported(
 ):
     archive = write_zip(tmp_path / "x.zip", {"1.png": png(1)})
     with pytest.raises(UserInputError, match=message):
-        call(preprocess.Preprocessor().run, files=archive, **inputs)
+        call(preprocess.Preprocessor().run, **{"files": archive, **inputs})
     given = declared() | {"files": str(archive)} | inputs
     done = python(
         "import sys, preprocess\n"

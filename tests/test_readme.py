@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import json
 import re
 import shlex
@@ -21,6 +22,7 @@ from predict import Predictor
 from preprocess import Preprocessor
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import declared_inputs
+from sdxl.settings import VARIABLES
 from tests.conftest import REPOSITORY
 from tools import inputs_table, speed_tables
 from tools.page_blocks import with_blocks
@@ -49,7 +51,7 @@ ENTRY_POINTS: dict[str, Callable[..., Any]] = {
 }
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
-READMES = [REPOSITORY / folder / "README.md" for folder in (".", "example_datasets", "tiny_world")]
+READMES = [REPOSITORY / folder / "README.md" for folder in (".", "example_datasets", "inputs", "tiny_world")]
 PAGES = [*READMES, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *DOCS]
 
 _FENCED = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -112,10 +114,13 @@ def test_commands_work(page: Path, line: str, tmp_path: Path, monkeypatch: pytes
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     match words:
-        case ["cog", ("train" | "predict") as name, *arguments]:
-            assert_accepted(name, arguments, tmp_path, monkeypatch)
-        case ["cog", "build", "-f", config]:
-            assert (REPOSITORY / config).is_file()
+        case ["cog", ("train" | "run") as name, *arguments]:
+            own = without_cogs_options(arguments)
+            assert_accepted("predict" if name == "run" else name, own, tmp_path, monkeypatch)
+        case ["cog", "build", *arguments]:
+            assert without_cogs_options(arguments) == []
+        case ["docker", "run", *arguments]:
+            assert_container(arguments)
         case ["serve", "run", file] | ["kubectl", "apply", "-f", file] | ["pip", "install", "-r", file]:
             assert (REPOSITORY / file).is_file()
         case ["docker", "build", "-f", file, "-t", _, "."]:
@@ -131,7 +136,8 @@ def test_commands_work(page: Path, line: str, tmp_path: Path, monkeypatch: pytes
         case ["make", target]:
             assert_target(target)
         case ["curl", *_]:
-            assert_request(words[words.index("-d") + 1])
+            trains = any(word.endswith("/trainings") for word in words)
+            assert_request(words[words.index("-d") + 1], "train" if trains else "predict")
         case _:
             pytest.fail(f"{page.name} shows {words[0]}, which this test cannot check")
 
@@ -140,7 +146,7 @@ def assert_accepted(name: str, arguments: list[str], folder: Path, monkeypatch: 
     """Parse the command line of an entry point, in a folder where the files that it names exist."""
     monkeypatch.chdir(folder)
     for argument in arguments:
-        _, at, path = argument.partition("=@")
+        _, at, path = argument.replace("=inputs/", "=@inputs/").partition("=@")
         if path.startswith("example_datasets/"):
             assert (REPOSITORY / path).is_file()
         if at:
@@ -162,6 +168,29 @@ def assert_accepted(name: str, arguments: list[str], folder: Path, monkeypatch: 
     assert given.keys() == declared_inputs(entry_point).keys()
 
 
+def without_cogs_options(arguments: list[str]) -> list[str]:
+    """Command line of Cog without the options that only Cog knows. A named config exists."""
+    rest, own = iter(arguments), []
+    for argument in rest:
+        if argument not in ("-e", "-f", "-t", "--setup-timeout"):
+            own.append(argument)
+            continue
+        value = next(rest)
+        assert argument != "-f" or (REPOSITORY / value).is_file()
+        assert argument != "--setup-timeout" or value.isdecimal()
+    return own
+
+
+def assert_container(arguments: list[str]) -> None:
+    """A container's variables exist, and what is mounted is what the configuration of Cog names."""
+    named = (REPOSITORY / "cog.yaml").read_text()
+    for option, value in itertools.pairwise(arguments):
+        if option == "-e":
+            assert value.partition("=")[0] in {*VARIABLES, "HF_HUB_OFFLINE"}
+        if option == "-v":
+            assert value.partition(":")[2] in named
+
+
 def assert_module_takes(module: str, arguments: list[str]) -> None:
     file = REPOSITORY / (module.replace(".", "/") + ".py")
     assert file.is_file()
@@ -175,9 +204,9 @@ def assert_target(target: str) -> None:
     subprocess.run(["make", "--dry-run", target], cwd=REPOSITORY, check=True, capture_output=True)
 
 
-def assert_request(body: str) -> None:
-    """A request to the server for drawing has only declared inputs."""
-    assert json.loads(body)["input"].keys() <= declared_inputs(ENTRY_POINTS["predict"]).keys()
+def assert_request(body: str, name: str = "predict") -> None:
+    """A request to a server has only declared inputs."""
+    assert json.loads(body)["input"].keys() <= declared_inputs(ENTRY_POINTS[name]).keys()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)

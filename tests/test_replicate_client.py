@@ -37,6 +37,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicate]:
             serve(folders[2] / "workspace", "predict.py:Predictor") as predictor,
             http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as api,
         ):
+            for server in (preprocessor, trainer, predictor):
+                server.wait_until("READY")
             versions = {
                 PREPROCESSOR: Version(server=preprocessor.url),
                 TRAINER: Version(server=predictor.url, trains=Version(server=trainer.url, kind="trainings")),

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 import torch
 
 from dataset_and_utils import Example, ExampleDataset, TokenMap
-from sdxl import settings
+from sdxl import settings, shutdown
 from sdxl.errors import TrainingDivergedError, UserInputError, WeightsError
 from sdxl.files.sources import allowed_state
 from sdxl.model.components import Components, add_placeholder_tokens, load_components
@@ -234,6 +236,41 @@ def test_a_stop_amid_an_update(runs: Runs, whole: TrainedFineTune, monkeypatch: 
     assert_equal(whole, runs.train(SMALL, go_on=True)[0])
 
 
+def test_the_end_of_the_server_waits_for_an_update(
+    runs: Runs, whole: TrainedFineTune, monkeypatch: pytest.MonkeyPatch
+):
+    update, gradients, is_open = TrainingStep.update, TrainingStep.gradients, shutdown._Listener.is_open
+    server, noticed, calls = socket.create_server(("127.0.0.1", 0)), threading.Event(), []
+
+    def looked(listener: shutdown._Listener) -> bool:
+        found = is_open(listener)
+        if not found:
+            noticed.set()
+        return found
+
+    def stopped(step: TrainingStep) -> None:
+        calls.append(0)
+        if len(calls) == 3:
+            server.close()
+            noticed.wait()
+        update(step)
+
+    def waited(step: TrainingStep, *given: Any) -> Any:
+        if len(calls) == 3 and (watch := shutdown._here.watch) is not None:
+            watch.join()
+        return gradients(step, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(shutdown._Listener, "is_open", looked)
+        patch.setattr(TrainingStep, "update", stopped)
+        patch.setattr(TrainingStep, "gradients", waited)
+        patch.setattr(settings, "behind_server", lambda: True)
+        with shutdown.stops_with_server(Stop, server=os.getpid()):
+            runs.train(SMALL, every=2)
+    assert state_at(runs.state).notes.step == 3
+    assert_equal(whole, runs.train(SMALL, go_on=True)[0])
+
+
 def test_a_full_disk_stops_saving_and_not_the_training(
     runs: Runs, whole: TrainedFineTune, caplog: pytest.LogCaptureFixture
 ):
@@ -304,7 +341,9 @@ def test_old_states_go_from_a_server_only(state: Path, monkeypatch: pytest.Monke
     assert state.exists()
     assert list(folder.parent.rglob("*.partial")) == []
     monkeypatch.setattr(settings, "behind_server", lambda: True)
-    with pytest.raises(UserInputError, match=r"resume is .*, but this server takes no paths: write auto"):
+    with pytest.raises(
+        UserInputError, match=r"resume is .*, but this server takes no paths: give auto, an http"
+    ):
         allowed_state(str(folder), "resume")
     assert allowed_state("auto", "resume") == "auto"
     os.utime(folder, (time.time(), time.time() - 3600))

@@ -77,7 +77,7 @@ def test_auto_goes_on_from_a_stopped_run(
         (lambda path: path.mkdir(), "x holds no state of a training: give a folder such as step-000250."),
         (lambda path: path.write_bytes(b"PK nonsense"), "x cannot be unpacked|x is "),
         (lambda path: pack_tar({"../../evil": Path(__file__)}, path), "x holds the unsafe path"),
-        (lambda path: None, "x does not exist"),
+        (lambda path: None, "resume is .*x, which does not exist: give auto"),
     ],
 )
 def test_what_is_no_state_is_refused(captioned_zip: Path, tmp_path: Path, make: Any, message: str):

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from preprocess import Preprocessor
 from sdxl import settings
+from sdxl.declared_inputs import as_declared
 from sdxl.errors import DownloadError, UserInputError
 from sdxl.files import addresses
 from sdxl.files.fetching import fetch
-from sdxl.files.sources import allowed_fine_tune
+from sdxl.files.sources import allowed_file, allowed_fine_tune, allowed_state
 from sdxl.files.waiting import wait_for
 from tests.conftest import REPOSITORY
+from train import train
 
 
 @pytest.fixture
@@ -222,12 +225,57 @@ def test_fine_tunes_in_the_operators_folder_may_be_named(folder: Path):
 @pytest.mark.usefixtures("behind_server")
 def test_no_way_leads_out_of_the_operators_folder(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPOSITORY)
-    with pytest.raises(UserInputError, match="but this server takes no paths"):
+    with pytest.raises(
+        UserInputError, match="takes no paths outside its folder fine-tunes: give a file in it, an"
+    ):
         allowed_fine_tune(source, "replicate_weights")
     monkeypatch.delenv("SDXL_FINE_TUNES")
-    with pytest.raises(UserInputError, match="but this server takes no paths"):
+    with pytest.raises(UserInputError, match="but this server takes no paths: give an"):
         allowed_fine_tune(source, "replicate_weights")
+    monkeypatch.setenv("SDXL_INPUTS", str(folder))
+    for allowed in (allowed_fine_tune, allowed_file, allowed_state):
+        with pytest.raises(UserInputError, match="takes no paths outside its folder fine-tunes: give"):
+            allowed(source, "input")
 
 
-def test_the_command_line_takes_any_path():
+@pytest.mark.usefixtures("behind_server")
+def test_one_folder_may_be_opened_for_every_input(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("image", "input_images"):
+        with pytest.raises(UserInputError, match="but this server takes no paths: give an http"):
+            allowed_file("dog.tar", name)  # SDXL_FINE_TUNES is for fine-tunes only
+    monkeypatch.setenv("SDXL_INPUTS", str(folder))
+    monkeypatch.delenv("SDXL_FINE_TUNES")
+    monkeypatch.chdir(folder.parent)
+    for path in ("dog.tar", "fine-tunes/dog.tar", "./fine-tunes/cat/../dog.tar", str(folder / "dog.tar")):
+        for allowed in (allowed_fine_tune, allowed_file, allowed_state):
+            assert allowed(path, "input") == str(folder / "dog.tar")
+    declared = as_declared(train, {"input_images": "dog.tar", "config": "cat/lora.safetensors"})
+    assert declared == {
+        "input_images": str(folder / "dog.tar"),
+        "config": str(folder / "cat" / "lora.safetensors"),
+    }
+    assert as_declared(Preprocessor().run, {"files": "cat"}) == {"files": str(folder / "cat")}
+    assert allowed_state("auto", "resume") == "auto"
+    monkeypatch.setenv("SDXL_INPUTS", str(folder / "none"))
+    with pytest.raises(UserInputError, match="but this server takes no paths: give auto, an http"):
+        allowed_state("dog.tar", "resume")
+
+
+def test_the_command_line_takes_any_path_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert allowed_fine_tune("/etc/passwd", "replicate_weights") == "/etc/passwd"
+    monkeypatch.chdir(tmp_path)
+    for source in (
+        "owner/name",
+        "owner/v1.0",
+        "owner/name/a.safetensors",
+        "https://a.b/c.tar",
+        "data:,x",
+        "",
+        None,
+    ):
+        assert allowed_fine_tune(source, "base") == source
+    for source in ("/nowhere", "out", "out/trained_model.tar", "loras/style.safetensors", "a\0b", "x" * 5000):
+        with pytest.raises(UserInputError, match=r"^base is .*, which does not exist: give an existing file"):
+            allowed_fine_tune(source, "base")
+    with pytest.raises(UserInputError, match=r"^resume is state, which does not exist: give auto"):
+        allowed_state("state", "resume")

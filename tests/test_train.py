@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import train
 from sdxl.errors import UserInputError
 from sdxl.files.archives import unpack
 from sdxl.history import History
+from sdxl.training.recipe import StepReport
 from tests.conftest import FULL, QUICK, TINY_BASE, call, png, write_zip
 
 
@@ -76,6 +78,27 @@ def test_two_tokens_go_on_counting(tmp_path: Path):
     expected = {"CLOCK_TOK": "<s0><s1>", "MT_TOK": "<s2><s3><s4>"}
     assert json.loads((out / "special_params.json").read_text()) == expected
     assert len(load_file(out / "embeddings.pti")["text_encoders_1"]) == 5
+
+
+def test_a_training_is_asked_to_end(tmp_path: Path, captioned_zip: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the signal, in the middle of a run, with a history that others can read meanwhile."""
+    seen = []
+
+    def in_the_third_step(report: StepReport) -> None:
+        if report.step == 3:
+            [history] = tmp_path.rglob("training_out/history.json")
+            seen.append(len(json.loads(history.read_text())["steps"]))
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(train, "_record_metrics", in_the_third_step)
+    before = signal.getsignal(signal.SIGUSR1)
+    out = run(tmp_path, input_images=captioned_zip, **QUICK | {"max_train_steps": 50, "checks": 1})
+    signal.signal(signal.SIGUSR1, before)
+    history = History.read(out)
+    assert seen and [step.step for step in history.steps] == [1, 2, 3]
+    assert [check.step for check in history.checks] == [3]
+    assert json.loads((out / "training.json").read_text())["choice"]["step"] == 3
+    assert load_file(out / "lora.safetensors")
 
 
 def test_a_training_is_watched(tmp_path: Path):

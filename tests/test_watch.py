@@ -176,6 +176,17 @@ def test_a_run_that_only_gets_worse_stops():
     assert not any(looks(watch_of(rising)))
 
 
+def test_a_training_ends_when_it_is_asked_to_with_the_best_moment_so_far():
+    asked = [False]
+    watch = watch_of([0.9, 0.5, 0.9], asked_to_finish=lambda: asked[0])
+    assert not watch.stops_after(10, lambda: moment(10)) and not watch.stops_after(14, lambda: moment(14))
+    asked[0] = True
+    assert watch.stops_after(15, lambda: moment(15))
+    assert [check.step for check in watch.history.checks] == [10, 15]
+    assert watch.chosen(moment(15)).weights["step"] == 10
+    assert Watch(asked_to_finish=lambda: True).stops_after(1, lambda: moment(1)), "also without checks"
+
+
 def test_previews_that_fail_do_not_stop_a_training(caplog: pytest.LogCaptureFixture):
     def fail(step: int) -> Previews:
         raise OSError("the disk is full")

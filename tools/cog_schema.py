@@ -4,10 +4,10 @@
 declarations by the same rules. It raises an error with file and line for any declaration that the static analysis would
 read differently than Python does.
 
-    python -m tools.cog_schema            write the file
-    python -m tools.cog_schema --check    exit with 1 if the file is stale
-    python -m tools.cog_schema --config cog.preprocess.yaml --folder F
-                                          write the preprocessor's file, for a server that starts in F
+    python -m tools.cog_schema                                            for a server that starts here
+    python -m tools.cog_schema --config cog.preprocess.yaml --folder F    the preprocessor's, for one that starts in F
+
+The file is made anew for each start of a server, and never kept in git: `cog build` overwrites it.
 
 Knows syntax trees and the layout of Cog's schema; imports neither cog nor the entry points.
 """
@@ -285,9 +285,8 @@ def _title(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write or check the schema; returns the exit code."""
+    """Write the schema; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare; exit with 1 if the file is stale")
     parser.add_argument(
         "--config", type=Path, default=Path("cog.yaml"), help="the file that names the entry points"
     )
@@ -301,12 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     target = (args.folder or args.config.parent) / TARGET
-    if args.check and (not target.is_file() or target.read_text() != text):
-        print(f"{TARGET} is stale: run `make schema` and commit it.", file=sys.stderr)
-        return 1
-    if not args.check:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text)
     return 0
 
 

@@ -40,6 +40,10 @@ _SUMMARY = {
 _DRAWN = {
     "request_speedup": "one picture from prompt to PNG: how many times as fast as diffusers",
     "request4_speedup": "four pictures in one request: how many times as fast as diffusers",
+    "fast_picture_s": "one picture with `speed=fast`, from prompt to PNG, s",
+    "exact_over_expert": "one picture: how many times as fast as diffusers set up by an expert",
+    "fast_over_expert": "one picture with `speed=fast`: how many times as fast as diffusers set up by an expert",
+    "four_over_expert": "four pictures: how many times as fast as diffusers set up by an expert",
     "switch_lora_s": "switch to another LoRA in a tar on the local disk, s",
     "switch_unet_s": "switch to another full UNet in a tar on the local disk, s",
     "switch_base_s": "switch back to the base, s",
@@ -89,13 +93,40 @@ def sampling_table(results: dict[str, Any], fp8: dict[str, Any], tiers: list[dic
     return "\n".join([*lines, "", _summary(results, _DRAWN), *slower])
 
 
+def fast_table(results: dict[str, Any]) -> str:
+    """A row for each way to draw, in Markdown."""
+    titles = {
+        "exact": "exact, {steps} steps",
+        "fast": "`speed=fast`, {steps} steps",
+        "half": "exact, {half} steps",
+    }
+    lines = [
+        "| | prompts followed, points | difference from the exact picture, levels of 255: mean | median | one in ten above |",
+        "|---|---|---|---|---|",
+    ]
+    for name, title in titles.items():
+        row = results["table"][name]
+        shown = title.format(steps=results["steps"], half=results["steps"] // 2)
+        levels = [f"{row[key]:.2f}" for key in ("levels", "levels_median", "levels_p90")]
+        lines.append(f"| {shown} | {100 * row['followed']:.1f} | {' | '.join(levels)} |")
+    saved = {
+        f"flops_saved_{size}": f"share of the UNet's multiplications that `speed=fast` saves, {told}, %"
+        for size, told in (("full_size", "SDXL's size"), ("miniature", "miniature"))
+    }
+    return "\n".join([*lines, "", _summary({key: 100 * results[key] for key in saved}, saved)])
+
+
 def blocks(root: Path) -> dict[str, str]:
     """Name of a block in `PAGE` → its tables, from the results under `root`."""
-    training, sampling, fp8, *tiers = (
+    training, fast, sampling, fp8, *tiers = (
         json.loads((root / RESULTS / f"{name}.json").read_text())
-        for name in ("training", "sampling", "sampling-fp8", "sampling-12gb", "sampling-8gb")
+        for name in ("training", "fast", "sampling", "sampling-fp8", "sampling-12gb", "sampling-8gb")
     )
-    return {"training": training_table(training), "drawing": sampling_table(sampling, fp8, tiers)}
+    return {
+        "training": training_table(training),
+        "drawing": sampling_table(sampling, fp8, tiers),
+        "fast": fast_table(fast),
+    }
 
 
 def _range(values: list[float]) -> str:

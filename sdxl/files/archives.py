@@ -69,7 +69,7 @@ def unpack(
     written: dict[Path, None] = {}
     has_skipped = False
     unpacked = 0
-    try:
+    with _told(archive):
         for name, source in members(archive, limits):
             if len(written) == limits.files:
                 raise ArchiveError(f"{archive.name} holds more than {limits.files} files: split it.")
@@ -86,15 +86,33 @@ def unpack(
                     _check_size(archive, unpacked, limits)
                     _write(sink, chunk, target)
             written[target] = None
+    if not written and not has_skipped:
+        raise ArchiveError(f"{archive.name} is empty: add files and pack it again.")
+    return list(written)
+
+
+def require_archive(path: Path) -> None:
+    """Refuse at once what `unpack` cannot open. A folder is right too, and what comes after the first member is not looked at.
+
+    Raises:
+        ArchiveError: not an archive, or damaged or encrypted from its beginning on.
+    """
+    if not path.is_dir():
+        with _told(path):
+            next(members(path, _LIMITS), None)
+
+
+@contextmanager
+def _told(archive: Path) -> Iterator[None]:
+    """Turn whatever reading `archive` raises into errors that name it."""
+    try:
+        yield
     except StorageError:
         raise
     except ArchiveError as error:
         raise error if archive.name in str(error) else _damaged(archive, error) from error
     except Exception as error:  # whatever a stranger's file makes Python's readers raise
         raise _damaged(archive, error) from error
-    if not written and not has_skipped:
-        raise ArchiveError(f"{archive.name} is empty: add files and pack it again.")
-    return list(written)
 
 
 def _damaged(archive: Path, error: Exception) -> ArchiveError:

@@ -3,8 +3,10 @@
 Knows what is written and when; does not know how a page or an event file is made. Failures are told and stop no training.
 """
 
+import contextlib
 import logging
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from sdxl.training.recipe import StepReport
 
 log = logging.getLogger(__name__)
+
+_EVERY_SECONDS = 5.0
+"""Between two writes of the history while a training runs."""
 
 
 class Recorder:
@@ -37,6 +42,7 @@ class Recorder:
         self._asked, self._described = asked, described
         self._advice: list[str] = []
         self._events = EventFiles(folder / EVENTS)
+        self._written = float("-inf")
 
     def take_advice(self, advice: Sequence[str]) -> None:
         """Take the sentences on the pictures."""
@@ -57,9 +63,19 @@ class Recorder:
                 )
             )
             self._events.update(self.history)
+            self._write_now_and_then()
             then(report)
 
         return record
+
+    def _write_now_and_then(self) -> None:
+        """Write the history while the training runs, for whoever watches it from outside."""
+        if time.monotonic() - self._written < _EVERY_SECONDS:
+            return
+        with contextlib.suppress(OSError):  # the end tells
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.history.write(self._folder)
+        self._written = time.monotonic()
 
     def choice(self) -> dict[str, Any]:
         """Which moment was chosen and why, for the record of the run; nothing without a choice."""

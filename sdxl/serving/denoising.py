@@ -8,13 +8,15 @@ decides which. Shapes: latents are [b, 4, h, w] for b pictures.
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from sdxl.serving.shortcuts import Call, Features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,18 @@ class Conditioning:
     """Strength of classifier-free guidance (arXiv:2207.12598); 1 and less turn it off."""
     guidance_rescale: float = 0.0
     """Share, 0 to 1, of the guided prediction that gets back the spread of the prediction for the prompt."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether there are rows of the negative prompt."""
+        return self.guidance_scale > 1
+
+    def unguided(self) -> "Conditioning":
+        """The same without the negative prompt."""
+        if not self.guided:
+            return self
+        rows = {name: getattr(self, name).chunk(2)[1] for name in ("embeds", "pooled", "time_ids")}
+        return replace(self, **rows, guidance_scale=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +149,14 @@ def denoise(
     conditioning: Conditioning,
     *,
     generators: Sequence[torch.Generator],
+    calls: Sequence[Call] | None = None,
     kept: Kept | None = None,
     on_call: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Denoise `latents` along a course.
 
-    unet: a UNet, or anything that is called like one.
+    unet: a `ReusingUNet`, or for calls that do everything also anything that is called like a UNet.
+    calls: what each call of the course does; None for everything.
     on_call: runs after each call of the UNet.
     """
     # The scheduler counts its calls; a course may start in the middle of the schedule.
@@ -151,8 +167,11 @@ def denoise(
     parameters = inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if "generator" in parameters else {}
 
-    for timestep, next_timestep in zip(planned.timesteps, planned.following, strict=True):
-        noise = predict_noise(unet, scheduler, timestep, latents, conditioning)
+    unguided = conditioning.unguided()
+    calls = [Call()] * len(planned.timesteps) if calls is None else calls
+    for timestep, next_timestep, call in zip(planned.timesteps, planned.following, calls, strict=True):
+        condition = conditioning if call.guided else unguided
+        noise = predict_noise(unet, scheduler, timestep, latents, condition, call.features)
         latents = scheduler.step(noise, timestep, latents, **extra, return_dict=False)[0]
 
         # Inpainting: put the kept part of the picture back, with the noise that the latents have after this step.
@@ -163,19 +182,24 @@ def denoise(
 
 
 def predict_noise(
-    unet: Callable[..., Any], scheduler: Any, timestep: Tensor, latents: Tensor, conditioning: Conditioning
+    unet: Callable[..., Any],
+    scheduler: Any,
+    timestep: Tensor,
+    latents: Tensor,
+    conditioning: Conditioning,
+    features: Features,
 ) -> Tensor:
     """The guided prediction [b, 4, h, w] at `timestep`, of noise or v, by one call of the UNet."""
-    guided = conditioning.guidance_scale > 1
-    rows = torch.cat([latents] * 2) if guided else latents
+    rows = torch.cat([latents] * 2) if conditioning.guided else latents
     predicted = unet(
         scheduler.scale_model_input(rows, timestep),
         timestep,
         encoder_hidden_states=conditioning.embeds,
         added_cond_kwargs={"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids},
         return_dict=False,
+        **({} if features == "none" else {"features": features}),
     )[0]
-    if not guided:
+    if not conditioning.guided:
         return predicted
     negative, positive = predicted.chunk(2)
     guided_by = negative + conditioning.guidance_scale * (positive - negative)

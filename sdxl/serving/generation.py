@@ -32,12 +32,14 @@ from sdxl.serving.plan import plan_passes
 from sdxl.serving.prompt_texts import tell_of_prompts
 from sdxl.serving.request import MULTIPLE, GenerationRequest
 from sdxl.serving.samplers import make_scheduler
+from sdxl.serving.shallow_unet import ReusingUNet
+from sdxl.serving.shortcuts import fast_calls
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 Runner = Callable[[UNet2DConditionModel], Callable[..., Any]]
-"""Gives what to call instead of a UNet, such as a `Runners`."""
+"""Gives what to call instead of a UNet: a `ReusingUNet` or, such as a `Runners`, something that is called like one."""
 
 
 def generate(
@@ -47,7 +49,7 @@ def generate(
     refiner: UNet2DConditionModel | None = None,
     *,
     at_once: int = 4,
-    runner: Runner = lambda unet: unet,
+    runner: Runner = ReusingUNet,
 ) -> list[Image.Image]:
     """All pictures of `draw`, which has the same arguments, in a list."""
     return list(draw(pipeline, request, token_map, refiner, at_once=at_once, runner=runner))
@@ -62,7 +64,7 @@ def draw(
     *,
     first: int = 0,
     at_once: int = 4,
-    runner: Runner = lambda unet: unet,
+    runner: Runner = ReusingUNet,
 ) -> Generator[Image.Image]:
     """Draw the request with the weights that are in `pipeline`, and yield each picture as soon as it is decoded.
 
@@ -134,6 +136,7 @@ def _draw_batch(
         planned = course(scheduler, one.first, one.stop)
         if kept is not None and kept.begin is None and len(planned.timesteps):
             kept = replace(kept, begin=planned.timesteps[0])
+        calls = fast_calls(planned.timesteps.tolist()) if request.speed == "fast" else None
 
         # The refiner is not part of the pipeline: with offloading it goes to the GPU only for its pass.
         unet, conditioning = models[one.model]
@@ -146,6 +149,7 @@ def _draw_batch(
                 latents,
                 conditioning,
                 generators=batch.generators,
+                calls=calls,
                 kept=kept,
                 on_call=bar.update,
             )

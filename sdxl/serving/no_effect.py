@@ -10,6 +10,7 @@ from typing import Any
 from sdxl.serving.prompt_lists import EXAMPLE_PROMPT
 from sdxl.serving.request import DeliveryOptions, DrawingOptions, LayoutOptions
 from sdxl.serving.samplers import SCHEDULERS
+from sdxl.serving.shortcuts import FEWEST_STEPS
 
 
 def without_effect(
@@ -31,6 +32,7 @@ def without_effect(
     if drawing.refine != "base_image_refiner" and _changed(drawing, "refine_steps"):
         yield "refine_steps has no effect without refine=base_image_refiner."
     yield from _of_guidance(drawing)
+    yield from _of_speed(drawing)
     if SCHEDULERS[drawing.scheduler].most_steps and _changed(drawing, "timestep_spacing"):
         yield f"timestep_spacing has no effect on {drawing.scheduler}, which has its own."
     if delivery.output_format == "png" and _changed(delivery, "output_quality"):
@@ -44,6 +46,13 @@ def _of_mask(layout: LayoutOptions) -> Iterator[str]:
                 yield f"{name} has no effect without mask or transparent areas of image."
     if not (layout.only_masked and layout.mask) and _changed(layout, "mask_padding"):
         yield "mask_padding has no effect without only_masked and a mask."
+
+
+def _of_speed(drawing: DrawingOptions) -> Iterator[str]:
+    steps = drawing.num_inference_steps
+    # Heun calls the UNet twice at each timestep, so the second call can reuse features however few steps there are.
+    if drawing.speed == "fast" and steps < FEWEST_STEPS and drawing.scheduler != "HeunDiscrete":
+        yield f"speed=fast saves little with {steps} steps: it is for {FEWEST_STEPS} and more."
 
 
 def _of_guidance(drawing: DrawingOptions) -> Iterator[str]:

@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 SMALLEST_REAL_BASE = 512
 """Pixels; a base made for smaller pictures is a miniature."""
-WARMING_STEPS = 5
-"""Steps of a warm-up picture: enough calls of the UNet to capture its graph."""
+WARMING_STEPS = {"exact": 5, "fast": 36}
+"""Steps of a warm-up picture: enough calls of the UNet, of each kind, to capture their graphs."""
 
 
 class Painter:
@@ -68,19 +68,20 @@ class Painter:
     def warm_up(self) -> None:
         """Compile and capture the most common shapes, so that the first request does not wait for them.
 
-        These are pictures of the base's own size, one at a time and as many at once as the placement allows.
+        These are pictures of the base's own size: one, exact and fast, and as many at once as the placement allows.
         """
         if self.runners.speed == "eager":
             return
         started = time.monotonic()
         side = self.native_resolution
-        for count in (1, self.placement.at_once):
+        for count, speed in ((1, "exact"), (1, "fast"), (self.placement.at_once, "exact")):
             request = GenerationRequest(
                 prompt="",
                 width=side,
                 height=side,
                 num_outputs=count,
-                num_inference_steps=WARMING_STEPS,
+                speed=speed,
+                num_inference_steps=WARMING_STEPS[speed],
                 seed=0,
             )
             with self.runners.warming(self.tuned.pipeline.unet):

@@ -101,6 +101,8 @@ def describe(request: GenerationRequest, index: int, *, model: str) -> str:
         facts["Emphasis"] = "None"  # brackets are text
     if request.timestep_spacing != "base":
         facts["Timestep spacing"] = request.timestep_spacing
+    if request.speed != "exact":
+        facts["Speed"] = request.speed
     if request.image is not None:
         facts["Denoising strength"] = f"{request.prompt_strength:g}"
     if request.refine == "expert_ensemble_refiner":

@@ -51,6 +51,7 @@ CHOICES = {
     "aspect_ratio": ("custom", *ASPECT_RATIOS),
     "scheduler": tuple(SCHEDULERS),
     "timestep_spacing": SPACINGS,
+    "speed": ("exact", "fast"),
     "refine": get_args(Refine),
     "output_format": tuple(FORMATS),
 }
@@ -97,6 +98,8 @@ class DrawingOptions:
     """A key of `samplers.SCHEDULERS`."""
     timestep_spacing: str = "base"
     """One of `samplers.SPACINGS`."""
+    speed: str = "exact"
+    """exact: every call of the UNet does everything. fast: see `shortcuts`."""
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     """Strength of classifier-free guidance (arXiv:2207.12598); 1 and less turn it off."""

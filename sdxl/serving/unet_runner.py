@@ -1,6 +1,7 @@
 """Calls a UNet for drawing, so that a step is never CPU-bound.
 
-On a GPU, each shape of call is captured once as a CUDA graph and then replayed; the most common shapes are compiled first.
+On a GPU, each kind and shape of call is captured once as a CUDA graph and then replayed; the most common shapes are compiled
+first. The kinds are those of `shallow_unet`: whole calls, with or without keeping deep features, and shallow ones.
 Fine-tunes change weights in place, so that graphs stay valid. Knows UNets and shapes; does not know requests.
 
 | `SDXL_SPEED` | how the UNet is called                                                             |
@@ -23,6 +24,8 @@ from torch import Tensor
 from sdxl import settings
 from sdxl.serving.placement import Placement
 from sdxl.serving.prompt_cache import PromptCache
+from sdxl.serving.shallow_unet import ReusingUNet
+from sdxl.serving.shortcuts import Features
 from sdxl.settings import Speed
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.speed.cuda_graphs import GraphedWork
@@ -55,6 +58,8 @@ class _Inputs:
     """Keys and values of cross-attention for the prompt."""
     prompt: Tensor | None
     """The hidden states, compared by identity, from which `cached` was computed; None if it is out of date."""
+    unet: ReusingUNet
+    """The UNet, with the deep features of this shape."""
 
 
 class UNetRunner:
@@ -68,6 +73,7 @@ class UNetRunner:
         self._compiled: set[tuple] = set()
         self._inputs: dict[tuple, _Inputs] = {}
         self._prompts = PromptCache(unet)
+        self._eager = ReusingUNet(unet)
         if speed != "eager":
             fuse_blocks(unet)
         self._graphs = GraphedWork(unet.device, enabled=speed != "eager")
@@ -81,8 +87,9 @@ class UNetRunner:
         return self.speed in ("compiled", "fp8")
 
     def forget(self) -> None:
-        """Drop all graphs and their inputs."""
+        """Drop all graphs, their inputs and the features that were kept."""
         self._inputs.clear()
+        self._eager = ReusingUNet(self.unet)
         self._graphs.forget()
 
     def weights_changed(self) -> None:
@@ -100,11 +107,13 @@ class UNetRunner:
         encoder_hidden_states: Tensor,
         added_cond_kwargs: dict[str, Tensor],
         return_dict: bool = False,
+        features: Features = "none",
     ) -> tuple[Tensor]:
         """The prediction [b, 4, h, w] for `sample` [b, 4, h, w], in a new tensor.
 
         timestep: one number, on the device of `sample`.
         encoder_hidden_states: if it is the same tensor object as in the last call, its values must be the same too.
+        features: with "reuse", the last call that kept features was of this shape.
         """
         given = {
             "sample": sample,
@@ -113,7 +122,7 @@ class UNetRunner:
             **added_cond_kwargs,
         }
         if self.speed == "eager":
-            return (self._call(given),)
+            return (_call(self._eager, given, features),)
 
         # Copy the inputs to the addresses that the graph of this shape reads.
         key = tuple((name, tuple(value.shape), value.dtype) for name, value in given.items())
@@ -130,7 +139,7 @@ class UNetRunner:
             inputs.prompt = encoder_hidden_states
 
         # The next replay overwrites the graph's output, so return a copy.
-        return (self._graphs(key, lambda: self._work(key, inputs)).clone(),)
+        return (self._graphs((features, key), lambda: self._work(key, inputs, features)).clone(),)
 
     def _add(self, key: tuple, given: dict[str, Tensor]) -> _Inputs:
         """Make the input tensors of a new shape."""
@@ -142,24 +151,26 @@ class UNetRunner:
             tensors={name: value.clone() for name, value in given.items()},
             cached=self._prompts.compute(given["embeds"]),
             prompt=given["embeds"],
+            unet=ReusingUNet(self.unet),
         )
         return self._inputs[key]
 
-    def _work(self, key: tuple, inputs: _Inputs) -> Tensor:
-        """The work that is captured for a shape."""
+    def _work(self, key: tuple, inputs: _Inputs, features: Features) -> Tensor:
+        """The work that is captured for a kind and shape of call."""
         stance = nullcontext() if key in self._compiled else torch.compiler.set_stance("force_eager")
         with stance, self._prompts.returning(inputs.cached):
-            return self._call(inputs.tensors)
+            return _call(inputs.unet, inputs.tensors, features)
 
-    def _call(self, given: dict[str, Tensor]) -> Tensor:
-        extra = {name: value for name, value in given.items() if name in ("text_embeds", "time_ids")}
-        return self.unet(
-            given["sample"],
-            given["timestep"],
-            encoder_hidden_states=given["embeds"],
-            added_cond_kwargs=extra,
-            return_dict=False,
-        )[0]
+
+def _call(unet: ReusingUNet, given: dict[str, Tensor], features: Features) -> Tensor:
+    extra = {name: value for name, value in given.items() if name in ("text_embeds", "time_ids")}
+    return unet(
+        given["sample"],
+        given["timestep"],
+        encoder_hidden_states=given["embeds"],
+        added_cond_kwargs=extra,
+        features=features,
+    )[0]
 
 
 class Runners:

@@ -11,6 +11,7 @@ from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.data.config import PreprocessConfig
 from sdxl.errors import UserInputError
+from sdxl.files.result_upload import Target, parse_target
 from sdxl.training.config import (
     TrainingConfig,
     TrainingOptions,
@@ -48,6 +49,8 @@ class TrainInputs:
     """A state to go on from: a path, a URL or "auto"."""
     init_from: str | None = None
     """A fine-tune to start from: a path, a URL or a name on the hub."""
+    upload_url: Target | None = None
+    """Where the tar goes. A secret."""
     seed: int | None = limited(ge=0, le=2**32 - 1)
     """None for a random one, or for that of the state to go on from."""
     global_caption: str | None
@@ -87,14 +90,14 @@ class TrainInputs:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The inputs that differ from their defaults, except for the names of files."""
+        """The inputs that differ from their defaults, except for the names of files and secrets."""
         defaults = {
             entry.name: entry.default
             for kind in (PreprocessConfig, TrainingOptions)
             for entry in fields(kind)
         }
         defaults["clipseg_temperature"] = defaults["mask_temperature"]
-        files = ("input_images", "base", "resume", "init_from", "options")
+        files = ("input_images", "base", "resume", "init_from", "upload_url", "options")
         own = {name: value for name, value in vars(self).items() if name not in files}
         return {
             name: value
@@ -208,6 +211,8 @@ def train_inputs(given: Mapping[str, Any]) -> TrainInputs:
             )
         values["clipseg_temperature"] = temperature
 
+    url = values.pop("upload_url")
+    values["upload_url"] = parse_target(url, "upload_url") if url else None
     options = TrainingOptions(**{entry.name: values.pop(entry.name) for entry in fields(TrainingOptions)})
     values["input_images"] = str(values["input_images"])
     return TrainInputs(**values, options=options)

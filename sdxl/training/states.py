@@ -106,8 +106,8 @@ class RunStates:
             return
         if self._copied is not None:  # what the next kernels change must have been copied
             torch.cuda.current_stream().wait_event(self._copied)
-        self._boundary = None
         self._stops.hold()
+        self._boundary = None
         try:
             yield
             self._boundary = step, self._run.order()

@@ -20,7 +20,7 @@ from sdxl.model.components import Components
 from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.training.best_moment import choice_of, has_fallen, with_scores
 from sdxl.training.config import TrainingConfig, prompts_of
-from sdxl.training.data_parallel import agreed
+from sdxl.training.data_parallel import agreed, world_size
 from sdxl.training.preservation import PROMPTS
 from sdxl.training.signals import Meter
 
@@ -42,6 +42,8 @@ class Watch:
     """Draws the previews of a moment with the present weights; None: there are none."""
     keep: Callable[[int, TrainedFineTune], None] | None = None
     """Takes the fine-tune of every checked moment."""
+    asked_to_finish: Callable[[], bool] = lambda: False
+    """Whether somebody wants the training to end now, with the best moment so far."""
     history: History = field(default_factory=History)
     """What was seen; the choice too, at the end."""
     _meter: Meter | None = field(default=None, init=False)
@@ -76,12 +78,15 @@ class Watch:
             self._meter.freeze_text()
 
     def stops_after(self, step: int, snapshot: Callable[[], TrainedFineTune]) -> bool:
-        """Look after `step`, if it is time, and keep a snapshot of the best moment.
+        """Look after `step`, if it is time or the last chance, and keep a snapshot of the best moment.
 
-        Returns whether the training may as well stop, because it only gets worse.
+        Returns whether the training is to stop, because it only gets worse or somebody wants it.
         """
-        if self._meter is None or not _due(step, self._total, self.checks):
-            return False
+        due = self._meter is not None and _due(step, self._total, self.checks)
+        # Several processes must agree, which takes time: they do so only when it is time to look.
+        finish = bool(agreed(int(self.asked_to_finish()))) if due or world_size() == 1 else False
+        if self._meter is None or not (due or finish):
+            return finish
         with self._timed():
             self.history.checks.append(Check(step=step, strength=1.0, score=0.0, **vars(self._meter.read())))
             self.history.checks = with_scores(self.history.checks)
@@ -93,7 +98,7 @@ class Watch:
                 self.keep(step, snapshot())
             if (self.checks - len(self.history.checks)) % PREVIEWED == 0:
                 self._preview(step)
-        return bool(agreed(int(has_fallen(self.history.checks, self._pivot))))
+        return finish or bool(agreed(int(has_fallen(self.history.checks, self._pivot))))
 
     def caught_up(self, done: int, snapshot: Callable[[], TrainedFineTune]) -> int:
         """Look after the step `done` if it is time and nobody has: a state is saved before that. Returns `done`."""
