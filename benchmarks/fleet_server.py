@@ -84,7 +84,8 @@ class Fleet:
         """
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
-            if self.replicas() == replicas:
+            # The processes first: for a while after one dies, Ray still counts it.
+            if len(self.painters()) == replicas and self.replicas() == replicas:
                 return
             if "Deploying app 'sdxl' failed" in self.log:
                 break

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from deploy.requests import Answer, failed
+from deploy.requests import FAILED, Answer, failed
 from deploy.stoppable import run_stoppable
 from predict import Predictor
 from sdxl import settings
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 STOP_S = 60
 """Seconds that a cancelled drawing may take to stop. On a GPU that hangs it never does."""
-FAILED = "The picture could not be drawn because of an error in this server: its log has more."
 
 
 class StrangersPredictor(Predictor):

@@ -29,8 +29,8 @@ from ray.exceptions import (
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deploy.drawing import Drawer
 from deploy.requests import (
+    FAILED,
     LARGEST_BODY,
     Answer,
     RefusedError,
@@ -49,10 +49,8 @@ http = FastAPI(openapi_url=None)
 
 PAUSES_S = (0.5, 4.0)
 """Seconds before the second and the third try of a request that lost its replica. A request that kills replicas must end."""
-
-
 LOST = (RayActorError, NodeDiedError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
-"""What Ray should raise when a replica dies with a request, or with its pictures before they are fetched."""
+"""What Ray says it raises when a replica dies with a request, or with its pictures before they are fetched."""
 
 
 class FleetSettings(BaseModel):
@@ -102,6 +100,8 @@ class Painters:
 
     def __init__(self, fine_tunes: int) -> None:
         """Load the base. fine_tunes: as in `FleetSettings`."""
+        from deploy.drawing import Drawer  # here, so that gateways do without torch
+
         self._drawer = Drawer()
         self._held: set[str] = set()
         """The fine-tunes that Ray counts as loaded. While it drops one, it may be in here for a moment longer."""
@@ -136,6 +136,9 @@ class Painters:
                 return dataclasses.replace(failed(error), metrics=metrics)
             except _StoppedError:
                 raise asyncio.CancelledError from None
+            except Exception:
+                log.exception("A fine-tune could not be fetched")
+                return Answer(status=500, error=FAILED, metrics=metrics)
         answer = await self._drawer.draw(inputs)
         return dataclasses.replace(answer, metrics=answer.metrics | metrics)
 
@@ -213,9 +216,8 @@ class Gateway:
                 return Answer(status=503, error="This server cannot draw now: try again later.")
             except TaskCancelledError:
                 raise
-            except (
-                Exception
-            ) as error:  # painters answer with their own errors, so this one is Ray's: a replica died
+            except Exception as error:
+                # Painters answer instead of raising, so this is Ray's: a replica died. Ray does not always say so in `LOST`.
                 unknown = not isinstance(error, LOST)
                 log.warning("Request %s lost its replica (%r)", name, type(error), exc_info=unknown)
                 if pause is not None:

@@ -17,6 +17,7 @@ from sdxl.errors import NotEnoughMemoryError, StorageError, UserInputError
 
 LARGEST_BODY = 100 << 20
 """Bytes of a request, as behind Cog. What is larger goes as a URL."""
+FAILED = "The picture could not be drawn because of an error in this server: its log has more."
 _LONGEST_ID = 100
 
 

