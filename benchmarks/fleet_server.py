@@ -137,33 +137,39 @@ def running_fleet(
     """A fleet of miniatures whose files are in `folder`; `args` are those of the application."""
     config = small_config(replicas, **args)
     folder.mkdir(parents=True, exist_ok=True)
-    session = Path(tempfile.mkdtemp(prefix="ray-"))  # paths of sockets may have 107 characters
+    with ray_environment() as of_ray:
+        environment = of_ray | environment | {"PYTHONPATH": str(REPOSITORY)}
+        with (folder / "fleet.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _LAUNCH, *serve("run", str(write_config(folder, config)))],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        fleet = Fleet(folder, process, environment, config)
+        try:
+            fleet.wait_for(replicas)
+            yield fleet
+        finally:
+            for pid in family(process):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def ray_environment() -> Iterator[dict[str, str]]:
+    """This process' environment, in which Ray keeps its files in a folder that is removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # not a test's: paths of sockets may have 107 characters
     (folder / "token").write_text(secrets.token_hex(32))  # else Ray keeps one in the home folder
-    environment = {
-        **os.environ,
-        **environment,
-        "PYTHONPATH": str(REPOSITORY),
-        "RAY_TMPDIR": str(session),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    with (folder / "fleet.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCH, *serve("run", str(write_config(folder, config)))],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    fleet = Fleet(folder, process, environment, config)
     try:
-        fleet.wait_for(replicas)
-        yield fleet
+        yield os.environ | {
+            "RAY_TMPDIR": str(folder),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
     finally:
-        for pid in family(process):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        shutil.rmtree(session, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

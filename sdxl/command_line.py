@@ -81,7 +81,7 @@ def run_command_line(
     try:
         if many and any(item.startswith(f"{many.beside}=@") for item in arguments.input):
             raise UserInputError(f"{many.beside} takes no file: give it as {many.flag} FILE.")
-        values = _parse_all(arguments.input, inputs)
+        values = parse_inputs(arguments.input, inputs)
         runs = many.read(file, values) if many and file else [values]
     except UserInputError as error:
         print(f"{error} See --help.", file=sys.stderr)
@@ -96,7 +96,7 @@ def run_command_line(
             for path in _deliver_all(entry_point, runs, many, arguments.output):
                 print(path, flush=True)
             return
-        for path in _deliver(entry_point(**values), arguments.output):
+        for path in deliver(entry_point(**values), arguments.output):
             print(path)
 
     return run_into(arguments.output, work)
@@ -128,7 +128,12 @@ def _stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _parse_all(items: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[str, Any]:
+def parse_inputs(items: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[str, Any]:
+    """All inputs, from texts such as "name=value"; defaults where none is given.
+
+    Raises:
+        UserInputError: an input is wrong, unknown, missing or given twice.
+    """
     values: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
@@ -162,7 +167,7 @@ def _deliver_all(
     for number, inputs in enumerate(runs, start=1):
         prefix = f"{number:0{len(str(len(runs)))}}-"
         try:
-            files = _deliver(entry_point(**inputs), folder, prefix=prefix)
+            files = deliver(entry_point(**inputs), folder, prefix=prefix)
         except WithheldError as error:
             print(f"Run {number} of {len(runs)}: {error}", file=sys.stderr)
             files = []
@@ -173,7 +178,7 @@ def _deliver_all(
     yield from many.sum_up(done, folder)
 
 
-def _deliver(result: Any, folder: Path, *, prefix: str = "") -> list[Path]:
+def deliver(result: Any, folder: Path, *, prefix: str = "") -> list[Path]:
     """Move the returned files atomically into `folder`, and remove their old folders if these are now empty.
 
     prefix: put before the names of the files.

@@ -62,7 +62,6 @@ def test_requests_go_to_the_replica_that_holds_their_fine_tune(
         time.sleep(0.2)  # Ray writes them now and then
 
 
-
 def test_a_killed_replica_loses_no_request_and_draws_no_wrong_picture(
     fleet: Fleet, references: dict[bench.Job, str]
 ):
