@@ -1,4 +1,4 @@
-"""Servers for many GPUs, beside Cog's: an optional extra with requirements of its own.
+"""Drawing and training on many GPUs with Ray: an optional extra with requirements of its own.
 
-Knows Ray Serve and HTTP; does not know how pictures are drawn. The product never imports it.
+Knows Ray and HTTP; does not know how pictures are drawn, or how a training works. The product never imports it.
 """

@@ -1,7 +1,6 @@
-"""A fleet as `serve run` starts it, with two replicas of the miniature. Skipped where Ray is not installed."""
+"""A fleet as `serve run` starts it, with two replicas of the miniature."""
 
 import http.client
-import importlib.util
 import json
 import os
 import signal
@@ -16,9 +15,6 @@ from benchmarks import fleet as bench
 from benchmarks.fleet_server import Fleet, running_fleet
 from benchmarks.serving import settings
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="needs Ray: pip install -r deploy/requirements.txt"
-)
 FINE_TUNES, REPLICAS = 4, 2
 LONG = {"prompt": "a fish", "width": 256, "height": 256, "num_inference_steps": 500, "num_outputs": 4}
 """A request that takes minutes."""

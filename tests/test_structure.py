@@ -110,6 +110,11 @@ def test_only_the_entry_points_know_cog(path: Path):
     assert ("cog" in packages(path)) == (path.stem in ENTRY_POINTS and path.parent == REPOSITORY)
 
 
+@pytest.mark.parametrize("path", ALL, ids=by_name)
+def test_only_two_files_know_ray(path: Path):
+    assert ("ray" in packages(path)) == (by_name(path) in {"deploy/ray_serve.py", "deploy/ray_train.py"})
+
+
 @pytest.mark.parametrize("path", sources("sdxl"), ids=by_name)
 def test_rooms_import_what_the_table_allows(path: Path):
     module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
