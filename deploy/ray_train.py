@@ -118,7 +118,7 @@ def train_all(subjects: Mapping[str, Path], output: Path, items: Sequence[str], 
             print("Ray has no GPU yet, so the trainings wait for one. --gpus 0 takes the CPU.", flush=True)
         # A process of its own for each: it gives all memory back.
         task = ray.remote(num_gpus=gpus, num_cpus=1, max_calls=1, max_retries=RETRIES)(train_one)
-        running = {task.remote(left[name], output / name, list(items)): name for name in left}
+        running = {task.remote(left[name], output / name, list(items), Path.cwd()): name for name in left}
         failed = _ended(running, total=len(left))
     if failed:
         raise UserInputError(
@@ -136,7 +136,7 @@ def _ended(running: dict[Any, str], *, total: int) -> int:
             try:
                 error = ray.get(task)
             except RayError as lost:
-                error = f"Its process died {RETRIES + 1} times ({type(lost).__name__})."
+                error = f"Ray lost its process, or could not start one ({type(lost).__name__})."
             failed += error is not None
             told = "finished" if error is None else f"failed. {error}"
             print(f"[{total - len(running)}/{total}] {name}: {told}", flush=True)
@@ -148,11 +148,14 @@ def _ended(running: dict[Any, str], *, total: int) -> int:
     return failed
 
 
-def train_one(archive: Path, folder: Path, items: list[str]) -> str | None:
+def train_one(archive: Path, folder: Path, items: list[str], start: Path) -> str | None:
     """A task of Ray: train on `archive`, and put the result into `folder`. Returns why it failed; None if it did not.
 
     If the process dies, Ray calls it again, and `resume` lets it go on from its last state.
+
+    start: the folder that relative paths begin in.
     """
+    os.chdir(start)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("SDXL_WORKSPACE", str(folder))
     with (folder / LOG).open("a") as log:

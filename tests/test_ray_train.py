@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.fleet_server import ray_environment
-from deploy.ray_train import inputs_for, subjects_in
+from deploy.ray_train import inputs_for, main, subjects_in
 from sdxl.errors import UserInputError
 from tests.conftest import QUICK, REPOSITORY, write_captioned_zip
 
@@ -46,7 +46,7 @@ def test_inputs_are_checked_before_the_first_training(captioned_zip: Path):
 
 
 def test_a_second_start_goes_on_and_a_failed_training_stops_no_other(
-    tmp_path: Path, narrow_base: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, narrow_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """The training of this test never ends by itself: it is stopped once, and then told to end early."""
     monkeypatch.setenv("SDXL_BASE", str(narrow_base))
@@ -54,14 +54,14 @@ def test_a_second_start_goes_on_and_a_failed_training_stops_no_other(
     pictures, output = tmp_path / "pictures", tmp_path / "out"
     pictures.mkdir()
     write_captioned_zip(pictures / "cat.zip")
-    (pictures / "broken.zip").write_bytes(b"PK nonsense")
-    command = [sys.executable, "-m", "deploy.ray_train", str(pictures), "-o", str(output), "--gpus", "0"]
-    command += [word for name, value in INPUTS.items() for word in ("-i", f"{name}={value}")]
+    options = [str(pictures), "-o", str(output), "--gpus", "0"]
+    options += [word for name, value in INPUTS.items() for word in ("-i", f"{name}={value}")]
 
     with ray_environment() as environment:
-        options: Any = {"cwd": REPOSITORY, "env": environment, "text": True}
-        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        first = subprocess.Popen(command, **options)
+        started: Any = {"cwd": REPOSITORY, "env": environment, "text": True}
+        started |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        command = [sys.executable, "-m", "deploy.ray_train", *options]
+        first = subprocess.Popen(command, **started)
         while not [*output.glob("cat/state/*/step-*")]:
             assert first.poll() is None
             time.sleep(0.01)
@@ -69,7 +69,8 @@ def test_a_second_start_goes_on_and_a_failed_training_stops_no_other(
         told, _ = first.communicate()
         assert first.returncode == 130, told
 
-        second = subprocess.Popen(command, **options)
+        (pictures / "broken.zip").write_bytes(b"PK nonsense")
+        second = subprocess.Popen(command, **started)
         log = output / "cat" / "train.log"
         while "Going on after step " not in log.read_text():
             assert second.poll() is None
@@ -81,10 +82,10 @@ def test_a_second_start_goes_on_and_a_failed_training_stops_no_other(
         assert "cat: finished" in told
         assert "broken: failed. broken.zip is neither a zip nor a tar archive" in told
         assert "1 of 2 failed" in told
-        files = {path.name: path.stat().st_mtime_ns for path in (output / "cat").iterdir()}
-        assert files.keys() == {"trained_model.tar", "report.html", "train.log"}
+    files = {path.name: path.stat().st_mtime_ns for path in (output / "cat").iterdir()}
+    assert files.keys() == {"trained_model.tar", "report.html", "train.log"}
 
-        (pictures / "broken.zip").unlink()
-        third = subprocess.run(command, check=False, **options)
-        assert third.returncode == 0 and "1 of 1 are finished already" in third.stdout
-        assert files == {path.name: path.stat().st_mtime_ns for path in (output / "cat").iterdir()}
+    (pictures / "broken.zip").unlink()
+    assert main(options) == 0
+    assert "1 of 1 are finished already" in capsys.readouterr().out
+    assert files == {path.name: path.stat().st_mtime_ns for path in (output / "cat").iterdir()}
