@@ -29,6 +29,8 @@ REPOSITORY = Path(__file__).parent.parent
 CONFIG = REPOSITORY / "deploy" / "serve.yaml"
 SECONDS = 600
 """The longest wait for a fleet to start or to change."""
+NOT_NICE = {"RAY_worker_niceness": "0"}
+"""Lets Ray's processes run like others. By default they give way to all others of a busy machine."""
 _LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 """Runs a program that the system kills when its parent ends, however that ends (PR_SET_PDEATHSIG in Linux' prctl.h).
 Ray's processes end with it."""

@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from benchmarks import fleet as bench
-from benchmarks.fleet_server import Fleet, running_fleet
+from benchmarks.fleet_server import NOT_NICE, Fleet, running_fleet
 from benchmarks.serving import settings
 
 FINE_TUNES, REPLICAS = 4, 2
@@ -38,7 +38,9 @@ def references(folder: Path) -> dict[bench.Job, str]:
 @pytest.fixture(scope="module")
 def fleet(folder: Path) -> Iterator[Fleet]:
     """Each replica keeps one fine-tune."""
-    with running_fleet(folder / "ray", settings(folder), replicas=REPLICAS, fine_tunes=1) as running:
+    with running_fleet(
+        folder / "ray", settings(folder) | NOT_NICE, replicas=REPLICAS, fine_tunes=1
+    ) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fleet_server import ray_environment
+from benchmarks.fleet_server import NOT_NICE, ray_environment
 from deploy.ray_train import inputs_for, main, subjects_in
 from sdxl.errors import UserInputError
 from tests.conftest import QUICK, REPOSITORY, write_captioned_zip
@@ -58,7 +58,7 @@ def test_a_second_start_goes_on_and_a_failed_training_stops_no_other(
     options += [word for name, value in INPUTS.items() for word in ("-i", f"{name}={value}")]
 
     with ray_environment() as environment:
-        started: Any = {"cwd": REPOSITORY, "env": environment, "text": True}
+        started: Any = {"cwd": REPOSITORY, "env": environment | NOT_NICE, "text": True}
         started |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         command = [sys.executable, "-m", "deploy.ray_train", *options]
         first = subprocess.Popen(command, **started)
