@@ -593,7 +593,7 @@ def _record_metrics(report: "StepReport") -> None:
         scope.record_metric("steps_per_second", float(report.steps_per_second))
 
 
-def _train_with_report(**inputs: Any) -> list[pathlib.Path]:
+def train_with_report(**inputs: Any) -> list[pathlib.Path]:
     """Run the training; return the tar, and the report if there is one."""
     tar = pathlib.Path(train(**inputs))
     return [path for path in (tar, tar.with_name(REPORT)) if path.exists()]
@@ -601,5 +601,5 @@ def _train_with_report(**inputs: Any) -> list[pathlib.Path]:
 
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]
-    with_report = functools.wraps(train)(_train_with_report)
+    with_report = functools.wraps(train)(train_with_report)
     exit_with(lambda: run_in_each(lambda argv: run_command_line(with_report, description=about, argv=argv)))

@@ -134,6 +134,8 @@ def test_commands_work(page: Path, line: str, tmp_path: Path, monkeypatch: pytes
         case ["curl", *_]:
             trains = any(word.endswith("/trainings") for word in words)
             assert_request(words[words.index("-d") + 1], "train" if trains else "predict")
+        case ["serve" | "kubectl" | "pip" | "docker", *_, file]:  # the last word is what the command reads
+            assert (REPOSITORY / file).exists()
         case _:
             pytest.fail(f"{page.name} shows {words[0]}, which this test cannot check")
 
