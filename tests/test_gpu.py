@@ -306,7 +306,7 @@ def test_a_base_with_zero_terminal_snr_draws_in_half_precision(scheduler: str):
         seed=0,
     )
     [plain] = generate(pipeline, asked, TokenMap({}))
-    runners = Runners("compiled")
+    runners = Runners("compiled", torch.device("cuda"))
     with runners.warming(pipeline.unet):
         [warmed] = generate(pipeline, asked, TokenMap({}), runner=runners)
     [replayed] = generate(pipeline, asked, TokenMap({}), runner=runners)

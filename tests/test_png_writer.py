@@ -28,7 +28,8 @@ def test_other_programs_read_the_same_pixels(tmp_path: Path, width: int, height:
         opened.verify()
     with Image.open(file) as opened:
         assert opened.mode == "RGB" and np.array_equal(np.asarray(opened), pixels)
-    assert np.array_equal(cv2.imread(str(file), cv2.IMREAD_COLOR)[..., ::-1], pixels)
+    read = cv2.imread(str(file), cv2.IMREAD_COLOR)
+    assert read is not None and np.array_equal(read[..., ::-1], pixels)
 
 
 @pytest.mark.parametrize("text", ["plain, 1:2", "two\nlines", "Äpfel für 猫 🐈", ""])

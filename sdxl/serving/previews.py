@@ -143,7 +143,7 @@ class PreviewDrawer:
     def _drawn(self, conditioning: Conditioning) -> Iterator[Image.Image]:
         """A picture for each prompt of `conditioning`. All have the same noise, so that only the prompts differ."""
         device, count = self._components.device, len(conditioning.embeds) // 2
-        scheduler = make_scheduler(SAMPLER, self._pipeline)
+        scheduler: Any = make_scheduler(SAMPLER, self._pipeline)
         scheduler.set_timesteps(STEPS, device=device)
         planned = course(scheduler, 0, STEPS)
         generators = [torch.Generator(device).manual_seed(self._seed) for _ in range(count)]
