@@ -390,9 +390,12 @@ def run(
     tell_of_distillation(base.folder, base.name)
     resolution = native_resolution(base.folder) if inputs.resolution is None else inputs.resolution
     preprocess_config = inputs.preprocess_config(resolution)
-    check = early_check(inputs, base.folder, resolution)
     dataset_folder = prepare_dataset(
-        archive, workspace / "dataset", config=preprocess_config, check=check, on_advice=recorder.take_advice
+        archive,
+        workspace / "dataset",
+        config=preprocess_config,
+        check=early_check(inputs, base.folder, resolution),
+        on_advice=recorder.take_advice,
     )
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 
@@ -415,6 +418,7 @@ def run(
     begin_with = _starting_point(inputs.init_from, config, components) if inputs.init_from else None
     facts = base.facts() | ({"init_from": begin_with.digest} if begin_with else {})
     record = fine_tune_files.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder, facts)
+    resuming.require_one_run(record, captions)
     saved = resuming.chosen(named, inputs.resume, record, seed=inputs.seed)
     if saved is not None:
         config = dataclasses.replace(config, seed=saved.notes.seed)
@@ -438,7 +442,7 @@ def run(
         flip=config.horizontal_flip,
         leave_out=kept_out(len(pictures)) if config.checks else (),
     )
-    keep = fine_tune_files.keeper(workspace / OUTPUT / CHECKPOINTS, record)
+    keep = _keeper(workspace, record)
     watch = _watch(config, components, dataset_folder, captions, recorder.history, workspace / OUTPUT, keep)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
@@ -530,10 +534,13 @@ def _write(
     tell: Callable[[], None],
     checkpoint_of: "Base | None",
 ) -> None:
-    """Fine-tune → tar. `tell` adds what is for people."""
+    """Fine-tune → tar, by the first of several processes. `tell` adds what is for people."""
     from sdxl.model import fine_tune_files
     from sdxl.model.trained_web_ui import write_for_web_uis
+    from sdxl.training.data_parallel import rank
 
+    if rank() > 0:
+        return
     output = workspace / OUTPUT
     fine_tune_files.write(trained, output, record)
     write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
@@ -569,6 +576,15 @@ def _prior(config: TrainingConfig, components: "Components", base: dict[str, Any
     return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
 
 
+def _keeper(workspace: pathlib.Path, record: dict[str, Any]) -> Callable[[int, "TrainedFineTune"], None]:
+    """What writes fine-tunes of earlier steps into `workspace`: the first of several processes does, the others do nothing."""
+    from sdxl.model import fine_tune_files
+    from sdxl.training.data_parallel import rank
+
+    keep = fine_tune_files.keeper(workspace / OUTPUT / CHECKPOINTS, record)
+    return keep if rank() == 0 else lambda step, model: None
+
+
 def _fetched(source: str, folder: pathlib.Path) -> pathlib.Path:
     """The archive at `source`, fetched into `folder`. What is no archive is refused before a base is fetched."""
     archive = fetch(source, folder)
@@ -594,7 +610,7 @@ def _record_metrics(report: "StepReport") -> None:
 
 
 def train_with_report(**inputs: Any) -> list[pathlib.Path]:
-    """Run the training; return the tar, and the report if there is one."""
+    """Run the training; return the tar, and the report if there is one. Of several processes only the first has them."""
     tar = pathlib.Path(train(**inputs))
     return [path for path in (tar, tar.with_name(REPORT)) if path.exists()]
 

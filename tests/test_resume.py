@@ -411,7 +411,7 @@ def test_a_strangers_order_is_refused(base: Components, spoil: Callable[[Any], o
     batches = Batches(examples(base), 2, seed=0)
     run = RunState(optimizers, [batches], torch.Generator(), Watch())
     order = run.order().as_json()
-    run.restore({}, {}, order, run.watched())
+    run.restore((), {}, order, run.watched())
     with pytest.raises(WeightsError, match="checks in the state are damaged"):
         run.restore({}, {}, order, {"checks": [{"step": "x"}]})
     spoil(order)

@@ -6,7 +6,7 @@ these objects; does not know files, or when a state is saved.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -85,23 +85,23 @@ class RunState:
 
     def restore(
         self,
-        tensors: Mapping[str, Tensor],
+        tensors: Iterable[tuple[str, Tensor]],
         scalars: Scalars,
         order: Mapping[str, Any],
         watched: Mapping[str, Any],
     ) -> None:
-        """Set everything. Call `differs` first: it checks `tensors`.
+        """Set everything. Call `differs` first: it checks `tensors`, which come one by one with their names.
 
         Raises:
             WeightsError: `order` or `watched` is not that of such a run.
         """
-        best = {
-            name.removeprefix(_BEST): tensor for name, tensor in tensors.items() if name.startswith(_BEST)
-        }
+        best, own = {}, self.tensors()
         with torch.no_grad():
-            for name, target in self.tensors().items():
-                if name in tensors:
-                    target.copy_(tensors[name])
+            for name, tensor in tensors:
+                if name.startswith(_BEST):
+                    best[name.removeprefix(_BEST)] = tensor.cpu()
+                elif name in own:
+                    own[name].copy_(tensor)
         numbers = [*self._entries(), *self._of_groups()]
         for where, key, name in numbers:
             if name in scalars and _is_number(where[key]):

@@ -25,7 +25,7 @@ import torch
 from sdxl.errors import WeightsError
 from sdxl.files.weight_image import StoppedError, WeightImage
 from sdxl.speed.memory import free_host_bytes
-from sdxl.training.data_parallel import gathered, rank, world_size
+from sdxl.training.data_parallel import agreed, gathered, rank, sent, world_size
 from sdxl.training.run_state import Order, RunState
 from sdxl.training.state_files import SavedState, StateNotes, kinds
 from sdxl.training.state_folders import RunFolder
@@ -247,19 +247,22 @@ class RunStates:
 
 
 def _restore(run: RunState, saved: SavedState) -> None:
-    """Set `run` to `saved`.
+    """Set `run` to `saved`. Only the first process reads its tensors: other hosts may not see its folder.
 
     Raises:
         WeightsError: it does not fit.
     """
-    name, notes = saved.folder.name, saved.notes
-    differs = run.differs(kinds(saved.file))
+    name, notes, is_first = saved.folder.name, saved.notes, rank() == 0
+    found = agreed(kinds(saved.file) if is_first else {})
+    differs = run.differs(found)
     if differs is not None:
         raise WeightsError(
             f"{name} holds weights of another precision, optimizer or shape than this run (at {differs}): give the settings "
             "and the kind of GPU of its run."
         )
-    run.restore(saved.file.read(), notes.scalars, notes.orders[rank()], notes.watched)
+    own = saved.file.read() if is_first else {}
+    tensors = ((key, sent(own.get(key), *kind, run.device)) for key, kind in found.items())
+    run.restore(tensors, notes.scalars, notes.orders[rank()], notes.watched)
 
 
 def _gigabytes(count: int) -> str:
