@@ -185,6 +185,10 @@ def train(
         default=None,
         description="Save GPU memory by recomputing parts of each step; a third slower. Default: only if memory requires it.",
     ),
+    shard: Optional[bool] = Input(
+        default=None,
+        description="For full training on several GPUs: share the UNet's weights, gradients and optimizer state among them, instead of keeping all on each. Less memory, but slower. Default: only if memory requires it.",
+    ),
     random_views: Optional[int] = Input(
         default=None,
         description="How many random crops of each picture to learn in addition to the whole picture. They teach sizes and positions that your pictures do not show. Pictures without pixels to spare have none. 0: none. Default: as many as suit the steps and the number of pictures.",
@@ -482,7 +486,7 @@ def _watch(
     output: pathlib.Path,
     keep: Callable[[int, "TrainedFineTune"], None],
 ) -> "Watch":
-    """What checks the training, and adds to its history. Previews are drawn into `output` by the first of several processes.
+    """What checks the training, and adds to its history. Previews are drawn into `output`.
 
     keep: takes the fine-tunes of all checked moments, if they are wanted.
     """
@@ -507,7 +511,8 @@ def _watch(
             dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(captions))
         ),
     )
-    if config.preview_prompts != "none" and rank() == 0:
+    # Processes that share the UNet must draw together; only the files of the first one stay.
+    if config.preview_prompts != "none" and (rank() == 0 or not config.is_lora):
         word = next(iter(token_map.parse_init(config.token_init).values()), "")
         named = config.preview_prompts
         watch.history.prompts = list(

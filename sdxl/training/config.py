@@ -131,6 +131,10 @@ class TrainingOptions:
     """On CUDA, recompute the UNet's activations in the backward pass: a third slower, much less memory. None: only if
     memory requires it."""
 
+    shard: bool | None = None
+    """In full training by several processes, share the UNet's weights, gradients and optimizer state among them. None: only if
+    memory requires it."""
+
     def __post_init__(self) -> None:
         check_limits(self)
         TokenMap.parse(self.token_map).parse_init(words_of(self.token_init))
