@@ -24,7 +24,7 @@ from sdxl.process import keep_compiled_kernels
 from sdxl.training import data_parallel
 from sdxl.training.batches import Batches
 from sdxl.training.config import TrainingConfig
-from sdxl.training.loss import DenoisingLoss
+from sdxl.training.loss import DenoisingLoss, Part
 from sdxl.training.optimizers import Group, Optimizers
 from sdxl.training.recipe import fine_tune, learning_rate_share
 from sdxl.training.step import TrainingStep
@@ -59,13 +59,14 @@ def speeds(run: Run, gpus: int, kinds: Sequence[str]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     found: dict[str, Any] = {"rows": rows}
     for kind, count in itertools.product(kinds, counts(gpus)):
+        if _needs_two(kind) and count == 1:
+            continue
         if (row := run(kind, count)) is None:
-            rows[f"{kind}, {count} GPUs"] = {"out_of_memory": True}
+            rows[name_of(kind, count)] = {"out_of_memory": True}
             continue
         row["pictures_per_s"] = round(1000 * BATCH * count / row["after_pivot_ms"], 2)
-        rows[f"{kind}, {count} GPUs"] = row
-        # One GPU cannot share: the sharded runs are compared with a copy on one.
-        alone = rows.get(f"{kind}, 1 GPUs", {}).get("pictures_per_s")
+        rows[name_of(kind, count)] = row
+        alone = rows.get(name_of(_alone(kind), 1), {}).get("pictures_per_s")
         if alone:
             found[f"{kind}_gpus_{count}_speedup"] = round(row["pictures_per_s"] / alone, 3)
             row["share_of_linear"] = round(row["pictures_per_s"] / alone / count, 3)
@@ -76,7 +77,7 @@ def learns_alike(run: Run, gpus: int, kinds: Sequence[str]) -> dict[str, Any]:
     """How far the losses on 2, 4 … GPUs are from those of one GPU with the same pictures and noise, the largest difference."""
     found: dict[str, Any] = {"rows": {}}
     for kind, count in itertools.product(kinds, counts(gpus)[1:]):
-        alone = run("full" if kind == "full_sharded" else kind, 1, losses_of=count)
+        alone = run(_alone(kind), 1, losses_of=count)
         together = run(kind, count, losses_of=count)
         if alone is None or together is None:
             continue
@@ -105,6 +106,21 @@ def largest_batches(run: Run, gpus: int) -> dict[str, Any]:
             found["rows"][f"{kind}, largest batch on {gpus} GPUs"] = {"batch": batch, **row}
         found[f"{kind}_gpus_{gpus}_largest_batch"] = batch
     return found
+
+
+def name_of(kind: str, count: int) -> str:
+    """What a run is called in the results."""
+    return f"{kind}, {count} GPU{'s' if count > 1 else ''}"
+
+
+def _needs_two(kind: str) -> bool:
+    """Whether one GPU cannot do it alone: it has nobody to share with."""
+    return bool(KINDS[kind].get("shard"))
+
+
+def _alone(kind: str) -> str:
+    """What one GPU does instead of `kind`."""
+    return "full" if _needs_two(kind) else kind
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
@@ -152,8 +168,12 @@ def losses_alone(
     sources = [Batches(data, size, seed=seed + rank, weight=1 / processes) for rank in ranks]
     noise = [torch.Generator(components.device).manual_seed(seed + rank) for rank in ranks]
     losses = itertools.cycle([DenoisingLoss(components, config, one, None) for one in noise])
+
+    def loss(*parts: Part) -> list[torch.Tensor]:
+        return next(losses)(*parts)
+
     step = TrainingStep(
-        lambda *parts: next(losses)(*parts),
+        loss,
         sources,
         optimizers,
         tokens,

@@ -11,16 +11,19 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks.many_gpus import KINDS, compared, largest_difference, losses_together
 from dataset_and_utils import TokenMap
+from sdxl.errors import UserInputError
 from sdxl.model.components import load_components
 from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.training import data_parallel
 from sdxl.training.config import TrainingConfig
 from sdxl.training.examples import cache_examples
 from sdxl.training.recipe import fine_tune
+from sdxl.training.resuming import digest, require_one_run
 from sdxl.training.sharding import set_whole, whole
 from sdxl.training.state_files import STATE
 from sdxl.training.trainable import full_unet
@@ -36,10 +39,11 @@ def learn(folder: Path, name: str, base: Path) -> None:
     """Train `base` on the data set in `folder`; what was learned is in the file `name`.pt."""
     config = dataclasses.replace(CONFIG, is_lora=True, lora_lr=1e-3, max_train_steps=4)
     components = load_components(base, is_lora=True, device=torch.device("cpu"))
-    data = cache_examples(folder / "dataset", components, TokenMap.parse(config.token_map), seed=0)
+    data = cache_examples(folder / "dataset", components, TokenMap.parse(config.token_map), seed=0, views=2)
     losses: list[float] = []
     model = fine_tune(components, data, config, on_step=lambda report: losses.append(report.loss))
-    torch.save({"weights": model.weights, "rows": model.token_rows, "losses": losses}, folder / f"{name}.pt")
+    learned = {"weights": model.weights, "rows": model.token_rows, "losses": losses}
+    torch.save({**learned, "pictures": digest((data,)), "count": len(data)}, folder / f"{name}.pt")
 
 
 def go_on(state: Path, config: TrainingConfig) -> tuple[TrainedFineTune, list[float]]:
@@ -111,6 +115,14 @@ def work(folder: Path) -> None:
     mixed = [torch.full((2, 3), float(rank)), torch.full((4,), 2.0 * rank, dtype=torch.bfloat16)]
     data_parallel.average(mixed)
     assert mixed[0].tolist() == [[0.5] * 3] * 2 and mixed[1].tolist() == [1.0] * 4
+    own = {"settings": {"lora_rank": 4 + rank}}
+    for record, captions, what in (
+        (own, [], "inputs"),
+        ({"settings": {}}, [f"{rank}"], "pictures or captions"),
+    ):
+        with pytest.raises(UserInputError, match=f"was given other {what} than"):
+            require_one_run(record, captions)
+    require_one_run({"settings": {}}, ["equal"])
     learn(folder, str(rank), Path(os.environ["SDXL_BASE"]))
     go_on(folder / "state", SMALL)
     measured = {"shared": share(folder), "losses": losses_of_each()}

@@ -120,6 +120,8 @@ def test_two_processes_learn_as_one(folder: Path, narrow_base: Path):
     assert first["losses"] == second["losses"], "both report the mean"
     learn(folder, "alone", narrow_base)
     alone = torch.load(folder / "alone.pt")
+    assert first["pictures"] == second["pictures"] == alone["pictures"], "encoded once, as by one"
+    assert first["count"] == alone["count"] > 4, "with random crops"
     assert first["losses"] != pytest.approx(alone["losses"], rel=1e-3), "each sees other pictures and noise"
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name])

@@ -35,6 +35,15 @@ _SUMMARY = {
     "warm_imported_s": "of which Python's imports, s",
     "archive_to_tar_min": "LoRA: 1000 steps at 1024×1024, from archive to tar, min",
     "two_gpus_speedup": "LoRA on two GPUs: pictures per second, compared with one GPU",
+    **{
+        f"{kind}_gpus_{count}_speedup": f"{what} on {count} GPUs: pictures per second, compared with one GPU"
+        for kind, what in (
+            ("lora", "default LoRA"),
+            ("full", "full UNet"),
+            ("full_sharded", "full UNet, sharded,"),
+        )
+        for count in (2, 4, 8)
+    },
     "loss_difference_1024": "largest relative difference of a step's loss from eager mode",
 }
 _DRAWN = {
