@@ -446,7 +446,7 @@ def run(
         flip=config.horizontal_flip,
         leave_out=kept_out(len(pictures)) if config.checks else (),
     )
-    keep = _keeper(workspace, record)
+    keep = data_parallel.by_first(fine_tune_files.keeper(workspace / OUTPUT / CHECKPOINTS, record))
     watch = _watch(config, components, dataset_folder, captions, recorder.history, workspace / OUTPUT, keep)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
@@ -462,7 +462,7 @@ def run(
             on_step=recorder.before(on_step or _record_metrics),
             on_checkpoint=keep,
         )
-        _write(
+        data_parallel.by_first(_write)(
             trained,
             record | recorder.choice(),
             workspace,
@@ -539,13 +539,10 @@ def _write(
     tell: Callable[[], None],
     checkpoint_of: "Base | None",
 ) -> None:
-    """Fine-tune → tar, by the first of several processes. `tell` adds what is for people."""
+    """Fine-tune → tar. `tell` adds what is for people."""
     from sdxl.model import fine_tune_files
     from sdxl.model.trained_web_ui import write_for_web_uis
-    from sdxl.training.data_parallel import rank
 
-    if rank() > 0:
-        return
     output = workspace / OUTPUT
     fine_tune_files.write(trained, output, record)
     write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
@@ -579,15 +576,6 @@ def _prior(config: TrainingConfig, components: "Components", base: dict[str, Any
         config.prior_prompts, base=json.dumps(base), images=config.prior_images, resolution=config.resolution
     )
     return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
-
-
-def _keeper(workspace: pathlib.Path, record: dict[str, Any]) -> Callable[[int, "TrainedFineTune"], None]:
-    """What writes fine-tunes of earlier steps into `workspace`: the first of several processes does, the others do nothing."""
-    from sdxl.model import fine_tune_files
-    from sdxl.training.data_parallel import rank
-
-    keep = fine_tune_files.keeper(workspace / OUTPUT / CHECKPOINTS, record)
-    return keep if rank() == 0 else lambda step, model: None
 
 
 def _fetched(source: str, folder: pathlib.Path) -> pathlib.Path:

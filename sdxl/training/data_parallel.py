@@ -5,9 +5,9 @@ Knows the group of processes; does not know what trains. In a single process not
 
 import gc
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 from sdxl.errors import UserInputError
 from sdxl.training import torchrun
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=2)
@@ -56,6 +57,15 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def by_first(action: Callable[P, None]) -> Callable[P, None]:
+    """`action` in the first process, and what does nothing in the others."""
+
+    def nothing(*_: P.args, **__: P.kwargs) -> None:
+        pass
+
+    return action if rank() == 0 else nothing
 
 
 def agreed(value: T) -> T:
