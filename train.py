@@ -48,6 +48,7 @@ from sdxl.workspace import CHECKPOINTS, OUTPUT, PREVIEWS, REPORT, RESULT, worksp
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
+    from sdxl.data.dataset_folder import PreparedPicture
     from sdxl.model.bases import Base
     from sdxl.model.components import Components
     from sdxl.model.fine_tune_files import TrainedFineTune
@@ -439,7 +440,7 @@ def run(
         leave_out=kept_out(len(pictures)) if config.checks else (),
     )
     keep = fine_tune_files.keeper(workspace / OUTPUT / CHECKPOINTS, record)
-    watch = _watch(config, components, dataset_folder, captions, recorder.history, workspace / OUTPUT, keep)
+    watch = _watch(config, components, dataset_folder, pictures, recorder.history, workspace / OUTPUT, keep)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     with resuming.states_of(config, record, saved, (examples, prior)) as states:
@@ -473,7 +474,7 @@ def _watch(
     config: TrainingConfig,
     components: "Components",
     dataset_folder: pathlib.Path,
-    captions: Sequence[str],
+    pictures: Sequence["PreparedPicture"],
     history: History,
     output: pathlib.Path,
     keep: Callable[[int, "TrainedFineTune"], None],
@@ -485,6 +486,7 @@ def _watch(
     from sdxl.serving.previews import PreviewDrawer, preview_prompts, preview_side
     from sdxl.training.data_parallel import rank
     from sdxl.training.examples import held_out_examples, kept_out
+    from sdxl.training.preview_scores import preview_scorer
     from sdxl.training.stops import finish_on_signal
     from sdxl.training.watch import AT_ONCE, Watch
 
@@ -500,15 +502,16 @@ def _watch(
         history=history,
         keep=keep if config.keep_checked else None,
         held_out=held_out_examples(
-            dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(captions))
+            dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(pictures))
         ),
     )
     if config.preview_prompts != "none" and rank() == 0:
         word = next(iter(token_map.parse_init(config.token_init).values()), "")
-        named = config.preview_prompts
+        named, captions = config.preview_prompts, [picture.caption for picture in pictures]
         watch.history.prompts = list(
             prompts_of(named, name="preview_prompts") if named else preview_prompts(captions, token_map, word)
         )
+        watch.folder = output
         watch.draw = PreviewDrawer(
             components,
             token_map,
@@ -518,6 +521,15 @@ def _watch(
             seed=config.seed,
             at_once=AT_ONCE * config.train_batch_size // 2,  # with guidance a picture has two rows
         )
+        watch.score = preview_scorer(
+            watch.history.prompts,
+            pictures,
+            token_map,
+            token_init=config.token_init,
+            folder=output,
+            device=components.device,
+        )
+        history.likeness_among_pictures = watch.score.among_pictures if watch.score else None
     return watch
 
 

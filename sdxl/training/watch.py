@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.history import Check, History, Previews
 from sdxl.model.components import Components
 from sdxl.model.fine_tune_files import TrainedFineTune
+from sdxl.training import kept_previews
 from sdxl.training.best_moment import choice_of, has_fallen, with_scores
 from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.data_parallel import agreed, world_size
@@ -55,6 +57,10 @@ class Watch:
     """What training does not see; not None if `checks` is above 0."""
     draw: Previewer | None = None
     """Draws the previews of a moment with the present weights; None: there are none."""
+    score: Callable[[Previews], Previews] | None = None
+    """Adds their scores to previews; None: they have none."""
+    folder: Path | None = None
+    """What the files of previews are relative to; not None if there are previews."""
     keep: Callable[[int, TrainedFineTune], None] | None = None
     """Takes the fine-tune of every checked moment."""
     asked_to_finish: Callable[[], bool] = lambda: False
@@ -68,8 +74,13 @@ class Watch:
     _best: TrainedFineTune | None = field(default=None, init=False)
     _best_at: int = field(default=0, init=False)
 
-    def begin(self, components: Components, config: TrainingConfig, *, mixed_precision: bool) -> None:
-        """Keep what the base predicts, and draw what it makes of the prompts: nothing has trained yet."""
+    def begin(
+        self, components: Components, config: TrainingConfig, *, mixed_precision: bool, goes_on: bool = False
+    ) -> None:
+        """Keep what the base predicts, and draw what it makes of the prompts: nothing has trained yet.
+
+        goes_on: whether a state follows, which has these previews.
+        """
         if not self.checks:
             return
         assert self.held_out is not None
@@ -86,13 +97,14 @@ class Watch:
                 mixed_precision=mixed_precision,
                 at_once=AT_ONCE * config.train_batch_size,
             )
-            self._preview(0)
+            if not goes_on:
+                self._preview(0)
 
     def freeze_text(self) -> None:
         """The text encoders have learned all that they will, and are about to leave the device."""
         if self._meter is not None:
             self._meter.freeze_text()
-        with self._without_failure("after the pivot"):
+        with self._without_failure("draw", "The previews after the pivot"):
             if self.draw is not None:
                 self.draw.freeze_text()
 
@@ -127,19 +139,23 @@ class Watch:
         return done
 
     def tensors(self) -> dict[str, Tensor]:
-        """The best fine-tune so far: name → tensor on the CPU."""
+        """The best fine-tune so far and the files of previews: name → tensor on the CPU."""
+        found: dict[str, Tensor] = {}
+        if self.folder is not None:
+            found |= kept_previews.as_tensors(self.history.previews, self.folder)
         if self._best is None:
-            return {}
+            return found
         rows = {f"rows.{number}": rows for number, rows in enumerate(self._best.token_rows)}
-        return {f"weights.{name}": tensor for name, tensor in self._best.weights.items()} | rows
+        return found | {f"weights.{name}": tensor for name, tensor in self._best.weights.items()} | rows
 
     def as_json(self) -> dict[str, Any]:
-        """All that was seen, besides previews."""
+        """All that was seen."""
         kind = "" if self._best is None else self._best.kind
         return {
             "checks": [asdict(check) for check in self.history.checks],
             "best": self._best_at,
             "kind": kind,
+            "previews": kept_previews.as_json(self.history.previews),
         }
 
     def restore(self, told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -153,7 +169,11 @@ class Watch:
             numbers = [check.strength, check.followed, check.drift, check.score, *check.held_out.values()]
             if type(check.step) is not int or not all(math.isfinite(number) for number in numbers):
                 raise ValueError("a check is not what it should be")
-        if not self.checks or not tensors:
+        if not self.checks:
+            return
+        if self.draw is not None and self.folder is not None:  # in the process that draws
+            self.history.previews = kept_previews.restored(told.get("previews", []), tensors, self.folder)
+        if not checks:
             return
         self.history.checks, self._best_at = checks, int(told["best"])
         if all(check.step != self._best_at for check in checks):
@@ -186,18 +206,23 @@ class Watch:
         self.history.watched_seconds += time.monotonic() - started
 
     def _preview(self, step: int) -> None:
-        with self._without_failure(f"after step {step}"):
-            if self.draw is not None:
-                self.history.previews.append(self.draw(step))
+        if self.draw is None:
+            return
+        with self._without_failure("draw", f"The previews after step {step}"):
+            drawn = self.draw(step)
+            with self._without_failure("score", f"The scores of the previews after step {step}"):
+                if self.score is not None:
+                    drawn = self.score(drawn)
+            self.history.previews.append(drawn)
 
     @contextmanager
-    def _without_failure(self, when: str) -> Iterator[None]:
-        """A failure of the previews is told, and does not stop the training."""
+    def _without_failure(self, part: Literal["draw", "score"], what: str) -> Iterator[None]:
+        """A failure of the part is told, ends its use, and does not stop the training."""
         try:
             yield
         except Exception as error:
-            log.warning("The previews %s failed (%s): training goes on without them.", when, error)
-            self.draw = None
+            log.warning("%s failed (%s): training goes on without them.", what, error)
+            setattr(self, part, None)
 
 
 def _shapes(model: TrainedFineTune) -> dict[str, tuple[torch.dtype, torch.Size]]:
