@@ -521,15 +521,7 @@ def _watch(
             seed=config.seed,
             at_once=AT_ONCE * config.train_batch_size // 2,  # with guidance a picture has two rows
         )
-        watch.score = preview_scorer(
-            watch.history.prompts,
-            pictures,
-            token_map,
-            token_init=config.token_init,
-            folder=output,
-            device=components.device,
-        )
-        history.likeness_among_pictures = watch.score.among_pictures if watch.score else None
+        watch.score = preview_scorer(config, history, pictures, folder=output, device=components.device)
     return watch
 
 

@@ -19,7 +19,8 @@ from sdxl import settings
 from sdxl.data.dataset_folder import PreparedPicture
 from sdxl.data.picture_encoders import PictureEncoders, as_tensor, cosine_of_different, picture_encoders
 from sdxl.files.hub import CLIP, DINO, is_here
-from sdxl.history import Previews
+from sdxl.history import History, Previews
+from sdxl.training.config import TrainingConfig
 
 log = logging.getLogger(__name__)
 
@@ -94,17 +95,19 @@ class PreviewScorer:
 
 
 def preview_scorer(
-    prompts: Sequence[str],
+    config: TrainingConfig,
+    history: History,
     pictures: Sequence[PreparedPicture],
-    token_map: TokenMap,
     *,
-    token_init: str,
     folder: Path,
     device: torch.device,
 ) -> PreviewScorer | None:
     """The scorer that `SDXL_SCORER` asks for; None if it asks for none, or if the models are not here or fail.
 
-    Whatever goes wrong is told, and stops no training. The arguments are those of `PreviewScorer`.
+    It scores previews of the history's prompts, and the history learns how alike the training pictures are. Whatever goes
+    wrong is told, and stops no training.
+
+    folder, device: see `PreviewScorer`.
     """
     try:
         wanted = settings.scorer()
@@ -116,13 +119,20 @@ def preview_scorer(
                 "once (700 MB)."
             )
             return None
-        encoders = picture_encoders()
-        return PreviewScorer(
-            encoders, prompts, pictures, token_map, token_init=token_init, folder=folder, device=device
+        scorer = PreviewScorer(
+            picture_encoders(),
+            history.prompts,
+            pictures,
+            TokenMap.parse(config.token_map),
+            token_init=config.token_init,
+            folder=folder,
+            device=device,
         )
     except Exception as error:
         log.warning("Previews are not scored: %s", error)
         return None
+    history.likeness_among_pictures = scorer.among_pictures
+    return scorer
 
 
 def in_words(prompt: str, token_map: TokenMap, token_init: str) -> str:
