@@ -136,7 +136,7 @@ def fine_tune(
                 break
 
     tokens.remove()
-    return watch.chosen(snapshot())
+    return watch.chosen(snapshot(), trainable.lent)
 
 
 def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: int) -> float:

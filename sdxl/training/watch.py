@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -32,7 +32,10 @@ AT_ONCE = 4
 """Pictures in a call of the UNet without gradients, for each picture of a training batch. Without activations to keep, a
 picture takes a tenth of the memory."""
 PREVIEWED = 2
-"""Previews are drawn at every so many looks, and at the last."""
+"""Previews are drawn at every so many looks, and of the last moment if it is chosen."""
+
+Lent = Callable[[Mapping[str, Tensor]], AbstractContextManager[None]]
+"""Gives the model the exported weights of another moment while a context lasts."""
 
 
 class Previewer(Protocol):
@@ -71,6 +74,7 @@ class Watch:
     _token_map: TokenMap | None = field(default=None, init=False)
     _total: int = field(default=0, init=False)
     _pivot: int = field(default=0, init=False)
+    _text_is_frozen: bool = field(default=False, init=False)
     _best: TrainedFineTune | None = field(default=None, init=False)
     _best_at: int = field(default=0, init=False)
 
@@ -107,6 +111,7 @@ class Watch:
         with self._without_failure("draw", "The previews after the pivot"):
             if self.draw is not None:
                 self.draw.freeze_text()
+        self._text_is_frozen = True
 
     def stops_after(self, step: int, snapshot: Callable[[], TrainedFineTune]) -> bool:
         """Look after `step`, if it is time or the last chance, and keep a snapshot of the best moment.
@@ -127,9 +132,12 @@ class Watch:
                 self._best, self._best_at = snapshot(), step
             if self.keep is not None:
                 self.keep(step, snapshot())
-            if (self.checks - len(self.history.checks)) % PREVIEWED == 0:
+            stops = finish or bool(agreed(int(has_fallen(self.history.checks, self._pivot))))
+            is_turn = (self.checks - len(self.history.checks)) % PREVIEWED == 0
+            is_end = stops or step == self._total
+            if is_turn or (is_end and choice_of(self.history.checks).step == step):
                 self._preview(step)
-        return finish or bool(agreed(int(has_fallen(self.history.checks, self._pivot))))
+        return stops
 
     def caught_up(self, done: int, snapshot: Callable[[], TrainedFineTune]) -> int:
         """Look after the step `done` if it is time and nobody has: a state is saved before that. Returns `done`."""
@@ -189,13 +197,22 @@ class Watch:
             kind=str(told["kind"]), weights=weights, token_rows=rows, token_map=self._token_map
         )
 
-    def chosen(self, last: TrainedFineTune) -> TrainedFineTune:
-        """The fine-tune to hand over: that of the best moment or the `last` one. The history says why."""
+    def chosen(self, last: TrainedFineTune, lent: Lent | None = None) -> TrainedFineTune:
+        """The fine-tune to hand over: that of the best moment or the `last` one. The history says why.
+
+        lent: lends the model the weights of another moment, for previews of the chosen one if there are none yet. They need
+        texts that no longer changed since then.
+        """
         if self._best is None or _shapes(self._best) != _shapes(last):  # a state may have held anything
             return last
         choice = choice_of(self.history.checks)
         self.history.choice = choice
         log.info("The fine-tune after step %d is handed over. %s", choice.step, choice.reason)
+        missing = self.draw is not None and all(one.step != choice.step for one in self.history.previews)
+        if missing and lent is not None and self._text_is_frozen and choice.step >= self._pivot:
+            told = f"The previews after step {choice.step}"
+            with self._timed(), self._without_failure("draw", told), lent(self._best.weights):
+                self._preview(choice.step)
         log.info("Checks and previews took %.0f seconds.", self.history.watched_seconds)
         return last if choice.step == self.history.checks[-1].step else self._best
 
