@@ -193,6 +193,7 @@ def test_a_training_tells_the_scores_of_its_previews(
 ):
     caplog.set_level("INFO")
     monkeypatch.setenv("SDXL_BASE", str(narrow_base))
+    monkeypatch.setattr("sdxl.serving.previews.STEPS", 1)
     inputs = {**QUICK, "max_train_steps": 2, "checks": 1, "save_every": 0}
     history, report, names = told_by(call(train.train, input_images=captioned_zip, **inputs))
     assert [one["step"] for one in history["previews"]] == [0, 2]

@@ -91,16 +91,17 @@ def test_a_run_that_goes_on_has_the_previews_of_before(
         return told
 
     monkeypatch.setattr(PreviewDrawer, "__call__", record)
+    monkeypatch.setattr("sdxl.serving.previews.STEPS", 1)
     monkeypatch.setenv("SDXL_BASE", str(narrow_base))
     monkeypatch.setenv("SDXL_STATE", str(tmp_path / "state"))
-    watched = {"checks": 4, "preview_prompts": "a photo of TOK|a photo of a dog"}
-    assert stop_after(3, monkeypatch, input_images=captioned_zip, **watched) == ["step-000003"]
+    watched = {"max_train_steps": 2, "checks": 1, "preview_prompts": "a photo of TOK|a photo of a dog"}
+    assert stop_after(1, monkeypatch, input_images=captioned_zip, **watched) == ["step-000001"]
     before = dict(drawn)
-    assert list(before) == [0, 2]
+    assert list(before) == [0]
     drawn.clear()
     monkeypatch.setenv("SDXL_WORKSPACE", str(tmp_path / "elsewhere"))
     tar = call(train.train, input_images=captioned_zip, **{**LORA, **watched}, resume="auto")
-    assert list(drawn) == [4]
+    assert list(drawn) == [2]
     with tarfile.open(tar) as opened:
 
         def content(name: str) -> bytes:
