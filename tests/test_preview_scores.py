@@ -16,7 +16,7 @@ from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.data.dataset_folder import PreparedPicture, read_dataset_folder
 from sdxl.data.picture_encoders import as_tensor, cosine_of_different, picture_encoders
-from sdxl.files.hub import CLIP, DINO, is_here
+from sdxl.files.hub import CLIP, DINO, _files_of_helper, is_here
 from sdxl.history import History, Previews
 from sdxl.training.preview_scores import PreviewScorer, in_words, preview_scorer
 from tests.conftest import QUICK, call, png, write_zip
@@ -155,6 +155,12 @@ def test_models_in_the_hubs_cache_are_used_and_others_are_not_fetched(
     in_cache(tmp_path, CLIP.hub_name, encoders["SDXL_CLIP"])
     made, history = wanted(pictures, tmp_path)
     assert made is not None and history.likeness_among_pictures == made.among_pictures is not None
+
+
+def test_weights_for_other_programs_are_not_fetched():
+    read = ["config.json", "merges.txt", "model.safetensors"]
+    others = ["open_clip_model.safetensors", "pytorch_model.bin", "onnx/model.safetensors", "code.py"]
+    assert _files_of_helper([*others, *read]) == read
 
 
 @pytest.mark.usefixtures("_here")
