@@ -62,6 +62,10 @@ def refuse_contradictions(
         raise UserInputError(
             "keep_checked is true, but checks is 0, so there is nothing to keep: raise checks, or leave out keep_checked."
         )
+    if options.single_file and not options.is_lora and _changed(options, "full_result"):
+        raise UserInputError(
+            f"single_file writes a whole SDXL, beside which full_result={options.full_result} saves little: leave out one of them."
+        )
     token_map = TokenMap.parse(options.token_map)
     for name, prompt in _prompts(options):
         if token_map.named_in(prompt):
@@ -93,6 +97,8 @@ def without_effect(options: TrainingOptions) -> Iterator[str]:
             yield "precision has no effect on a LoRA: it is for full training, is_lora=false."
         if options.single_file:
             yield "single_file has no effect on a LoRA, which is always written for web UIs, and which export.py adds to a base."
+        if _changed(options, "full_result"):
+            yield "full_result has no effect on a LoRA, which is small anyway: it is for full training, is_lora=false."
         if options.lora_lr == 0 and options.pivot_fraction < 1:
             yield "lora_lr is 0, so nothing is trained after the pivot: set pivot_fraction to 1."
     if options.pivot_fraction == 0 and _changed(options, "ti_lr"):
