@@ -79,7 +79,9 @@ def upload(folder: Path, name: str, *, private: bool, endpoint: str | None = Non
         try:
             address = api.create_repo(name, private=private, exist_ok=True)
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a fine-tune of SDXL")
-        except Exception as error:  # a storage of the hub may raise anything, such as RuntimeError for a refused part
+        except (
+            Exception
+        ) as error:  # a storage of the hub may raise anything, such as RuntimeError for a refused part
             raise _explained(error, name) from error
         return str(address)
 
@@ -99,7 +101,9 @@ def _explained(error: Exception, name: str) -> UploadError:
                 f"The hub could not be reached for {name} ({type(one).__name__}): check the connection, HF_ENDPOINT and "
                 "HF_HUB_OFFLINE."
             )
-    return UploadError(f"The hub did not take the files for {name} ({type(error).__name__}): try again later.")
+    return UploadError(
+        f"The hub did not take the files for {name} ({type(error).__name__}): try again later."
+    )
 
 
 def _refusal(error: HfHubHTTPError, name: str) -> str:

@@ -103,7 +103,11 @@ def read_difference(
     """
     for key, (kind, shape, _) in file.beginnings(0).items():
         name, ending = _split(key)
-        wanted = _expected(ending, parameters[name].shape) if name in parameters and name.startswith(_UNET) else None
+        wanted = (
+            _expected(ending, parameters[name].shape)
+            if name in parameters and name.startswith(_UNET)
+            else None
+        )
         if wanted is None:
             raise WeightsError(
                 f"{file.name} holds {shortened(key)}, which is no difference from a weight of this base: use the base that it "

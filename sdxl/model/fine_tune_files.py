@@ -104,11 +104,18 @@ def write(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> di
     return {path.name: path for path in (weights, folder / EMBEDDINGS, folder / TOKENS, folder / RECORD)}
 
 
-def keeper(folder: Path, record: Mapping[str, Any]) -> Callable[[int, TrainedFineTune], None]:
-    """A function `keep(step, model)` that writes the fine-tune of a moment into a folder of its own in `folder`."""
+def keeper(
+    folder: Path,
+    record: Mapping[str, Any],
+    in_form: Callable[[TrainedFineTune], TrainedFineTune] = lambda model: model,
+) -> Callable[[int, TrainedFineTune], None]:
+    """A function `keep(step, model)` that writes the fine-tune of a moment into a folder of its own in `folder`.
+
+    in_form: brings a fine-tune into the form in which it is written.
+    """
 
     def keep(step: int, model: TrainedFineTune) -> None:
-        write_atomically(model, folder / f"step-{step:06d}", record)
+        write_atomically(in_form(model), folder / f"step-{step:06d}", record)
 
     return keep
 

@@ -43,12 +43,13 @@ def in_form(trained: TrainedFineTune, form: str, base: Base) -> TrainedFineTune:
             trained, kind="difference", weights=rounded(after, before), metadata=metadata_for(before, name)
         )
     layers = [
-        f"{_UNET}{name}"
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        f"{_UNET}{name}" for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
     ]
     found, error = extracted_lora(after, before, layers, DEFAULT_RANK)
+    half = {layer: change.to(torch.float16) for layer, change in found.items()}
     log.info(
-        "The LoRA of rank %d leaves out %.1f %% of what the whole UNet learned.", DEFAULT_RANK, 100 * error.overall
+        "The LoRA of rank %d leaves out %.1f %% of what the whole UNet learned.",
+        DEFAULT_RANK,
+        100 * error.overall,
     )
-    return dataclasses.replace(trained, kind="lora", weights=peft_tensors(found))
+    return dataclasses.replace(trained, kind="lora", weights=peft_tensors(half))

@@ -62,10 +62,6 @@ def refuse_contradictions(
         raise UserInputError(
             "keep_checked is true, but checks is 0, so there is nothing to keep: raise checks, or leave out keep_checked."
         )
-    if options.single_file and not options.is_lora and _changed(options, "full_result"):
-        raise UserInputError(
-            f"single_file writes a whole SDXL, beside which full_result={options.full_result} saves little: leave out one of them."
-        )
     token_map = TokenMap.parse(options.token_map)
     for name, prompt in _prompts(options):
         if token_map.named_in(prompt):
@@ -75,7 +71,17 @@ def refuse_contradictions(
             )
     if options.is_lora and options.lora_lr == 0 and options.pivot_fraction == 0:
         raise UserInputError("lora_lr and pivot_fraction are both 0, so nothing would be trained: raise one.")
-    if not options.is_lora and options.precision == "bf16" and options.optimizer in _FP32_ONLY:
+    if not options.is_lora:
+        _refuse_in_full(options)
+
+
+def _refuse_in_full(options: TrainingOptions) -> None:
+    """Refuse contradictions in the settings of full training."""
+    if options.single_file and _changed(options, "full_result"):
+        raise UserInputError(
+            f"single_file writes a whole SDXL, beside which full_result={options.full_result} saves little: leave out one of them."
+        )
+    if options.precision == "bf16" and options.optimizer in _FP32_ONLY:
         raise UserInputError(
             f"optimizer {options.optimizer} would lose small updates of bf16 weights: use adamw_8bit, or precision fp32."
         )
