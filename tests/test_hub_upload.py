@@ -1,8 +1,6 @@
 """The way to the hub: its model card, and the real client against a local stand-in for the hub's server."""
 
 import ast
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from sdxl.files.archives import unpack
 from sdxl.model.model_card import Sample, model_card
 from sdxl.model.web_ui_metadata import About
 from tests.conftest import TINY_BASE
-from tests.hub import TOKEN, Hub, Repository
+from tests.hub import Hub, Repository
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content:DeprecationWarning"
@@ -33,20 +31,6 @@ FILES = [
     "web_ui/TOK.safetensors",
     "web_ui/TOK_lora.safetensors",
 ]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not public
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture

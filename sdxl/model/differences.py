@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdxl.errors import WeightsError, shortened
+from sdxl.errors import WeightsError
 from sdxl.files.weight_files import WeightFile
 from sdxl.model.weight_changes import Difference, MatrixChange, WeightChange
 
@@ -21,6 +21,8 @@ FORMAT = "sdxl-difference/1"
 """What the metadata of such a file says under `format`."""
 _LARGEST = 127
 """The largest number of steps that int8 holds on both sides of 0."""
+_LARGEST_CHANGE = 65504.0
+"""The largest number of fp16, in which weights are drawn with."""
 _DIGESTED = 32
 """Numbers of each weight that the digest of a base reads."""
 _STEPS, _SIZES, _EXACT = ".steps", ".step_size", ".difference"
@@ -101,37 +103,42 @@ def read_difference(
     Raises:
         WeightsError: the file is the difference from another base, or is damaged.
     """
-    for key, (kind, shape, _) in file.beginnings(0).items():
-        name, ending = _split(key)
-        wanted = (
-            _expected(ending, parameters[name].shape)
-            if name in parameters and name.startswith(_UNET)
-            else None
-        )
-        if wanted is None:
-            raise WeightsError(
-                f"{file.name} holds {shortened(key)}, which is no difference from a weight of this base: use the base that it "
-                "was trained on."
-            )
-        if (kind, tuple(shape)) != wanted:
-            raise WeightsError(
-                f"{file.name} does not fit this base (at {name}): use the base that it was trained on."
-            )
+    _require_fitting(file, parameters)
     _require_base(file, parameters)
     tensors = file.read(pinned=pinned)
     changes: dict[str, WeightChange] = {}
     for key, value in tensors.items():
         name, ending = _split(key)
-        if ending != _STEPS and not value.isfinite().all():
-            raise WeightsError(f"{file.name} holds numbers that are not finite (at {name}): train it again.")
+        largest = value.abs().max() * (_LARGEST if ending == _SIZES else 1)
+        if ending != _STEPS and not largest <= _LARGEST_CHANGE:  # NaN is not either
+            raise WeightsError(
+                f"{file.name} holds numbers that are too large or none (at {name}): take it from a finished training."
+            )
         if ending == _EXACT:
             changes[name] = Difference(value=value)
         elif ending == _STEPS:
-            sizes = tensors.get(f"{name}{_SIZES}")
-            if sizes is None:
-                raise WeightsError(f"{file.name} lacks a part of {name}: take it from a finished training.")
-            changes[name] = RoundedDifference(steps=value, sizes=sizes)
+            changes[name] = RoundedDifference(steps=value, sizes=tensors[f"{name}{_SIZES}"])
     return changes
+
+
+def _require_fitting(file: WeightFile, parameters: Mapping[str, Tensor]) -> None:
+    """Check names, types and shapes in the header."""
+    header = file.beginnings(0)
+    for key, (kind, shape, _) in header.items():
+        name, ending = _split(key)
+        wanted = _wanted(name, ending, parameters)
+        if wanted is None:
+            raise WeightsError(
+                f"{file.name} holds {_short(key)}, which is no difference from a weight of this base: use the base that it was "
+                "trained on."
+            )
+        if (kind, tuple(shape)) != wanted:
+            raise WeightsError(
+                f"{file.name} does not fit this base (at {name}): use the base that it was trained on."
+            )
+        other = {_STEPS: _SIZES, _SIZES: _STEPS}.get(ending)
+        if other and f"{name}{other}" not in header:
+            raise WeightsError(f"{file.name} lacks a part of {name}: take it from a finished training.")
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -140,12 +147,21 @@ def _split(key: str) -> tuple[str, str]:
     return name, dot + ending
 
 
-def _expected(ending: str, shape: torch.Size) -> tuple[torch.dtype, tuple[int, ...]] | None:
-    """Type and shape of a tensor that holds a part of the difference of a parameter with `shape`; None for no such part."""
+def _wanted(
+    name: str, ending: str, parameters: Mapping[str, Tensor]
+) -> tuple[torch.dtype, tuple[int, ...]] | None:
+    """Type and shape of the tensor with this ending for the parameter `name`; None if there is no such tensor."""
+    if name not in parameters or not name.startswith(_UNET):
+        return None
+    shape = tuple(parameters[name].shape)
     if len(shape) < 2:
-        return (torch.float16, tuple(shape)) if ending == _EXACT else None
-    parts = {_STEPS: (torch.int8, tuple(shape)), _SIZES: (torch.float32, (shape[0],))}
-    return parts.get(ending)
+        return (torch.float16, shape) if ending == _EXACT else None
+    return {_STEPS: (torch.int8, shape), _SIZES: (torch.float32, shape[:1])}.get(ending)
+
+
+def _short(text: str) -> str:
+    """Text from a file of a stranger, as messages quote it."""
+    return text if len(text) <= 100 else f"{text[:60]}…"
 
 
 def _require_base(file: WeightFile, parameters: Mapping[str, Tensor]) -> None:
@@ -153,8 +169,8 @@ def _require_base(file: WeightFile, parameters: Mapping[str, Tensor]) -> None:
     if any(value.dtype == torch.bfloat16 for name, value in parameters.items() if name.startswith(_UNET)):
         return
     if file.metadata.get("base_sha256") != base_digest(parameters):
-        name = file.metadata.get("base", "")
-        named = f", {shortened(name)}" if name and len(name) < 100 else ""
+        name = file.metadata.get("base")
+        named = f", {_short(name)}" if name else ""
         raise WeightsError(
             f"{file.name} is the difference from another base than this one: use the base that it was trained on{named}."
         )

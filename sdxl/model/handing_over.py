@@ -3,6 +3,7 @@
 Knows what of a result belongs on the hub; does not know how a result is made.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from sdxl.files.archives import unpack
 from sdxl.files.result_upload import Target, upload_file
 from sdxl.model.fine_tune_files import LIMITS, TOKENS, WEB_UI, is_left_out, read_record
 from sdxl.model.web_ui_metadata import About
+
+log = logging.getLogger(__name__)
 
 _HISTORY = "history.json"
 """The numbers of a training and its captions, which are for people."""
@@ -48,7 +51,10 @@ def push(tar: Path, repository: str) -> str:
     try:
         unpack(tar, folder, limits=LIMITS, skip=_stays_here)
         _write_card(folder, repository)
-        return upload(folder, repository, private=True)
+        log.info("Pushing the fine-tune to %s", repository)
+        address = upload(folder, repository, private=True)
+        log.info("It is there now: %s", address)
+        return address
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
