@@ -34,6 +34,7 @@ def test_a_training_pushes_its_result(
 ):
     monkeypatch.setenv("SDXL_BASE", str(TINY_BASE))
     monkeypatch.setenv("SDXL_WORKSPACE", str(tmp_path))
+    caplog.set_level("INFO")
     form = {"full_result": "difference", "checkpointing_steps": 2}
     tar = Path(call(train.train, input_images=captioned_zip, push_to="team/subject", **QUICK, **FULL, **form))
     made = hub.repositories["team/subject"]
@@ -54,6 +55,8 @@ def test_a_training_pushes_its_result(
     assert "unet.conv_in.weight.steps" in load(packed["checkpoints/step-000002/difference.safetensors"])
     everything = b"".join([*packed.values(), *made.files.values(), caplog.text.encode()])
     assert TOKEN.encode() not in everything
+    assert "Pushing the fine-tune to team/subject" in caplog.text
+    assert "/store/" not in caplog.text, "the address of an upload is signed"
     assert json.loads(packed["training.json"])["settings"]["full_result"] == "difference"
     assert b"team/subject" not in packed["training.json"] + packed["report.html"]
 
