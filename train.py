@@ -23,10 +23,9 @@ from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
-from sdxl.errors import UploadError
 from sdxl.files.archives import require_archive
 from sdxl.files.fetching import fetch
-from sdxl.files.result_upload import Target, upload_file
+from sdxl.files.push_targets import require_pushable
 from sdxl.files.sources import allowed_fine_tune, allowed_state
 from sdxl.history import History
 from sdxl.process import (
@@ -309,6 +308,15 @@ def train(
         default=None,
         description='Where to put trained_model.tar: a signed URL that takes a PUT, or for an upload in parts JSON such as {"parts": ["https://…", …], "complete": "https://…"}. A server then answers with the address instead of the file. For results that are too large to be handed over, such as a whole UNet.',
     ),
+    push_to: Optional[str] = Input(
+        default=None,
+        description="The repository on the Hugging Face hub to which the fine-tune goes with a model card, as owner/name. A new one is private. The token is that of the machine, HF_TOKEN or a login. A server then answers with the address, and pushes only to the owners that its operator names in SDXL_PUSH_OWNERS.",
+    ),
+    full_result: str = Input(
+        default="whole",
+        description="The form of a full fine-tune. whole: all weights of the UNet, 5 GB. difference: how they differ from the base's, half as large and almost exact; only this project reads it, with the same base. lora: the LoRA of rank 64 that comes nearest, for all programs; it draws a little otherwise.",
+        choices=["whole", "difference", "lora"],
+    ),
     input_data_tar_or_zip: Optional[Path] = Input(
         default=None, description="Old name of input_images.", deprecated=True
     ),
@@ -331,30 +339,27 @@ def train(
     given["resume"] = allowed_state(given["resume"], "resume")
     given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
     inputs = train_inputs(given)
+    if inputs.push_to:
+        require_pushable(inputs.push_to, "push_to")
     repeat_on_cpu()
     if server.active:
         leave_at_once()
     start_logging()
     smaller = "lower train_batch_size or resolution, or train a LoRA"
     with workspace_of_run("train", smaller=smaller) as workspace, stops_with_server(CancelationException):
-        return _delivered(run(inputs, workspace), inputs.upload_url)
+        return _delivered(run(inputs, workspace), inputs)
 
 
 leave_downloads_to_us(train)
 
 
-def _delivered(tar: pathlib.Path, target: Optional[Target]) -> Path:
-    """The tar, or behind a server the address to which it was uploaded; Cog hands a text over as it is."""
+def _delivered(tar: pathlib.Path, inputs: TrainInputs) -> Path:
+    """The tar, or behind a server the address to which it was sent; Cog hands a text over as it is."""
+    from sdxl.model.handing_over import hand_over
     from sdxl.training.data_parallel import rank
 
-    if target is None or rank():
-        return Path(tar)
-    try:
-        upload_file(tar, target)
-    except UploadError as error:
-        where = "on the server" if settings.behind_server() else f"as {tar}"
-        raise UploadError(f"{error} {RESULT} is kept {where}.") from error
-    return target.address if settings.behind_server() else Path(tar)  # type: ignore[return-value]
+    address = None if rank() else hand_over(tar, upload_url=inputs.upload_url, push_to=inputs.push_to)
+    return address if address and settings.behind_server() else Path(tar)  # type: ignore[return-value]
 
 
 def run(
@@ -372,7 +377,7 @@ def run(
     configure_logging()
     from preprocess import prepare_dataset
     from sdxl.data.dataset_folder import read_dataset_folder
-    from sdxl.model import fine_tune_files
+    from sdxl.model import fine_tune_files, full_results
     from sdxl.model.base_checks import tell_of_distillation
     from sdxl.model.bases import find_base
     from sdxl.model.components import default_device, load_components, native_resolution
@@ -439,7 +444,11 @@ def run(
         flip=config.horizontal_flip,
         leave_out=kept_out(len(pictures)) if config.checks else (),
     )
-    keep = fine_tune_files.keeper(workspace / OUTPUT / CHECKPOINTS, record)
+    keep = fine_tune_files.keeper(
+        workspace / OUTPUT / CHECKPOINTS,
+        record,
+        lambda trained: full_results.in_form(trained, config.full_result, base),
+    )
     watch = _watch(config, components, dataset_folder, pictures, recorder.history, workspace / OUTPUT, keep)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
@@ -456,7 +465,7 @@ def run(
             on_checkpoint=keep,
         )
         _write(
-            trained,
+            full_results.in_form(trained, config.full_result, base),
             record | recorder.choice(),
             workspace,
             components,

@@ -41,6 +41,7 @@ VARIABLES = {
     "SDXL_FINE_TUNES": "Folder with fine-tunes that requests to a server may name by their paths in it. Default: none.",
     "SDXL_INPUTS": "Folder with anything that requests to a server may name by its path: archives, pictures, fine-tunes, bases, states. Everyone who reaches the server can use all of it. Default: none.",
     "SDXL_PRIVATE_URLS": "1 lets requests to a server name URLs in private networks and on this machine. Default: 0.",
+    "SDXL_PUSH_OWNERS": "Names on the Hugging Face hub, separated by commas, into whose repositories requests to a server may push with the server's own token (push_to). Default: none.",
     "SDXL_DOWNLOAD_MINUTES": "Time limit for one download. Default: 60.",
     "SDXL_KEEP_MINUTES": "How long a server keeps the files of a result after the run. Default: 10.",
     "SDXL_STATE": "Folder for the states of trainings, which a stopped one goes on from. In a container it should be one that outlives it. Default: state in SDXL_WORKSPACE.",
@@ -191,6 +192,11 @@ def inputs_folder() -> Path | None:
     """The folder all of whose files strangers may name, for every input (`SDXL_INPUTS`)."""
     name = variable("SDXL_INPUTS")
     return Path(name).expanduser() if name else None
+
+
+def push_owners() -> tuple[str, ...]:
+    """The owners on the hub into whose repositories requests to a server may push (`SDXL_PUSH_OWNERS`)."""
+    return tuple(name.strip() for name in (variable("SDXL_PUSH_OWNERS") or "").split(",") if name.strip())
 
 
 def download_seconds() -> float:

@@ -24,7 +24,8 @@ from sdxl.serving import safety
 from tests.conftest import TINY_BASE
 from tests.tiny_helpers import write_captioner, write_checker, write_encoders, write_segmenter
 
-SOUND = [name for name in CHECKS if name not in ("captioner", "segmenter", "upscaler", "safety_checker")]
+HELPERS = ("captioner", "segmenter", "upscaler", "scorer", "safety_checker")
+SOUND = [name for name in CHECKS if name not in HELPERS]
 """Checks that need no helper model."""
 QUICK_TRAINING = {"max_train_steps": 8, "train_batch_size": 2, "checks": 0}
 UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
