@@ -223,7 +223,7 @@ class Predictor(BaseRunner):
         ),
         lora_scale: float = Input(
             default=1.0,
-            description="Strength of a LoRA fine-tune: 1 as it was trained, more exaggerates, below 0 does the opposite. It does not affect a full fine-tune.",
+            description="Strength of a LoRA fine-tune: 1 as it was trained, more exaggerates, below 0 does the opposite. It affects a full fine-tune only in the form of a difference.",
             ge=-2,
             le=2,
         ),

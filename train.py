@@ -23,10 +23,9 @@ from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
-from sdxl.errors import UploadError
 from sdxl.files.archives import require_archive
 from sdxl.files.fetching import fetch
-from sdxl.files.result_upload import Target, upload_file
+from sdxl.files.push_targets import require_pushable
 from sdxl.files.sources import allowed_fine_tune, allowed_state
 from sdxl.history import History
 from sdxl.process import (
@@ -48,6 +47,7 @@ from sdxl.workspace import CHECKPOINTS, OUTPUT, PREVIEWS, REPORT, RESULT, worksp
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
+    from sdxl.data.dataset_folder import PreparedPicture
     from sdxl.model.bases import Base
     from sdxl.model.components import Components
     from sdxl.model.fine_tune_files import TrainedFineTune
@@ -312,6 +312,15 @@ def train(
         default=None,
         description='Where to put trained_model.tar: a signed URL that takes a PUT, or for an upload in parts JSON such as {"parts": ["https://…", …], "complete": "https://…"}. A server then answers with the address instead of the file. For results that are too large to be handed over, such as a whole UNet.',
     ),
+    push_to: Optional[str] = Input(
+        default=None,
+        description="The repository on the Hugging Face hub to which the fine-tune goes with a model card, as owner/name. A new one is private. The token is that of the machine, HF_TOKEN or a login. A server then answers with the address, and pushes only to the owners that its operator names in SDXL_PUSH_OWNERS.",
+    ),
+    full_result: str = Input(
+        default="whole",
+        description="The form of a full fine-tune. whole: all weights of the UNet, 5 GB. difference: how they differ from the base's, half as large and almost exact; only this project reads it, with the same base. lora: the LoRA of rank 64 that comes nearest, for all programs; it draws a little otherwise.",
+        choices=["whole", "difference", "lora"],
+    ),
     input_data_tar_or_zip: Optional[Path] = Input(
         default=None, description="Old name of input_images.", deprecated=True
     ),
@@ -334,30 +343,27 @@ def train(
     given["resume"] = allowed_state(given["resume"], "resume")
     given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
     inputs = train_inputs(given)
+    if inputs.push_to:
+        require_pushable(inputs.push_to, "push_to")
     repeat_on_cpu()
     if server.active:
         leave_at_once()
     start_logging()
     smaller = "lower train_batch_size or resolution, or train a LoRA"
     with workspace_of_run("train", smaller=smaller) as workspace, stops_with_server(CancelationException):
-        return _delivered(run(inputs, workspace), inputs.upload_url)
+        return _delivered(run(inputs, workspace), inputs)
 
 
 leave_downloads_to_us(train)
 
 
-def _delivered(tar: pathlib.Path, target: Optional[Target]) -> Path:
-    """The tar, or behind a server the address to which it was uploaded; Cog hands a text over as it is."""
+def _delivered(tar: pathlib.Path, inputs: TrainInputs) -> Path:
+    """The tar, or behind a server the address to which it was sent; Cog hands a text over as it is."""
+    from sdxl.model.handing_over import hand_over
     from sdxl.training.data_parallel import rank
 
-    if target is None or rank():
-        return Path(tar)
-    try:
-        upload_file(tar, target)
-    except UploadError as error:
-        where = "on the server" if settings.behind_server() else f"as {tar}"
-        raise UploadError(f"{error} {RESULT} is kept {where}.") from error
-    return target.address if settings.behind_server() else Path(tar)  # type: ignore[return-value]
+    address = None if rank() else hand_over(tar, upload_url=inputs.upload_url, push_to=inputs.push_to)
+    return address if address and settings.behind_server() else Path(tar)  # type: ignore[return-value]
 
 
 def run(
@@ -375,7 +381,7 @@ def run(
     configure_logging()
     from preprocess import prepare_dataset
     from sdxl.data.dataset_folder import read_dataset_folder
-    from sdxl.model import fine_tune_files
+    from sdxl.model import fine_tune_files, full_results
     from sdxl.model.base_checks import tell_of_distillation
     from sdxl.model.bases import find_base
     from sdxl.model.components import default_device, load_components, native_resolution
@@ -394,12 +400,9 @@ def run(
     tell_of_distillation(base.folder, base.name)
     resolution = native_resolution(base.folder) if inputs.resolution is None else inputs.resolution
     preprocess_config = inputs.preprocess_config(resolution)
+    check = early_check(inputs, base.folder, resolution)
     dataset_folder = prepare_dataset(
-        archive,
-        workspace / "dataset",
-        config=preprocess_config,
-        check=early_check(inputs, base.folder, resolution),
-        on_advice=recorder.take_advice,
+        archive, workspace / "dataset", config=preprocess_config, check=check, on_advice=recorder.take_advice
     )
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 
@@ -417,8 +420,9 @@ def run(
 
     # What the run begins with: the base, a fine-tune of it, or the state of a run that stopped.
     keep_compiled_kernels()
-    device = default_device()
-    components = load_components(base.folder, is_lora=config.is_lora, device=device, **base.replaced())
+    components = load_components(
+        base.folder, is_lora=config.is_lora, device=default_device(), **base.replaced()
+    )
     begin_with = _starting_point(inputs.init_from, config, components) if inputs.init_from else None
     facts = base.facts() | ({"init_from": begin_with.digest} if begin_with else {})
     record = fine_tune_files.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder, facts)
@@ -429,7 +433,7 @@ def run(
         record["settings"]["seed"] = config.seed
     announce(
         config,
-        device,
+        components.device,
         images=len(pictures),
         masks=any(picture.mask for picture in pictures),
         processes=data_parallel.world_size(),
@@ -446,8 +450,14 @@ def run(
         flip=config.horizontal_flip,
         leave_out=kept_out(len(pictures)) if config.checks else (),
     )
-    keep = data_parallel.by_first(fine_tune_files.keeper(workspace / OUTPUT / CHECKPOINTS, record))
-    watch = _watch(config, components, dataset_folder, captions, recorder.history, workspace / OUTPUT, keep)
+    keep = data_parallel.by_first(
+        fine_tune_files.keeper(
+            workspace / OUTPUT / CHECKPOINTS,
+            record,
+            lambda trained: full_results.in_form(trained, config.full_result, base),
+        )
+    )
+    watch = _watch(config, components, dataset_folder, pictures, recorder.history, workspace / OUTPUT, keep)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     with resuming.states_of(config, record, saved, (examples, prior)) as states:
@@ -467,8 +477,9 @@ def run(
             record | recorder.choice(),
             workspace,
             components,
+            base,
+            config,
             tell=lambda: recorder.finish(record, dataset_folder),
-            checkpoint_of=base if config.single_file else None,
         )
     states.discard()
     for folder in (dataset_folder, workspace / resuming.UNPACKED):
@@ -481,7 +492,7 @@ def _watch(
     config: TrainingConfig,
     components: "Components",
     dataset_folder: pathlib.Path,
-    captions: Sequence[str],
+    pictures: Sequence["PreparedPicture"],
     history: History,
     output: pathlib.Path,
     keep: Callable[[int, "TrainedFineTune"], None],
@@ -493,6 +504,7 @@ def _watch(
     from sdxl.serving.previews import PreviewDrawer, preview_prompts, preview_side
     from sdxl.training.data_parallel import rank
     from sdxl.training.examples import held_out_examples, kept_out
+    from sdxl.training.preview_scores import preview_scorer
     from sdxl.training.stops import finish_on_signal
     from sdxl.training.watch import AT_ONCE, Watch
 
@@ -508,16 +520,17 @@ def _watch(
         history=history,
         keep=keep if config.keep_checked else None,
         held_out=held_out_examples(
-            dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(captions))
+            dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(pictures))
         ),
     )
     # Processes that share the UNet must draw together; only the files of the first one stay.
     if config.preview_prompts != "none" and (rank() == 0 or not config.is_lora):
         word = next(iter(token_map.parse_init(config.token_init).values()), "")
-        named = config.preview_prompts
+        named, captions = config.preview_prompts, [picture.caption for picture in pictures]
         watch.history.prompts = list(
             prompts_of(named, name="preview_prompts") if named else preview_prompts(captions, token_map, word)
         )
+        watch.folder = output
         watch.draw = PreviewDrawer(
             components,
             token_map,
@@ -527,6 +540,8 @@ def _watch(
             seed=config.seed,
             at_once=AT_ONCE * config.train_batch_size // 2,  # with guidance a picture has two rows
         )
+        if rank() == 0:
+            watch.score = preview_scorer(config, history, pictures, folder=output, device=components.device)
     return watch
 
 
@@ -535,15 +550,17 @@ def _write(
     record: dict[str, Any],
     workspace: pathlib.Path,
     components: "Components",
+    base: "Base",
+    config: TrainingConfig,
     *,
     tell: Callable[[], None],
-    checkpoint_of: "Base | None",
 ) -> None:
     """Fine-tune → tar. `tell` adds what is for people."""
-    from sdxl.model import fine_tune_files
+    from sdxl.model import fine_tune_files, full_results
     from sdxl.model.trained_web_ui import write_for_web_uis
 
-    output = workspace / OUTPUT
+    output, checkpoint_of = workspace / OUTPUT, base if config.single_file else None
+    trained = full_results.in_form(trained, config.full_result, base)
     fine_tune_files.write(trained, output, record)
     write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
     tell()
@@ -595,11 +612,8 @@ def _record_metrics(report: "StepReport") -> None:
     """Pass the numbers of a step to Cog, if Cog runs the training."""
     scope: Any = current_scope()
     if scope is not None:
-        scope.record_metric("step", report.step)
-        scope.record_metric("loss", float(report.loss))
-        scope.record_metric("learning_rate", float(report.learning_rate))
-        scope.record_metric("ti_learning_rate", float(report.ti_learning_rate))
-        scope.record_metric("steps_per_second", float(report.steps_per_second))
+        for name in ("step", "loss", "learning_rate", "ti_learning_rate", "steps_per_second"):
+            scope.record_metric(name, getattr(report, name))
 
 
 def train_with_report(**inputs: Any) -> list[pathlib.Path]:

@@ -28,7 +28,7 @@ from train import train, train_with_report
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 LOG = "train.log"
 """What a training says, beside its result."""
-OURS = ("input_images", "input_data_tar_or_zip", "resume", "upload_url")
+OURS = ("input_images", "input_data_tar_or_zip", "resume", "upload_url", "push_to")
 """Inputs that differ between the trainings."""
 RETRIES = 2
 """How often a training goes on whose process or machine died."""

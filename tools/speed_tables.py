@@ -49,7 +49,9 @@ _SUMMARY = {
 _DRAWN = {
     "request_speedup": "one picture from prompt to PNG: how many times as fast as diffusers",
     "request4_speedup": "four pictures in one request: how many times as fast as diffusers",
+    "exact_picture_s": "one picture from prompt to PNG, s",
     "fast_picture_s": "one picture with `speed=fast`, from prompt to PNG, s",
+    "around_ms": "of one exact picture: all but the UNet's calls, ms",
     "exact_over_expert": "one picture: how many times as fast as diffusers set up by an expert",
     "fast_over_expert": "one picture with `speed=fast`: how many times as fast as diffusers set up by an expert",
     "four_over_expert": "four pictures: how many times as fast as diffusers set up by an expert",

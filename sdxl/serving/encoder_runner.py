@@ -23,7 +23,7 @@ class EncoderRunner:
     """
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
-        self._graphs = GraphedWork(device, enabled=enabled)
+        self._graphs = GraphedWork(device, enabled=enabled, at_once=True)
         self._inputs: dict[tuple, tuple[tuple[Tensor, Tensor], list[Tensor]]] = {}
         """The ids that a graph reads, and its tables, which must live as long as the graph."""
 

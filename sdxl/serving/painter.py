@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 SMALLEST_REAL_BASE = 512
 """Pixels; a base made for smaller pictures is a miniature."""
-WARMING_STEPS = {"exact": 5, "fast": 36}
-"""Steps of a warm-up picture: enough calls of the UNet, of each kind, to capture their graphs."""
+WARMING_STEPS = {"exact": 1, "fast": 26}
+"""Steps of a warm-up picture: a call of the UNet of each kind, so that all are captured."""
 
 
 class Painter:

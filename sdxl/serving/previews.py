@@ -5,7 +5,6 @@ point hands `drawer` to a training, which never imports serving.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from dataset_and_utils import TokenMap
+from sdxl.data.helper_models import lent
 from sdxl.history import Previews
 from sdxl.model.components import Components
 from sdxl.serving.conditioning import Prompts, for_base
@@ -113,7 +113,7 @@ class PreviewDrawer:
         names = []
         device = self._components.device
         # Compiled blocks would compile anew for these shapes.
-        with autocast(device), torch.compiler.set_stance("force_eager"), _lent(self._components.vae, device):
+        with autocast(device), torch.compiler.set_stance("force_eager"), lent(self._components.vae, device):
             read = self._read or self._conditionings()
             for some in _batches(read, self._at_once):
                 for picture in self._drawn(Conditioning.joined(some)):
@@ -190,14 +190,3 @@ def _batches(conditionings: Sequence[Conditioning], most: int) -> Iterator[list[
         together = list(alike)
         for start in range(0, len(together), most):
             yield together[start : start + most]
-
-
-@contextmanager
-def _lent(part: Any, device: torch.device) -> Iterator[None]:
-    """While the context lasts, `part` is on `device`."""
-    before = part.device
-    part.to(device)
-    try:
-        yield
-    finally:
-        part.to(before)

@@ -76,7 +76,7 @@ class UNetRunner:
         self._eager = ReusingUNet(unet)
         if speed != "eager":
             fuse_blocks(unet)
-        self._graphs = GraphedWork(unet.device, enabled=speed != "eager")
+        self._graphs = GraphedWork(unet.device, enabled=speed != "eager", at_once=True)
         self._fp8 = Fp8Layers(unet, except_layers=self._prompts.layers) if speed == "fp8" else None
         if self.compiles:
             compile_blocks(unet, dynamic=True)

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class GraphedWork:
-    """Runs pieces of work, each under a key: the first calls eagerly, later calls as a CUDA graph.
+    """Runs pieces of work, each under a key: the first calls eagerly, later calls as a CUDA graph. With `at_once`, all calls.
 
     Each call of a piece must do the same operations on the same tensors and must not wait for the GPU. Copy new inputs into
     its tensors before the call; its next call overwrites its result. Random numbers of `generator` are the same as without
@@ -24,15 +24,22 @@ class GraphedWork:
     """
 
     def __init__(
-        self, device: torch.device, generator: torch.Generator | None = None, *, enabled: bool = True
+        self,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+        *,
+        enabled: bool = True,
+        at_once: bool = False,
     ) -> None:
         """Create without graphs.
 
         generator: the source of all random numbers in the work; None if it draws none.
         enabled: False runs every call eagerly, as does a `device` other than CUDA.
+        at_once: the first call runs the work several times to capture it. For work that changes nothing but its result.
+            Kernels may be chosen otherwise during a capture, and round otherwise: so all results are of the graph.
         """
         self.enabled = enabled and device.type == "cuda"
-        self.generator = generator
+        self.generator, self._at_once = generator, at_once
         self.forget()
 
     def forget(self) -> None:
@@ -54,6 +61,10 @@ class GraphedWork:
             graph, result = self._graphs[key]
             graph.replay()
             return result
+        if self._at_once:
+            for _ in range(WARM_UP_CALLS):
+                self._warm_up(work)
+            return self._capture(key, work)
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         if calls <= WARM_UP_CALLS:
             return self._warm_up(work)

@@ -71,17 +71,22 @@ def refuse_contradictions(
             )
     if options.is_lora and options.lora_lr == 0 and options.pivot_fraction == 0:
         raise UserInputError("lora_lr and pivot_fraction are both 0, so nothing would be trained: raise one.")
-    if not options.is_lora and options.optimizer in _WHOLE_FP32:
-        _require_whole_fp32(options)
+    if not options.is_lora:
+        _refuse_in_full(options)
 
 
-def _require_whole_fp32(options: TrainingOptions) -> None:
-    if options.shard:
+def _refuse_in_full(options: TrainingOptions) -> None:
+    """Refuse contradictions in the settings of full training."""
+    if options.single_file and _changed(options, "full_result"):
+        raise UserInputError(
+            f"single_file writes a whole SDXL, beside which full_result={options.full_result} saves little: leave out one of them."
+        )
+    if options.shard and options.optimizer in _WHOLE_FP32:
         raise UserInputError(
             f"optimizer {options.optimizer} needs whole weights, which shard=true shares: use adamw or adamw_8bit, or leave out "
             "shard."
         )
-    if options.precision == "bf16":
+    if options.precision == "bf16" and options.optimizer in _WHOLE_FP32:
         raise UserInputError(
             f"optimizer {options.optimizer} would lose small updates of bf16 weights: use adamw_8bit, or precision fp32."
         )
@@ -105,6 +110,8 @@ def without_effect(options: TrainingOptions) -> Iterator[str]:
             yield "shard has no effect on a LoRA: it is for full training, is_lora=false."
         if options.single_file:
             yield "single_file has no effect on a LoRA, which is always written for web UIs, and which export.py adds to a base."
+        if _changed(options, "full_result"):
+            yield "full_result has no effect on a LoRA, which is small anyway: it is for full training, is_lora=false."
         if options.lora_lr == 0 and options.pivot_fraction < 1:
             yield "lora_lr is 0, so nothing is trained after the pivot: set pivot_fraction to 1."
     if options.pivot_fraction == 0 and _changed(options, "ti_lr"):

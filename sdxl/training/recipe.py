@@ -93,7 +93,7 @@ def fine_tune(
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
     states, watch, mixed = states or RunStates(), watch or Watch(), trainable.mixed_precision
-    watch.begin(components, config, mixed_precision=mixed)
+    watch.begin(components, config, mixed_precision=mixed, goes_on=states.goes_on)
     if begin_with is not None:
         begin_with.apply(components.unet, tokens)
     weights, encoders = trainable.weights, trainable.encoders
@@ -138,7 +138,7 @@ def fine_tune(
                 break
 
     tokens.remove()
-    return watch.chosen(snapshot())
+    return watch.chosen(snapshot(), trainable.lent)
 
 
 def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: int) -> float:

@@ -31,7 +31,7 @@ AUTO = "auto"
 UNPACKED = "unpacked-state"
 """The folder of an unpacked archive in a run's workspace."""
 _LIMITS = Limits(files=100, total_bytes=128 << 30)
-_NEVER_MATTER = {"base", "seed", "checkpointing_steps", "single_file", "save_every"}
+_NEVER_MATTER = {"base", "seed", "checkpointing_steps", "single_file", "full_result", "save_every"}
 """Settings that may differ. `base` is only a name; the seed is looked at by itself."""
 _LAST_BITS = {"gradient_checkpointing", "compile_blocks", "cuda_graph", "shard"}
 """Settings that may differ too, but change how results are rounded."""

@@ -29,7 +29,7 @@ _WEIGHT = "weight."
 _OPTIMIZER = "optimizer."
 """What the names begin with of what an optimizer remembers; its number and that of the weight follow."""
 _BEST = "best."
-"""The same for the fine-tune of the best moment."""
+"""The same for what the watch keeps: the fine-tune of the best moment, and previews."""
 _LONGEST_QUEUE = 1 << 20
 """Rows. A bucket's queue has at most as many as a batch and a pass through the bucket have."""
 
@@ -63,7 +63,7 @@ class RunState:
         self._watch = watch
 
     def tensors(self) -> dict[str, Tensor]:
-        """What trains, what the optimizers remember and the best moment so far: name → the tensor itself, on its own device."""
+        """What trains, what the optimizers remember and what the watch keeps: name → the tensor itself, on its own device."""
         found = {f"{_WEIGHT}{i}": p.detach() for i, p in enumerate(self._optimizers.parameters)}
         found |= {f"{_BEST}{name}": tensor for name, tensor in self._watch.tensors().items()}
         for state, key, name in self._entries():

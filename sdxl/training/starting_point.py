@@ -132,7 +132,7 @@ def _require_same_lora(fine_tune: LoadedFineTune, config: TrainingConfig) -> Non
     To add the rest to the base instead would be wrong: the result is drawn with the base as it is.
     """
     name = fine_tune.name
-    if fine_tune.whole:
+    if fine_tune.is_full:
         raise WeightsError(
             f"{name} is a whole UNet, with which a LoRA cannot begin: set is_lora=false, or export it as a single file and "
             "give that as base."

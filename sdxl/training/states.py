@@ -74,6 +74,11 @@ class RunStates:
         """Whether states cannot be saved any more."""
         self._saved_step = 0 if goes_on is None else goes_on.notes.step
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run goes on from a state."""
+        return self._goes_on is not None
+
     def __enter__(self) -> "RunStates":
         self._stops.install()
         return self

@@ -4,7 +4,8 @@ Knows the UNet's parameters and how they are prepared for training; does not kno
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -60,6 +61,9 @@ class Trainable:
     """The LoRA matrices of the text encoders, if they train."""
     export: Callable[[], dict[str, Tensor]]
     """The current weights: tensors on the CPU, with the names and dtypes in which they are stored."""
+    lent: Callable[[Mapping[str, Tensor]], AbstractContextManager[None]] | None = None
+    """While the context lasts, the UNet has other exported weights; afterwards its own, to the last bit. None: that would cost
+    too much."""
 
 
 def full_unet(
@@ -120,6 +124,7 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
         optimizer=config.optimizer,
         mixed_precision=config.use_dora,  # our own LoRA layers mix precisions themselves; peft's DoRA needs autocast
         export=lambda: exported_lora(unet, "unet", config),
+        lent=partial(_lent_lora, unet, parameters, config),
     )
 
 
@@ -148,13 +153,37 @@ def exported_lora(model: Any, part: str, config: TrainingConfig) -> dict[str, Te
     """The matrices of `model`, which is the `part` "unet" or a text encoder, on the CPU in fp32."""
     # With these names diffusers reads every kind of layer. It assumes that alpha equals the rank, so multiply the second
     # matrices by alpha / rank.
-    scale = (config.lora_alpha or config.lora_rank) / config.lora_rank
+    scale = _alpha_by_rank(config)
     # peft would ask the hub whether the vocabulary has grown. The token rows are exported on their own.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {
         f"{part}.{name}": value.detach().float().mul(scale if "lora_B" in name else 1.0).cpu().contiguous()
         for name, value in state.items()
     }
+
+
+def _alpha_by_rank(config: TrainingConfig) -> float:
+    return (config.lora_alpha or config.lora_rank) / config.lora_rank
+
+
+@contextmanager
+def _lent_lora(
+    unet: UNet2DConditionModel, parameters: list[Any], config: TrainingConfig, weights: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """While the context lasts, the `parameters` of the UNet's LoRA are `weights`, as `exported_lora` made them."""
+    own = [parameter.detach().clone() for parameter in parameters]
+    state = {
+        name.removeprefix("unet."): value / _alpha_by_rank(config) if "lora_B" in name else value
+        for name, value in weights.items()
+        if name.startswith("unet.")
+    }
+    try:
+        set_peft_model_state_dict(unet, state)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(parameters, own, strict=True):
+                parameter.copy_(before)
 
 
 def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[..., Any]:
