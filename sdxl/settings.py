@@ -11,7 +11,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sdxl.errors import UserInputError
 
@@ -107,10 +107,7 @@ def speed() -> Speed:
     Raises:
         UserInputError: any other value.
     """
-    setting = variable("SDXL_SPEED") or "compiled"
-    if setting not in get_args(Speed):
-        raise UserInputError(f"SDXL_SPEED is {setting!r}, but must be one of {', '.join(get_args(Speed))}.")
-    return setting  # type: ignore[return-value]
+    return _one_of(get_args(Speed), "SDXL_SPEED", default="compiled")
 
 
 def scorer() -> Scorer:
@@ -123,10 +120,14 @@ def scorer() -> Scorer:
     Raises:
         UserInputError: any other value.
     """
-    setting = variable("SDXL_SCORER") or "auto"
-    if setting not in get_args(Scorer):
-        raise UserInputError(f"SDXL_SCORER is {setting!r}, but must be one of {', '.join(get_args(Scorer))}.")
-    return setting  # type: ignore[return-value]
+    return _one_of(get_args(Scorer), "SDXL_SCORER", default="auto")
+
+
+def _one_of(choices: tuple[Any, ...], name: str, *, default: str) -> Any:
+    setting = variable(name) or default
+    if setting not in choices:
+        raise UserInputError(f"{name} is {setting!r}, but must be one of {', '.join(choices)}.")
+    return setting
 
 
 @dataclass(frozen=True, kw_only=True)

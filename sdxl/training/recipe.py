@@ -87,9 +87,8 @@ def fine_tune(
     # What trains: the new token rows up to the pivot, the UNet's weights or LoRA matrices in every step. Processes that
     # train together start from equal weights. From then on each draws its own noise.
     base_unet, outside_masks = _teacher(components, dataset, config)
-    trainable = _trainable(
-        components, config, base_unet
-    )  # before the rows: peft freezes all that it finds in a model
+    # The weights come before the rows, because peft freezes all that it finds in a model.
+    trainable = _trainable(components, config, base_unet)
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
     states, watch, mixed = states or RunStates(), watch or Watch(), trainable.mixed_precision
