@@ -12,7 +12,7 @@ ALL_METHODS := untuned ti lora lora_class full full_class lora_pivotal full_pivo
 
 env: .venv/.complete
 
-.venv/.complete: requirements-dev.txt
+.venv/.complete: requirements-dev.txt deploy/requirements.txt
 	@echo "Creating the environment in .venv: about 2 GB, a few minutes, once."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt

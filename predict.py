@@ -47,11 +47,17 @@ log = logging.getLogger(__name__)
 class Predictor(BaseRunner):
     """Loads one base; each request draws with it, alone or with the fine-tunes that the request names."""
 
+    @property
+    def serves_strangers(self) -> bool:
+        """Whether requests come through a server. Other servers than Cog's say so in a subclass."""
+        return server.active
+
     def setup(self, weights: Optional[Path] = None) -> None:  # type: ignore[override]
         """Load the base. `weights` (`COG_WEIGHTS`) is the fine-tune for requests without `replicate_weights`."""
         repeat_on_cpu()
-        if server.active:
+        if self.serves_strangers:
             keep_memory_small()
+        if server.active:
             leave_at_once()
         configure_logging()
         keep_compiled_kernels()
@@ -217,7 +223,7 @@ class Predictor(BaseRunner):
         ),
         lora_scale: float = Input(
             default=1.0,
-            description="Strength of a LoRA fine-tune: 1 as it was trained, more exaggerates, below 0 does the opposite. It does not affect a full fine-tune.",
+            description="Strength of a LoRA fine-tune: 1 as it was trained, more exaggerates, below 0 does the opposite. It affects a full fine-tune only in the form of a difference.",
             ge=-2,
             le=2,
         ),
@@ -258,7 +264,7 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Draw pictures; returns their files."""
-        settings.set_behind_server(server.active)
+        settings.set_behind_server(self.serves_strangers)
         given = as_declared(self.run, locals())
         start_logging()
         return_free_memory()  # of the request before, which is gone by now

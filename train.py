@@ -23,10 +23,9 @@ from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
-from sdxl.errors import UploadError
 from sdxl.files.archives import require_archive
 from sdxl.files.fetching import fetch
-from sdxl.files.result_upload import Target, upload_file
+from sdxl.files.push_targets import require_pushable
 from sdxl.files.sources import allowed_fine_tune, allowed_state
 from sdxl.history import History
 from sdxl.process import (
@@ -48,6 +47,7 @@ from sdxl.workspace import CHECKPOINTS, OUTPUT, PREVIEWS, REPORT, RESULT, worksp
 
 if TYPE_CHECKING:
     from dataset_and_utils import ExampleDataset
+    from sdxl.data.dataset_folder import PreparedPicture
     from sdxl.model.bases import Base
     from sdxl.model.components import Components
     from sdxl.model.fine_tune_files import TrainedFineTune
@@ -185,6 +185,10 @@ def train(
         default=None,
         description="Save GPU memory by recomputing parts of each step; a third slower. Default: only if memory requires it.",
     ),
+    shard: Optional[bool] = Input(
+        default=None,
+        description="For full training on several GPUs: share the UNet's weights, gradients and optimizer state among them, instead of keeping all on each. Less memory, but slower. Default: only if memory requires it.",
+    ),
     random_views: Optional[int] = Input(
         default=None,
         description="How many random crops of each picture to learn in addition to the whole picture. They teach sizes and positions that your pictures do not show. Pictures without pixels to spare have none. 0: none. Default: as many as suit the steps and the number of pictures.",
@@ -308,6 +312,15 @@ def train(
         default=None,
         description='Where to put trained_model.tar: a signed URL that takes a PUT, or for an upload in parts JSON such as {"parts": ["https://…", …], "complete": "https://…"}. A server then answers with the address instead of the file. For results that are too large to be handed over, such as a whole UNet.',
     ),
+    push_to: Optional[str] = Input(
+        default=None,
+        description="The repository on the Hugging Face hub to which the fine-tune goes with a model card, as owner/name. A new one is private. The token is that of the machine, HF_TOKEN or a login. A server then answers with the address, and pushes only to the owners that its operator names in SDXL_PUSH_OWNERS.",
+    ),
+    full_result: str = Input(
+        default="whole",
+        description="The form of a full fine-tune. whole: all weights of the UNet, 5 GB. difference: how they differ from the base's, half as large and almost exact; only this project reads it, with the same base. lora: the LoRA of rank 64 that comes nearest, for all programs; it draws a little otherwise.",
+        choices=["whole", "difference", "lora"],
+    ),
     input_data_tar_or_zip: Optional[Path] = Input(
         default=None, description="Old name of input_images.", deprecated=True
     ),
@@ -330,30 +343,27 @@ def train(
     given["resume"] = allowed_state(given["resume"], "resume")
     given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
     inputs = train_inputs(given)
+    if inputs.push_to:
+        require_pushable(inputs.push_to, "push_to")
     repeat_on_cpu()
     if server.active:
         leave_at_once()
     start_logging()
     smaller = "lower train_batch_size or resolution, or train a LoRA"
     with workspace_of_run("train", smaller=smaller) as workspace, stops_with_server(CancelationException):
-        return _delivered(run(inputs, workspace), inputs.upload_url)
+        return _delivered(run(inputs, workspace), inputs)
 
 
 leave_downloads_to_us(train)
 
 
-def _delivered(tar: pathlib.Path, target: Optional[Target]) -> Path:
-    """The tar, or behind a server the address to which it was uploaded; Cog hands a text over as it is."""
+def _delivered(tar: pathlib.Path, inputs: TrainInputs) -> Path:
+    """The tar, or behind a server the address to which it was sent; Cog hands a text over as it is."""
+    from sdxl.model.handing_over import hand_over
     from sdxl.training.data_parallel import rank
 
-    if target is None or rank():
-        return Path(tar)
-    try:
-        upload_file(tar, target)
-    except UploadError as error:
-        where = "on the server" if settings.behind_server() else f"as {tar}"
-        raise UploadError(f"{error} {RESULT} is kept {where}.") from error
-    return target.address if settings.behind_server() else Path(tar)  # type: ignore[return-value]
+    address = None if rank() else hand_over(tar, upload_url=inputs.upload_url, push_to=inputs.push_to)
+    return address if address and settings.behind_server() else Path(tar)  # type: ignore[return-value]
 
 
 def run(
@@ -371,7 +381,7 @@ def run(
     configure_logging()
     from preprocess import prepare_dataset
     from sdxl.data.dataset_folder import read_dataset_folder
-    from sdxl.model import fine_tune_files
+    from sdxl.model import fine_tune_files, full_results
     from sdxl.model.base_checks import tell_of_distillation
     from sdxl.model.bases import find_base
     from sdxl.model.components import default_device, load_components, native_resolution
@@ -410,18 +420,20 @@ def run(
 
     # What the run begins with: the base, a fine-tune of it, or the state of a run that stopped.
     keep_compiled_kernels()
-    device = default_device()
-    components = load_components(base.folder, is_lora=config.is_lora, device=device, **base.replaced())
+    components = load_components(
+        base.folder, is_lora=config.is_lora, device=default_device(), **base.replaced()
+    )
     begin_with = _starting_point(inputs.init_from, config, components) if inputs.init_from else None
     facts = base.facts() | ({"init_from": begin_with.digest} if begin_with else {})
     record = fine_tune_files.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder, facts)
+    resuming.require_one_run(record, captions)
     saved = resuming.chosen(named, inputs.resume, record, seed=inputs.seed)
     if saved is not None:
         config = dataclasses.replace(config, seed=saved.notes.seed)
         record["settings"]["seed"] = config.seed
     announce(
         config,
-        device,
+        components.device,
         images=len(pictures),
         masks=any(picture.mask for picture in pictures),
         processes=data_parallel.world_size(),
@@ -438,8 +450,14 @@ def run(
         flip=config.horizontal_flip,
         leave_out=kept_out(len(pictures)) if config.checks else (),
     )
-    keep = fine_tune_files.keeper(workspace / OUTPUT / CHECKPOINTS, record)
-    watch = _watch(config, components, dataset_folder, captions, recorder.history, workspace / OUTPUT, keep)
+    keep = data_parallel.by_first(
+        fine_tune_files.keeper(
+            workspace / OUTPUT / CHECKPOINTS,
+            record,
+            lambda trained: full_results.in_form(trained, config.full_result, base),
+        )
+    )
+    watch = _watch(config, components, dataset_folder, pictures, recorder.history, workspace / OUTPUT, keep)
     prior = _prior(config, components, base.facts()) if config.prior_prompts else None
     components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
     with resuming.states_of(config, record, saved, (examples, prior)) as states:
@@ -454,13 +472,14 @@ def run(
             on_step=recorder.before(on_step or _record_metrics),
             on_checkpoint=keep,
         )
-        _write(
+        data_parallel.by_first(_write)(
             trained,
             record | recorder.choice(),
             workspace,
             components,
+            base,
+            config,
             tell=lambda: recorder.finish(record, dataset_folder),
-            checkpoint_of=base if config.single_file else None,
         )
     states.discard()
     for folder in (dataset_folder, workspace / resuming.UNPACKED):
@@ -473,20 +492,21 @@ def _watch(
     config: TrainingConfig,
     components: "Components",
     dataset_folder: pathlib.Path,
-    captions: Sequence[str],
+    pictures: Sequence["PreparedPicture"],
     history: History,
     output: pathlib.Path,
     keep: Callable[[int, "TrainedFineTune"], None],
 ) -> "Watch":
-    """What checks the training, and adds to its history. Previews are drawn into `output` by the first of several processes.
+    """What checks the training, and adds to its history. Previews are drawn into `output`.
 
     keep: takes the fine-tunes of all checked moments, if they are wanted.
     """
-    from sdxl.serving.previews import preview_drawer, preview_prompts, preview_side
+    from sdxl.serving.previews import PreviewDrawer, preview_prompts, preview_side
     from sdxl.training.data_parallel import rank
     from sdxl.training.examples import held_out_examples, kept_out
+    from sdxl.training.preview_scores import preview_scorer
     from sdxl.training.stops import finish_on_signal
-    from sdxl.training.watch import Watch
+    from sdxl.training.watch import AT_ONCE, Watch
 
     asked = finish_on_signal()
     if not settings.behind_server():
@@ -500,23 +520,28 @@ def _watch(
         history=history,
         keep=keep if config.keep_checked else None,
         held_out=held_out_examples(
-            dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(captions))
+            dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(pictures))
         ),
     )
-    if config.preview_prompts != "none" and rank() == 0:
+    # Processes that share the UNet must draw together; only the files of the first one stay.
+    if config.preview_prompts != "none" and (rank() == 0 or not config.is_lora):
         word = next(iter(token_map.parse_init(config.token_init).values()), "")
-        named = config.preview_prompts
+        named, captions = config.preview_prompts, [picture.caption for picture in pictures]
         watch.history.prompts = list(
             prompts_of(named, name="preview_prompts") if named else preview_prompts(captions, token_map, word)
         )
-        watch.draw = preview_drawer(
+        watch.folder = output
+        watch.draw = PreviewDrawer(
             components,
             token_map,
             watch.history.prompts,
             output / PREVIEWS,
             side=preview_side(config.resolution),
             seed=config.seed,
+            at_once=AT_ONCE * config.train_batch_size // 2,  # with guidance a picture has two rows
         )
+        if rank() == 0:
+            watch.score = preview_scorer(config, history, pictures, folder=output, device=components.device)
     return watch
 
 
@@ -525,15 +550,17 @@ def _write(
     record: dict[str, Any],
     workspace: pathlib.Path,
     components: "Components",
+    base: "Base",
+    config: TrainingConfig,
     *,
     tell: Callable[[], None],
-    checkpoint_of: "Base | None",
 ) -> None:
     """Fine-tune → tar. `tell` adds what is for people."""
-    from sdxl.model import fine_tune_files
+    from sdxl.model import fine_tune_files, full_results
     from sdxl.model.trained_web_ui import write_for_web_uis
 
-    output = workspace / OUTPUT
+    output, checkpoint_of = workspace / OUTPUT, base if config.single_file else None
+    trained = full_results.in_form(trained, config.full_result, base)
     fine_tune_files.write(trained, output, record)
     write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
     tell()
@@ -585,20 +612,17 @@ def _record_metrics(report: "StepReport") -> None:
     """Pass the numbers of a step to Cog, if Cog runs the training."""
     scope: Any = current_scope()
     if scope is not None:
-        scope.record_metric("step", report.step)
-        scope.record_metric("loss", float(report.loss))
-        scope.record_metric("learning_rate", float(report.learning_rate))
-        scope.record_metric("ti_learning_rate", float(report.ti_learning_rate))
-        scope.record_metric("steps_per_second", float(report.steps_per_second))
+        for name in ("step", "loss", "learning_rate", "ti_learning_rate", "steps_per_second"):
+            scope.record_metric(name, getattr(report, name))
 
 
-def _train_with_report(**inputs: Any) -> list[pathlib.Path]:
-    """Run the training; return the tar, and the report if there is one."""
+def train_with_report(**inputs: Any) -> list[pathlib.Path]:
+    """Run the training; return the tar, and the report if there is one. Of several processes only the first has them."""
     tar = pathlib.Path(train(**inputs))
     return [path for path in (tar, tar.with_name(REPORT)) if path.exists()]
 
 
 if __name__ == "__main__":
     about = (__doc__ or "").splitlines()[0]
-    with_report = functools.wraps(train)(_train_with_report)
+    with_report = functools.wraps(train)(train_with_report)
     exit_with(lambda: run_in_each(lambda argv: run_command_line(with_report, description=about, argv=argv)))

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import Tensor
 
-from benchmarks.scores import cosine_of_different
+from sdxl.data.picture_encoders import cosine_of_different
 from tiny_world.captions import held_out_prompts
 from tiny_world.following import following, shares
 from tiny_world.parts import pad

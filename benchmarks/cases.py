@@ -24,9 +24,10 @@ from benchmarks import few
 from benchmarks import prompts as P
 from benchmarks.judging import draw, real_pictures
 from benchmarks.quality import METHODS, about, add_job_arguments
-from benchmarks.scores import cosine_of_different, fidelity
+from benchmarks.scores import fidelity
 from benchmarks.subject_job import BASE, RAW_SIDE, Method, learn, write_renders
 from benchmarks.workers import in_processes
+from sdxl.data.picture_encoders import cosine_of_different
 from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.tuned_pipeline import TunedPipeline
 from tiny_world.following import following, shares

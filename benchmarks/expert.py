@@ -1,6 +1,7 @@
 """`python -m benchmarks.expert`: diffusers' pipeline as an expert sets it up, compared with ours.
 
-Run it after `benchmarks.sampling`, on the same machine: it takes the base from there and adds its figures to the same results.
+Run it on the same machine as `benchmarks.sampling`, which must have written its results when this ends: the figures are added to
+them.
 
 Queries, keys and values are multiplied together, convolutions have channels last, and the UNet and the decoder are compiled as
 whole graphs that run as CUDA graphs. Seconds are from prompt to PNG, medians of several requests.
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import full_size
 from benchmarks.sampling import GUIDANCE, PROMPT, STEPS, add_to
 from dataset_and_utils import eos_id, pool_at_eos
 
@@ -81,13 +83,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--into", type=Path, default=Path("benchmarks/results/sampling.json"))
     args = parser.parse_args()
-    ours = json.loads(args.into.read_text())["requests"]
-    pipeline = expert_pipeline(args.base)
+    pipeline = expert_pipeline(full_size.save_pipeline(args.base))
     found = {}
     for count, name in ((1, "picture"), (4, "four")):
         first, *more = seconds(pipeline, count, args.turns)
         found |= {f"expert_{name}_s": round(median(more), 3), f"expert_{name}_first_s": round(first, 1)}
-    found |= compared(found, ours)
+    found |= compared(found, json.loads(args.into.read_text())["requests"])
     add_to(args.into, **found)
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 

@@ -68,7 +68,17 @@ SCHEDULE: dict[str, Any] = {
 def parts(half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
     """The UNet, autoencoder, text encoders and tokenizers, frozen and on `DEVICE`."""
     torch.manual_seed(0)
-    common: dict[str, Any] = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
+    # The tokenizers are those of the miniature: fewer words, the same work.
+    tokenizers = {
+        name: CLIPTokenizer.from_pretrained(TOKENIZERS, subfolder=name)
+        for name in ("tokenizer", "tokenizer_2")
+    }
+    ends = tokenizers["tokenizer"]
+    common: dict[str, Any] = {
+        "vocab_size": 49408,
+        "eos_token_id": ends.eos_token_id,
+        "bos_token_id": ends.bos_token_id,
+    }
     second = CLIPTextConfig(**ENCODER_2, projection_dim=1280, hidden_act="gelu", **common)
     builders: dict[str, tuple[torch.dtype, Callable[[], Any]]] = {
         "unet": (unet_dtype, lambda: UNet2DConditionModel(**UNET)),
@@ -86,9 +96,7 @@ def parts(half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
             torch.set_default_dtype(torch.float32)
     for part in made.values():
         part.requires_grad_(False).eval()
-    for name in ("tokenizer", "tokenizer_2"):  # those of the miniature: fewer words, the same work
-        made[name] = CLIPTokenizer.from_pretrained(TOKENIZERS, subfolder=name)
-    return made
+    return made | tokenizers
 
 
 def components(*, is_lora: bool) -> Components:

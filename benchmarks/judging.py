@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import prompts as P
-from benchmarks.scores import cosine_of_different
+from sdxl.data.picture_encoders import cosine_of_different
 from sdxl.serving.tuned_pipeline import TunedPipeline
 from tiny_world.following import following, shares
 from tiny_world.parts import pad

@@ -26,9 +26,10 @@ from benchmarks import full_size
 from benchmarks.quality import about
 from benchmarks.training import ceiling_tflops
 from dataset_and_utils import TokenMap, eos_id, pool_at_eos
+from sdxl.model.prompt_chunks import States
 from sdxl.process import keep_compiled_kernels
 from sdxl.serving.conditioning import Prompts, for_base
-from sdxl.serving.generation import _decode, generate
+from sdxl.serving.generation import decode, generate
 from sdxl.serving.request import FineTuneOptions, GenerationRequest
 
 PROMPT, STEPS, GUIDANCE, SIDE = "a photo of TOK on the moon", 50, 7.5, 1024
@@ -49,9 +50,11 @@ def milliseconds(work: Callable[[], Any], runs: int, skip: int = 3) -> float:
     return round(median(times[skip:]), 2)
 
 
-def pair(unet: Callable[..., Any], rows: int, dtype: torch.dtype) -> Callable[[], Any]:
-    """A call of the UNet with `rows` rows; a picture with guidance has 2."""
-    latents = torch.randn(rows, 4, SIDE // 8, SIDE // 8, device=full_size.DEVICE, dtype=dtype)
+def pair(
+    unet: Callable[..., Any], rows: int, dtype: torch.dtype, size: tuple[int, int] = (SIDE, SIDE)
+) -> Callable[[], Any]:
+    """A call of the UNet with `rows` rows, for pictures of `size` (height, width); a picture with guidance has 2."""
+    latents = torch.randn(rows, 4, size[0] // 8, size[1] // 8, device=full_size.DEVICE, dtype=dtype)
     embeds = torch.randn(rows, 77, 2048, device=full_size.DEVICE, dtype=dtype)
     told = {
         "text_embeds": torch.randn(rows, 1280, device=full_size.DEVICE, dtype=dtype),
@@ -64,6 +67,19 @@ def pair(unet: Callable[..., Any], rows: int, dtype: torch.dtype) -> Callable[[]
         return unet(latents, when, encoder_hidden_states=embeds, added_cond_kwargs=told, return_dict=False)
 
     return call
+
+
+def calls(runner: Callable[..., Any], eager: Callable[..., Any]) -> dict[str, float]:
+    """Milliseconds of a call of the UNet for several numbers of rows and sizes, by `runner` and by plain kernels."""
+    found = {}
+    for rows in (2, 8):
+        found[f"eager_{rows}_rows_ms"] = milliseconds(pair(eager, rows, HALF), 12)
+    for rows in (1, 2, 4, 6, 8):
+        found[f"ours_{rows}_rows_ms"] = milliseconds(pair(runner, rows, HALF), 20, skip=6)
+    found["ours_832x1216_ms"] = milliseconds(pair(runner, 2, HALF, (832, 1216)), 20, skip=6)
+    milliseconds(pair(partial(runner, features="keep"), 2, HALF), 1)
+    found["shallow_2_rows_ms"] = milliseconds(pair(partial(runner, features="reuse"), 2, HALF), 20, skip=6)
+    return found
 
 
 def setup_seconds(environment: dict[str, str], folder: Path) -> float:
@@ -132,8 +148,11 @@ def requests(predictor: Any, eager: Any, folder: Path, turns: int) -> dict[str, 
     return found
 
 
-def stages(pipeline: Any) -> dict[str, float]:
-    """Milliseconds of a request outside the UNet: encode the prompt, and decode four pictures."""
+def stages(pipeline: Any, states: States) -> dict[str, float]:
+    """Milliseconds of a request outside the UNet: encode the prompt, and decode four pictures.
+
+    states: runs the text encoders.
+    """
     latents = torch.randn(4, 4, SIDE // 8, SIDE // 8, device=full_size.DEVICE, dtype=HALF)
     prompts = Prompts(
         prompt=PROMPT,
@@ -144,11 +163,12 @@ def stages(pipeline: Any) -> dict[str, float]:
         count=1,
         size=(SIDE, SIDE),
         device=latents.device,
+        states=states,
     )
     with torch.no_grad():
         return {
             "prompt_ms": milliseconds(lambda: for_base(pipeline, prompts), 6),
-            "decode_4_ms": milliseconds(lambda: list(_decode(pipeline, latents)), 6),
+            "decode_4_ms": milliseconds(lambda: list(decode(pipeline, latents)), 6),
         }
 
 
@@ -157,7 +177,14 @@ def difference(predictor: Any, eager: Any) -> float:
     request = GenerationRequest(
         prompt=PROMPT, width=SIDE, height=SIDE, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0
     )
-    ours = generate(predictor.painter.tuned.pipeline, request, TokenMap({}), runner=predictor.painter.runners)
+    painter = predictor.painter
+    ours = generate(
+        painter.tuned.pipeline,
+        request,
+        TokenMap({}),
+        runner=painter.runners,
+        states=painter.runners.encoders,
+    )
     eager.upcast_vae()  # as its own call does
     theirs = generate(eager, request, TokenMap({}))
     eager.vae.to(HALF)
@@ -241,12 +268,7 @@ def main() -> None:
     ):
         pool_at_eos(encoder, eos_id(tokenizer))  # the saved encoders have the id of the full vocabulary
     runner = predictor.painter.runners(predictor.painter.tuned.pipeline.unet)
-    found = {}
-    for rows in (2, 8):
-        found[f"eager_{rows}_rows_ms"] = milliseconds(pair(eager.unet, rows, HALF), 12)
-        found[f"ours_{rows}_rows_ms"] = milliseconds(pair(runner, rows, HALF), 20, skip=6)
-    milliseconds(pair(partial(runner, features="keep"), 2, HALF), 1)
-    found["shallow_2_rows_ms"] = milliseconds(pair(partial(runner, features="reuse"), 2, HALF), 20, skip=6)
+    found = calls(runner, eager.unet)
     ceiling = ceiling_tflops()
     share = 2 * full_size.forward_tflop(SIDE) / (found["ours_2_rows_ms"] / 1000) / ceiling
     note(
@@ -261,9 +283,10 @@ def main() -> None:
     found = requests(predictor, eager, args.workdir, args.turns)
     note(
         requests=found,
-        stages=stages(predictor.painter.tuned.pipeline),
+        stages=stages(predictor.painter.tuned.pipeline, predictor.painter.runners.encoders),
         request_speedup=round(found["eager_1_s"] / found["ours_1_s"], 2),
         request4_speedup=round(found["eager_4_s"] / found["ours_4_s"], 2),
+        around_ms=round(1000 * found["ours_1_s"] - STEPS * results["unet_pair_ms"]),
         exact_picture_s=found["ours_1_s"],
         fast_picture_s=found["fast_1_s"],
     )

@@ -177,17 +177,22 @@ def wait_for(url: str, status: str, *, seconds: float) -> None:
     raise TimeoutError(f"the server is not {status} after {seconds} s")
 
 
-def resident_mb(process: subprocess.Popen) -> float:
-    """Resident memory of the server and all its children, in MB."""
+def family(process: subprocess.Popen) -> set[int]:
+    """The ids of a process and of all its children, and of theirs."""
     parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-    family = {process.pid}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
+    found = {process.pid}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def resident_mb(process: subprocess.Popen) -> float:
+    """Resident memory of the server and all its children, in MB."""
     pages = 0
-    for pid in family:
+    for pid in family(process):
         with contextlib.suppress(OSError):
             pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sdxl.files.archives import pack_tar
 from sdxl.serving.samplers import SCHEDULERS
@@ -37,18 +39,23 @@ def make_fine_tunes(folder: Path) -> Path:
     whole = {name: value + 0.02 * torch.randn_like(value) for name, value in unet.items()}
     contents = {"whole": ("unet.safetensors", whole)}
     for name in ("one", "two"):
-        lora = {}
-        for key, value in unet.items():
-            if key.endswith("to_q.weight"):
-                layer = f"unet.{key.removesuffix('.weight')}"
-                lora[f"{layer}.lora_A.weight"] = torch.randn(4, value.shape[1])
-                lora[f"{layer}.lora_B.weight"] = 0.1 * torch.randn(value.shape[0], 4)
-        contents[name] = ("lora.safetensors", lora)
+        contents[name] = ("lora.safetensors", random_lora(unet))
     for name, (inside, tensors) in contents.items():
         save_file(tensors, made / "weights")
         pack_tar({inside: made / "weights"}, made / f"{name}.tar")
         (made / "weights").unlink()
     return made
+
+
+def random_lora(unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA of rank 4 with random weights on the queries of a UNet, given by its weights."""
+    lora = {}
+    for key, value in unet.items():
+        if key.endswith("to_q.weight"):
+            layer = f"unet.{key.removesuffix('.weight')}"
+            lora[f"{layer}.lora_A.weight"] = torch.randn(4, value.shape[1])
+            lora[f"{layer}.lora_B.weight"] = 0.1 * torch.randn(value.shape[0], 4)
+    return lora
 
 
 def data_uri(content: bytes, kind: str) -> str:

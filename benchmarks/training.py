@@ -25,16 +25,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
-from benchmarks import full_size
+from benchmarks import full_size, many_gpus
 from benchmarks.quality import about
 from sdxl.process import keep_compiled_kernels
-from sdxl.training import data_parallel
 from sdxl.training.config import TrainingConfig
 from sdxl.training.diffusion import sample_timesteps
 from sdxl.training.recipe import StepReport, fine_tune
 from sdxl.training.trainable import LORA_TARGETS
 
 BATCH, RANK, PICTURES = 4, 32, 8
+MANY_GPUS = ("many_gpus_speeds", "many_gpus_losses", "many_gpus_batches")
+"""The parts of the part `many_gpus`."""
 STEPS, SETTLED = 60, 12
 """The steps of a run, with the pivot in the middle, and how many steps after the start and after the pivot do not count."""
 
@@ -238,31 +239,6 @@ def whole_run(folder: Path, *, steps: int, extra: tuple[str, ...] = ()) -> dict[
     return {"whole_run": found, "archive_to_tar_min": round(found["warm_total_s"] / 60, 2)}
 
 
-def in_parallel() -> dict[str, Any]:
-    """Pictures per second on one GPU and on two, by `ours` in processes that torchrun starts."""
-    speeds = {}
-    for count in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-        command += ["-m", "benchmarks.training", "--parts", "one_of_several"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # show its log
-        milliseconds = json.loads(done.stdout.strip().splitlines()[-1])["after_pivot_ms"]
-        speeds[count] = 1000 * BATCH * count / milliseconds
-    return {
-        "pictures_per_s": {str(k): round(v, 2) for k, v in speeds.items()},
-        "two_gpus_speedup": round(speeds[2] / speeds[1], 3),
-    }
-
-
-def one_of_several() -> dict[str, Any]:
-    """One process of `in_parallel`. The first process prints its figures."""
-    data_parallel.join()
-    row = ours(settings(1024))
-    if data_parallel.rank() == 0:
-        sys.stdout.write(json.dumps(row) + "\n")
-    data_parallel.leave()
-    raise SystemExit(0)
-
-
 def _forget() -> None:
     """Free the memory of earlier runs and reset its peak. Also drop compiled shapes, which count against one limit."""
     torch._dynamo.reset()
@@ -280,6 +256,7 @@ def main() -> None:
     """Run the chosen parts. Each adds its figures to the results file when it ends."""
     args = _arguments()
     keep_compiled_kernels()
+    run, gpus = many_gpus.with_torchrun, args.gpus or torch.cuda.device_count()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "lora_1024": lambda: compare(1024, all_ways=True),
         "lora_768": lambda: compare(768, all_ways=False),
@@ -287,12 +264,13 @@ def main() -> None:
         "lora_12gb": lambda: tier(12, is_lora=True),
         "full_24gb": lambda: tier(24, is_lora=False),
         "whole_run": lambda: whole_run(args.workdir, steps=args.steps),
-        "two_gpus": in_parallel,
-        "one_of_several": one_of_several,
+        "many_gpus_speeds": lambda: many_gpus.speeds(run, gpus, args.kinds),
+        "many_gpus_losses": lambda: many_gpus.learns_alike(run, gpus, args.kinds),
+        "many_gpus_batches": lambda: many_gpus.largest_batches(run, gpus),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.is_file() else {}
-    for name in args.parts:
+    for name in itertools.chain(*(MANY_GPUS if name == "many_gpus" else [name] for name in args.parts)):
         found = parts[name]()
         results.setdefault("table", {})[name] = found.pop("rows", {})
         results |= found | about(full_size.DEVICE)
@@ -302,8 +280,16 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    known = ["lora_1024", "lora_768", "full", "lora_12gb", "full_24gb", "whole_run", "two_gpus"]
-    parser.add_argument("--parts", nargs="+", choices=[*known, "one_of_several"], default=known[:-1])
+    known = ["lora_1024", "lora_768", "full", "lora_12gb", "full_24gb", "whole_run"]
+    parser.add_argument("--parts", nargs="+", choices=[*known, "many_gpus", *MANY_GPUS], default=known)
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=many_gpus.KINDS,
+        default=[*many_gpus.KINDS],
+        help="of many_gpus; full comes before full_sharded, which is compared with it",
+    )
+    parser.add_argument("--gpus", type=int, help="the most GPUs of many_gpus; all by default")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the whole run")
     parser.add_argument(
         "--workdir", type=Path, default=Path("runs/training"), help="needs 9 GB for the base and tars"

@@ -19,11 +19,11 @@ from benchmarks.quality import about
 from benchmarks.training import middle, settings
 from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.process import keep_compiled_kernels
-from sdxl.serving.previews import preview_drawer, preview_prompts, preview_side
+from sdxl.serving.previews import PreviewDrawer, preview_prompts, preview_side
 from sdxl.training.config import TrainingOptions
 from sdxl.training.presets import PRESETS
 from sdxl.training.recipe import StepReport, fine_tune
-from sdxl.training.watch import Watch
+from sdxl.training.watch import AT_ONCE, Watch
 
 SIDE, PICTURES = 1024, 8
 STEPS, SETTLED = 72, 24
@@ -50,8 +50,14 @@ def measure(*, previews: bool) -> dict[str, Any]:
         if previews:
             prompts = preview_prompts(["a photo of TOK"], token_map)
             side = preview_side(SIDE)
-            watch.draw = preview_drawer(
-                parts, token_map, prompts, Path(folder) / "previews", side=side, seed=0
+            watch.draw = PreviewDrawer(
+                parts,
+                token_map,
+                prompts,
+                Path(folder) / "previews",
+                side=side,
+                seed=0,
+                at_once=AT_ONCE * config.train_batch_size // 2,
             )
         fine_tune(parts, data, config, watch=watch, on_step=reports.append)
     watched = watch.history.watched_seconds

@@ -5,7 +5,6 @@ Knows how a command line runs and ends; does not import cog.
 """
 
 import argparse
-import difflib
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sdxl.declared_inputs import REQUIRED, DeclaredInput, declared_inputs
+from sdxl.declared_inputs import REQUIRED, DeclaredInput, declared_inputs, require_known
 from sdxl.errors import UserInputError, WithheldError
 from sdxl.files.archives import atomic_path
 
@@ -82,7 +81,7 @@ def run_command_line(
     try:
         if many and any(item.startswith(f"{many.beside}=@") for item in arguments.input):
             raise UserInputError(f"{many.beside} takes no file: give it as {many.flag} FILE.")
-        values = _parse_all(arguments.input, inputs)
+        values = parse_inputs(arguments.input, inputs)
         runs = many.read(file, values) if many and file else [values]
     except UserInputError as error:
         print(f"{error} See --help.", file=sys.stderr)
@@ -97,7 +96,7 @@ def run_command_line(
             for path in _deliver_all(entry_point, runs, many, arguments.output):
                 print(path, flush=True)
             return
-        for path in _deliver(entry_point(**values), arguments.output):
+        for path in deliver(entry_point(**values), arguments.output):
             print(path)
 
     return run_into(arguments.output, work)
@@ -129,16 +128,18 @@ def _stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _parse_all(items: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[str, Any]:
+def parse_inputs(items: Sequence[str], inputs: dict[str, DeclaredInput]) -> dict[str, Any]:
+    """All inputs, from texts such as "name=value"; defaults where none is given.
+
+    Raises:
+        UserInputError: an input is wrong, unknown, missing or given twice.
+    """
     values: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
         if not equals:
             raise UserInputError(f"-i {item} is not an input: write -i name=value.")
-        if name not in inputs:
-            similar = difflib.get_close_matches(name, inputs, n=1)
-            hint = f"did you mean {similar[0]}?" if similar else "choose one from the list of inputs."
-            raise UserInputError(f"There is no input {name}: {hint}")
+        require_known(name, inputs)
         value = inputs[name].parse(text)
         if inputs[name].many:
             values.setdefault(name, []).append(value)
@@ -166,7 +167,7 @@ def _deliver_all(
     for number, inputs in enumerate(runs, start=1):
         prefix = f"{number:0{len(str(len(runs)))}}-"
         try:
-            files = _deliver(entry_point(**inputs), folder, prefix=prefix)
+            files = deliver(entry_point(**inputs), folder, prefix=prefix)
         except WithheldError as error:
             print(f"Run {number} of {len(runs)}: {error}", file=sys.stderr)
             files = []
@@ -177,7 +178,7 @@ def _deliver_all(
     yield from many.sum_up(done, folder)
 
 
-def _deliver(result: Any, folder: Path, *, prefix: str = "") -> list[Path]:
+def deliver(result: Any, folder: Path, *, prefix: str = "") -> list[Path]:
     """Move the returned files atomically into `folder`, and remove their old folders if these are now empty.
 
     prefix: put before the names of the files.

@@ -4,7 +4,9 @@ Knows the attributes of a declared input (default, description, ge, le, choices,
 does not know what the inputs mean.
 """
 
+import difflib
 import inspect
+import math
 import re
 import textwrap
 import types
@@ -72,16 +74,49 @@ class DeclaredInput:
         if not self.many and self._is_left_out(text):
             return None
         value = self._convert(text)
+        self._require_in_range(value, text)
+        return value
+
+    def checked(self, value: Any) -> Any:
+        """`typed` for servers without Cog's schema in front of them: check a JSON value first. None is the default.
+
+        Raises:
+            UserInputError: missing, wrong type, out of range, or not one of the choices.
+        """
+        if value is None:
+            if self.default is REQUIRED:
+                raise UserInputError(f"{self.name} is missing: give a value.")
+            return self.default
+        if self.many and not isinstance(value, list):
+            raise UserInputError(f"{self.name} is {shortened(repr(value))}, but must be a list.")
+        for item in value if self.many else [value]:
+            self._require_kind(item)
+        value = self.typed(value)
+        for item in value if self.many else [value] * (value is not None):
+            self._require_in_range(item, shortened(str(item)))
+        return value
+
+    def _require_kind(self, value: Any) -> None:
+        told = {bool: "true or false", int: "an integer", float: "a number"}.get(self.kind, "a text")
+        if self.kind in (int, float):  # `typed` makes an integer of 7.0; Python counts true as an integer
+            fits = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+            fits &= not isinstance(value, bool)
+        else:
+            fits = isinstance(value, bool if self.kind is bool else str)
+        if not fits:
+            raise UserInputError(f"{self.name} is {shortened(repr(value))}, but must be {told}.")
+
+    def _require_in_range(self, value: Any, shown: str) -> None:
+        """Check the declared choices and limits; `shown` is the value as messages show it."""
         declared = self.declaration
         if declared.choices and value not in declared.choices:
             raise UserInputError(
-                f"{self.name} is {text!r}, but must be one of {', '.join(map(str, declared.choices))}."
+                f"{self.name} is {shown!r}, but must be one of {', '.join(map(str, declared.choices))}."
             )
         if declared.ge is not None and value < declared.ge:
-            raise UserInputError(f"{self.name} is {text}, but must be at least {declared.ge}.")
+            raise UserInputError(f"{self.name} is {shown}, but must be at least {declared.ge}.")
         if declared.le is not None and value > declared.le:
-            raise UserInputError(f"{self.name} is {text}, but must be at most {declared.le}.")
-        return value
+            raise UserInputError(f"{self.name} is {shown}, but must be at most {declared.le}.")
 
     def _typed_item(self, value: Any) -> Any:
         # Bytes of a command line that are not UTF-8 become half characters, which no tokenizer and no file takes.
@@ -189,6 +224,30 @@ def as_declared(entry_point: Callable[..., Any], given: Mapping[str, Any]) -> di
     """
     inputs = declared_inputs(entry_point)
     return {name: declared.typed(given[name]) for name, declared in inputs.items() if name in given}
+
+
+def checked_inputs(entry_point: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All inputs of `entry_point` from a JSON object, each checked and in its declared type; defaults where none is given.
+
+    Raises:
+        UserInputError: an input is wrong or unknown.
+    """
+    inputs = declared_inputs(entry_point)
+    for name in given:
+        require_known(name, inputs)
+    return {name: declared.checked(given.get(name)) for name, declared in inputs.items()}
+
+
+def require_known(name: str, inputs: Mapping[str, DeclaredInput]) -> None:
+    """Refuse a name that no input has.
+
+    Raises:
+        UserInputError: with the name that may be meant.
+    """
+    if name not in inputs:
+        similar = difflib.get_close_matches(name, inputs, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else "choose one from the list of inputs."
+        raise UserInputError(f"There is no input {shortened(name)}: {hint}")
 
 
 def _existing(path: str, name: str) -> Path:

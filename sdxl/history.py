@@ -52,6 +52,10 @@ class Previews:
     step: int
     pictures: list[str]
     """Files, relative to the history's folder."""
+    likeness: float | None = None
+    """How like the training pictures those that name a new token are: the mean cosine of DINOv2's vectors. None: not known."""
+    prompt_shown: float | None = None
+    """How well these show their prompts: the mean cosine of CLIP's vectors of picture and text. None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,8 @@ class History:
     prompts: list[str] = field(default_factory=list)
     """What the previews show. The last names no new token, so its picture should not change."""
     previews: list[Previews] = field(default_factory=list)
+    likeness_among_pictures: float | None = None
+    """How like each other the training pictures are, on the scale of the previews' likeness. None: not known."""
     choice: Choice | None = None
     watched_seconds: float = 0.0
     """What the checks and the previews took."""
@@ -92,6 +98,7 @@ class History:
             checks=[Check(**one) for one in told["checks"]],
             prompts=told["prompts"],
             previews=[Previews(**one) for one in told["previews"]],
+            likeness_among_pictures=told.get("likeness_among_pictures"),
             choice=Choice(**told["choice"]) if told["choice"] else None,
             watched_seconds=told.get("watched_seconds", 0.0),
         )

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _NOISY = (
     "httpx",
+    "httpx2",  # the hub's client since version 2; it would tell signed addresses
     "httpcore",
     "huggingface_hub",
     "urllib3",

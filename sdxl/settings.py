@@ -11,7 +11,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sdxl.errors import UserInputError
 
@@ -29,6 +29,9 @@ VARIABLES = {
     "SDXL_CAPTIONER": "The captioning model: a folder in transformers' layout or a hub repository. Default: BLIP.",
     "SDXL_SEGMENTER": "The segmentation model, in the same form. Default: CLIPSeg.",
     "SDXL_UPSCALER": "The upscaling model, in the same form. Default: Swin2SR.",
+    "SDXL_SCORER": "Whether a training scores its previews with DINOv2 and CLIP: auto (default), if both are in a folder or in the hub's cache; fetch, which fetches them once; none.",
+    "SDXL_DINO": "The model that says how alike pictures are: a folder in transformers' layout or a hub repository. Default: DINOv2, small.",
+    "SDXL_CLIP": "The model that says how well a picture shows a text, in the same form. Default: LAION's CLIP ViT-B/32.",
     "SDXL_SAFETY_CHECKER": "The pipeline whose safety checker judges pictures. Default: Stable Diffusion 1.4.",
     "SDXL_SPEED": "How a GPU runs the UNet: compiled (default), fp8, graphs or eager.",
     "SDXL_MEMORY": "Where serving keeps the model: auto (default), whole, 12gb, 8gb or cpu.",
@@ -38,6 +41,7 @@ VARIABLES = {
     "SDXL_FINE_TUNES": "Folder with fine-tunes that requests to a server may name by their paths in it. Default: none.",
     "SDXL_INPUTS": "Folder with anything that requests to a server may name by its path: archives, pictures, fine-tunes, bases, states. Everyone who reaches the server can use all of it. Default: none.",
     "SDXL_PRIVATE_URLS": "1 lets requests to a server name URLs in private networks and on this machine. Default: 0.",
+    "SDXL_PUSH_OWNERS": "Names on the Hugging Face hub, separated by commas, into whose repositories requests to a server may push with the server's own token (push_to). Default: none.",
     "SDXL_DOWNLOAD_MINUTES": "Time limit for one download. Default: 60.",
     "SDXL_KEEP_MINUTES": "How long a server keeps the files of a result after the run. Default: 10.",
     "SDXL_STATE": "Folder for the states of trainings, which a stopped one goes on from. In a container it should be one that outlives it. Default: state in SDXL_WORKSPACE.",
@@ -50,6 +54,7 @@ REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
 
 Prediction = Literal["epsilon", "v_prediction", "v_prediction_ztsnr"]
 Speed = Literal["compiled", "graphs", "eager", "fp8"]
+Scorer = Literal["auto", "fetch", "none"]
 
 
 def variable(name: str) -> str | None:
@@ -102,10 +107,27 @@ def speed() -> Speed:
     Raises:
         UserInputError: any other value.
     """
-    setting = variable("SDXL_SPEED") or "compiled"
-    if setting not in get_args(Speed):
-        raise UserInputError(f"SDXL_SPEED is {setting!r}, but must be one of {', '.join(get_args(Speed))}.")
-    return setting  # type: ignore[return-value]
+    return _one_of(get_args(Speed), "SDXL_SPEED", default="compiled")
+
+
+def scorer() -> Scorer:
+    """Whether trainings score their previews (`SDXL_SCORER`).
+
+    - "auto": if the models are on this machine already.
+    - "fetch": always; the models are fetched if necessary.
+    - "none": never.
+
+    Raises:
+        UserInputError: any other value.
+    """
+    return _one_of(get_args(Scorer), "SDXL_SCORER", default="auto")
+
+
+def _one_of(choices: tuple[Any, ...], name: str, *, default: str) -> Any:
+    setting = variable(name) or default
+    if setting not in choices:
+        raise UserInputError(f"{name} is {setting!r}, but must be one of {', '.join(choices)}.")
+    return setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +193,11 @@ def inputs_folder() -> Path | None:
     """The folder all of whose files strangers may name, for every input (`SDXL_INPUTS`)."""
     name = variable("SDXL_INPUTS")
     return Path(name).expanduser() if name else None
+
+
+def push_owners() -> tuple[str, ...]:
+    """The owners on the hub into whose repositories requests to a server may push (`SDXL_PUSH_OWNERS`)."""
+    return tuple(name.strip() for name in (variable("SDXL_PUSH_OWNERS") or "").split(",") if name.strip())
 
 
 def download_seconds() -> float:

@@ -20,6 +20,7 @@ from PIL import Image, ImageCms
 
 from sdxl.process import configure_logging, repeat_on_cpu
 from tests.bucket import Bucket
+from tests.hub import TOKEN, Hub
 
 if TYPE_CHECKING:
     from predict import Predictor
@@ -204,3 +205,20 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in for the hub, to which the client of this process talks."""
+    import huggingface_hub
+
+    server = Hub()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not public
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()

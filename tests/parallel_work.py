@@ -11,16 +11,24 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+from benchmarks.many_gpus import KINDS, compared, largest_difference, losses_together
 from dataset_and_utils import TokenMap
+from sdxl.errors import UserInputError
 from sdxl.model.components import load_components
+from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.training import data_parallel
+from sdxl.training.config import TrainingConfig
 from sdxl.training.examples import cache_examples
 from sdxl.training.recipe import fine_tune
+from sdxl.training.resuming import digest, require_one_run
+from sdxl.training.sharding import set_whole, whole
 from sdxl.training.state_files import STATE
+from sdxl.training.trainable import full_unet
 from tests.conftest import REPOSITORY
-from tests.test_resume import SMALL, Runs, assert_equal, narrow_components
+from tests.test_resume import FULL, SMALL, Runs, assert_equal, examples, narrow_components
 from tests.test_training import CONFIG
 
 MARK = "From here on train.py writes.\n"
@@ -31,16 +39,17 @@ def learn(folder: Path, name: str, base: Path) -> None:
     """Train `base` on the data set in `folder`; what was learned is in the file `name`.pt."""
     config = dataclasses.replace(CONFIG, is_lora=True, lora_lr=1e-3, max_train_steps=4)
     components = load_components(base, is_lora=True, device=torch.device("cpu"))
-    data = cache_examples(folder / "dataset", components, TokenMap.parse(config.token_map), seed=0)
+    data = cache_examples(folder / "dataset", components, TokenMap.parse(config.token_map), seed=0, views=2)
     losses: list[float] = []
     model = fine_tune(components, data, config, on_step=lambda report: losses.append(report.loss))
-    torch.save({"weights": model.weights, "rows": model.token_rows, "losses": losses}, folder / f"{name}.pt")
+    learned = {"weights": model.weights, "rows": model.token_rows, "losses": losses}
+    torch.save({**learned, "pictures": digest((data,)), "count": len(data)}, folder / f"{name}.pt")
 
 
-def go_on(folder: Path) -> None:
-    """Train, go back to the state amid the run, and end at the same weights."""
-    runs = Runs(narrow_components(torch.device("cpu")), folder / "state")
-    whole, losses = runs.train(SMALL, every=2)
+def go_on(state: Path, config: TrainingConfig) -> tuple[TrainedFineTune, list[float]]:
+    """Train, go back to the state amid the run, and end at the same weights. Returns them and the losses."""
+    runs = Runs(narrow_components(torch.device("cpu")), state)
+    whole, losses = runs.train(config, every=2)
     if data_parallel.agreed(data_parallel.rank()) == data_parallel.rank():  # the states are complete
         [last] = runs.state.glob("*/step-000004")
         orders = json.loads((last / STATE).read_text())["orders"]
@@ -48,9 +57,53 @@ def go_on(folder: Path) -> None:
         assert first != second, "each draws its own noise"
         shutil.rmtree(last)
     data_parallel.agreed(0)
-    resumed, after = runs.train(SMALL, go_on=True)
+    resumed, after = runs.train(config, go_on=True)
     assert after == losses[2:]
     assert_equal(whole, resumed)
+    return whole, losses
+
+
+def share(folder: Path) -> dict[str, float]:
+    """Full training with a UNet that the processes share, next to one with copies. Returns the largest differences."""
+    config = dataclasses.replace(FULL, preservation=1.0, shard=True)  # with the base as teacher
+    copied = Runs(narrow_components(torch.device("cpu")), folder / "none")
+    plain, losses = copied.train(dataclasses.replace(config, shard=False))
+    shared, of_shared = go_on(folder / "shared", config)
+    assert bool(shared.weights) == (data_parallel.rank() == 0), "the first process alone gets the weights"
+    moved = [
+        (value.float() - plain.weights[name].float()).abs().max() for name, value in shared.weights.items()
+    ]
+    found = {
+        "shared_losses": largest_difference(of_shared, losses),
+        "shared_weights": float(max(moved, default=0)),
+    }
+    parts = narrow_components(torch.device("cpu"))
+    trained = full_unet(parts.unet, dataclasses.replace(config, optimizer="adamw_8bit"))
+    assert trained.weights.shards is not None
+    held = sum(p.numel() for p in trained.weights.params)
+    found["held"] = held / sum(p.numel() for p in parts.unet.parameters())
+    for weight in parts.unet.parameters():
+        before = whole(weight.detach()).clone()
+        set_whole(weight, 2 * before)
+        assert torch.equal(whole(weight.detach()), 2 * before)
+    return found
+
+
+def compared_runs() -> dict[str, TrainingConfig]:
+    """Kind of training → a short one, whose losses are compared with those of one process."""
+    return {
+        kind: dataclasses.replace(compared(SMALL), **changes, max_train_steps=3, unet_learning_rate=1e-3)
+        for kind, changes in KINDS.items()
+    }
+
+
+def losses_of_each() -> dict[str, list[float]]:
+    """The losses of two processes in each kind of training."""
+    found = {}
+    for kind, config in compared_runs().items():
+        parts = narrow_components(torch.device("cpu"))
+        found[kind] = losses_together(parts, examples(parts), config)
+    return found
 
 
 def work(folder: Path) -> None:
@@ -62,8 +115,18 @@ def work(folder: Path) -> None:
     mixed = [torch.full((2, 3), float(rank)), torch.full((4,), 2.0 * rank, dtype=torch.bfloat16)]
     data_parallel.average(mixed)
     assert mixed[0].tolist() == [[0.5] * 3] * 2 and mixed[1].tolist() == [1.0] * 4
+    own = {"settings": {"lora_rank": 4 + rank}}
+    for record, captions, what in (
+        (own, [], "inputs"),
+        ({"settings": {}}, [f"{rank}"], "pictures or captions"),
+    ):
+        with pytest.raises(UserInputError, match=f"was given other {what} than"):
+            require_one_run(record, captions)
+    require_one_run({"settings": {}}, ["equal"])
     learn(folder, str(rank), Path(os.environ["SDXL_BASE"]))
-    go_on(folder)
+    go_on(folder / "state", SMALL)
+    measured = {"shared": share(folder), "losses": losses_of_each()}
+    (folder / f"{rank}.json").write_text(json.dumps(measured))
     torch.distributed.barrier()
     if rank == 0:
         sys.stderr.write(MARK)

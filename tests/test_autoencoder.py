@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdxl.model.components import load_components
-from sdxl.serving.generation import _decode, _encode
+from sdxl.serving.generation import _encode, decode
 from sdxl.serving.pipeline import _vae_dtype, load_pipeline
 from tests.conftest import TINY_BASE
 
@@ -29,10 +29,10 @@ def test_it_keeps_its_precision_where_training_draws_under_autocast():
     pipeline = load_pipeline(TINY_BASE, torch.device("cpu"))
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        [plain] = _decode(pipeline, latents)
+        [plain] = decode(pipeline, latents)
         encoded = _encode(pipeline, plain, torch.device("cpu"), torch.float32, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            [under] = _decode(pipeline, latents)
+            [under] = decode(pipeline, latents)
             again = _encode(pipeline, plain, torch.device("cpu"), torch.float32, 1)
             rounded = pipeline.vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
     assert rounded.dtype == torch.bfloat16  # what autocast would do

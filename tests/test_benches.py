@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ablation, cases, few
+from benchmarks import ablation, cases, few, many_gpus
 from benchmarks import prompts as P
 from benchmarks.subject_job import SETTINGS
 from sdxl.training.config import TrainingConfig
@@ -144,3 +144,46 @@ def test_few_pictures_are_summed_up_over_subjects_and_seeds(tmp_path: Path):
     assert "| 3 pictures, one caption for all | 41.6 ± 0.5 | 52 | 80 | 10.0 | 4 |" in few.markdown(table)
     few.save_sheet(results, tmp_path / "few.jpg")
     assert (tmp_path / "few.jpg").stat().st_size > 1000
+
+
+def test_many_gpus_are_compared_with_one():
+    assert [many_gpus.counts(gpus) for gpus in (1, 2, 3, 4, 8)] == [
+        [1],
+        [1, 2],
+        [1, 2, 3],
+        [1, 2, 4],
+        [1, 2, 4, 8],
+    ]
+
+    def run(kind: str, gpus: int, *, losses_of: int = 0, batch: int = 4, steps: int = 0) -> dict | None:
+        if losses_of:
+            return {"losses": [1.0, 0.5 if gpus == 1 else 0.505]}
+        if batch > (6 if kind == "full" else 11):
+            return None
+        return {"after_pivot_ms": {1: 100, 2: 110, 4: 125}[gpus] * (2 if kind == "full_sharded" else 1)}
+
+    found = many_gpus.speeds(run, 4, [*many_gpus.KINDS])
+    assert found["lora_gpus_1_speedup"] == 1 and found["lora_gpus_2_speedup"] == pytest.approx(1.818)
+    assert found["full_gpus_4_speedup"] == 3.2 and found["full_sharded_gpus_4_speedup"] == 1.6
+    assert "full_sharded, 1 GPU" not in found["rows"], "one GPU cannot share"
+    assert found["rows"]["lora, 4 GPUs"] == {
+        "after_pivot_ms": 125,
+        "pictures_per_s": 128.0,
+        "share_of_linear": 0.8,
+    }
+    losses = many_gpus.learns_alike(run, 2, ["full", "full_sharded"])
+    assert losses["full_sharded_gpus_2_loss_difference"] == pytest.approx(0.01)
+    batches = many_gpus.largest_batches(run, 2)
+    assert (batches["full_gpus_2_largest_batch"], batches["full_sharded_gpus_2_largest_batch"]) == (6, 11)
+
+
+@pytest.mark.parametrize("answer", [0, 1, 5, 8, 63, 64, 100])
+def test_the_largest_that_fits_is_found_in_few_tries(answer: int):
+    tried: list[int] = []
+
+    def fits(number: int) -> bool:
+        tried.append(number)
+        return number <= answer
+
+    assert many_gpus.largest(fits, 64) == min(answer, 64)
+    assert len(tried) == len(set(tried)) <= 13 and max(tried) <= 64

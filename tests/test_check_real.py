@@ -22,9 +22,10 @@ from benchmarks.real.training import train_lora
 from sdxl.files.archives import unpack
 from sdxl.serving import safety
 from tests.conftest import TINY_BASE
-from tests.tiny_helpers import write_captioner, write_checker, write_segmenter
+from tests.tiny_helpers import write_captioner, write_checker, write_encoders, write_segmenter
 
-SOUND = [name for name in CHECKS if name not in ("captioner", "segmenter", "upscaler", "safety_checker")]
+HELPERS = ("captioner", "segmenter", "upscaler", "scorer", "safety_checker")
+SOUND = [name for name in CHECKS if name not in HELPERS]
 """Checks that need no helper model."""
 QUICK_TRAINING = {"max_train_steps": 8, "train_batch_size": 2, "checks": 0}
 UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
@@ -281,6 +282,16 @@ def test_an_upscaler_that_blurs_is_noticed(
     finding = run("upscaler", setup_at(tmp_path))  # it was taught on smooth noise only
     assert "sharpness, as a share of bicubic's" in differing(finding)
     assert "nearness to bicubic" not in differing(finding)
+
+
+def test_a_scorer_that_sees_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name, value in write_encoders(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    mirrored, text = "likeness of the mirrored photograph", "fit of its own text"
+    assert mirrored not in differing(run("scorer", setup_at(tmp_path)))
+    weights("model.safetensors", lambda tensors: tensors["layernorm.weight"].zero_())(tmp_path / "dino")
+    weights("model.safetensors", lambda tensors: tensors["text_projection.weight"].zero_())(tmp_path / "clip")
+    assert {mirrored, text} <= set(differing(run("scorer", setup_at(tmp_path))))
 
 
 def test_judges_that_withhold_a_harmless_picture_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

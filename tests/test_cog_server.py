@@ -166,6 +166,8 @@ def test_a_result_that_is_too_large_goes_to_a_signed_url(
     with tarfile.open(tmp_path / "m.tar") as tar:
         assert {"lora.safetensors", "embeddings.pti", "training.json"} <= set(tar.getnames())
         assert b"secret" not in b"".join(tar.extractfile(m).read() for m in tar if m.name.endswith(".json"))  # type: ignore[union-attr]
+    pushed = trainer.post({**given, "push_to": "owner/name"}).json()["error"]
+    assert "push_to is not opened for that owner on this server" in pushed
     assert (
         "upload_url must be an http(s) URL" in trainer.post({**given, "upload_url": "here"}).json()["error"]
     )

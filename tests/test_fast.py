@@ -143,7 +143,7 @@ def test_runners_draw_the_same_fast_pictures(narrow_base: Path):
     pipeline.set_progress_bar_config(disable=True)
     asked = request(speed="fast", num_outputs=3)
     plain = draw(pipeline, asked, at_once=2)
-    graphs, eager = Runners("graphs"), Runners("eager")
+    graphs, eager = Runners("graphs", torch.device("cpu")), Runners("eager", torch.device("cpu"))
     for runners in (graphs, graphs, eager):  # the second time there are features of the first
         assert np.array_equal(plain, draw(pipeline, asked, at_once=2, runner=runners))
     for one, alone in zip(plain, draw(pipeline, asked, at_once=1), strict=True):

@@ -128,7 +128,7 @@ def test_pictures_of_parts_that_take_turns_on_the_gpu_are_those_of_all_on_it(
                 "num_inference_steps": 6,
                 "seed": 0,
             }
-            files = call(predictor.run, **small, num_outputs=2, **inputs)
+            files = call(predictor.run, num_outputs=2, **(small | inputs))
             return [np.array(Image.open(file)) for file in files]
 
         base = draw()
@@ -306,7 +306,7 @@ def test_a_base_with_zero_terminal_snr_draws_in_half_precision(scheduler: str):
         seed=0,
     )
     [plain] = generate(pipeline, asked, TokenMap({}))
-    runners = Runners("compiled")
+    runners = Runners("compiled", torch.device("cuda"))
     with runners.warming(pipeline.unet):
         [warmed] = generate(pipeline, asked, TokenMap({}), runner=runners)
     [replayed] = generate(pipeline, asked, TokenMap({}), runner=runners)

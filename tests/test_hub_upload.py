@@ -1,11 +1,6 @@
 """The way to the hub: its model card, and the real client against a local stand-in for the hub's server."""
 
 import ast
-import base64
-import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,11 @@ from sdxl.files.archives import unpack
 from sdxl.model.model_card import Sample, model_card
 from sdxl.model.web_ui_metadata import About
 from tests.conftest import TINY_BASE
+from tests.hub import Hub, Repository
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Use 'content:DeprecationWarning"
+)  # of the hub's client, for large files
 
 FILES = [
     "embeddings.pti",
@@ -33,98 +33,78 @@ FILES = [
 ]
 
 
-class Hub(ThreadingHTTPServer):
-    """As much of the hub as a commit of small files needs."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.status = 200
-        self.requests: list[tuple[str, Any]] = []
-        self.committed: dict[str, bytes] = {}
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Hub  # type: ignore[assignment]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.server.status != 200:
-            return self.answer({"error": "no"}, self.server.status)
-        lines = [json.loads(line) for line in body.splitlines()]
-        self.server.requests.append((self.path, lines))
-        if self.path == "/api/repos/create":
-            return self.answer({"url": f"{self.server.address}/owner/name"})
-        if "/preupload/" in self.path:
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in lines[0]["files"]
-            ]
-            return self.answer({"files": files})
-        if "/commit/" not in self.path:  # the client asks for a check of the card's header
-            return self.answer({"errors": [], "warnings": []})
-        for line in lines:
-            if line["key"] == "file":
-                self.server.committed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        url = f"{self.server.address}/owner/name/commit/0"
-        return self.answer({"success": True, "commitOid": "0" * 40, "commitUrl": url, "hookOutput": ""})
-
-    def do_GET(self) -> None:
-        self.answer({"id": "owner/name", "siblings": [], "sha": "0" * 40})
-
-    def answer(self, content: dict[str, Any], status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def folder(tmp_path: Path) -> Path:
+    """A large file and a small one."""
+    made = tmp_path / "folder"
+    (made / "web_ui").mkdir(parents=True)
+    (made / "web_ui" / "x.safetensors").write_bytes(b"weights")
+    (made / "README.md").write_text("card")
+    return made
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_folder_is_committed(hub: Hub, private: bool, tmp_path: Path):
-    (tmp_path / "web_ui").mkdir()
-    (tmp_path / "web_ui" / "x.safetensors").write_bytes(b"weights")
-    (tmp_path / "README.md").write_text("card")
-    hub_upload.upload(tmp_path, "owner/name", private=private, endpoint=hub.address)
-    assert hub.committed == {"README.md": b"card", "web_ui/x.safetensors": b"weights"}
-    path, [created] = hub.requests[0]
-    assert path == "/api/repos/create"
-    assert (created["organization"], created["name"]) == ("owner", "name")
-    assert (created.get("private") is True or created.get("visibility") == "private") == private
+def test_a_folder_is_committed(hub: Hub, private: bool, folder: Path):
+    address = hub_upload.upload(folder, "owner/name", private=private, endpoint=hub.address)
+    assert address == f"{hub.address}/owner/name"
+    made = hub.repositories["owner/name"]
+    assert made.files == {"README.md": b"card", "web_ui/x.safetensors": b"weights"}
+    assert made.private == private
+
+
+def test_an_existing_repository_stays_public(hub: Hub, folder: Path):
+    hub.repositories["owner/name"] = Repository(private=False)
+    hub_upload.upload(folder, "owner/name", private=True, endpoint=hub.address)
+    assert not hub.repositories["owner/name"].private and hub.repositories["owner/name"].files
 
 
 @pytest.mark.parametrize(
-    ("status", "told"), [(401, "HF_TOKEN"), (403, "no right to write"), (418, "status 418")]
+    ("part", "status", "told"),
+    [
+        ("repos/create", 401, "HF_TOKEN"),
+        ("repos/create", 403, "no right to write"),
+        ("repos/create", 418, "status 418"),
+        ("/preupload/", 403, "no right to write"),
+        ("/objects/batch", 418, "status 418"),
+        ("/store/", 403, "no right to write"),
+        ("/commit/", 412, "status 412"),
+    ],
 )
-def test_refusals_are_explained(hub: Hub, status: int, told: str, tmp_path: Path):
-    hub.status = status
-    (tmp_path / "README.md").write_text("card")
+def test_refusals_are_explained(hub: Hub, part: str, status: int, told: str, folder: Path):
+    hub.answers = {part: status}
     with pytest.raises(UploadError, match=told):
-        hub_upload.upload(tmp_path, "owner/name", private=True, endpoint=hub.address)
+        hub_upload.upload(folder, "owner/name", private=True, endpoint=hub.address)
 
 
-def test_no_network_is_explained(hub: Hub, tmp_path: Path):
+def test_no_network_is_explained(hub: Hub, folder: Path):
     with pytest.raises(UploadError, match="could not be reached"):
-        hub_upload.upload(tmp_path, "owner/name", private=True, endpoint="http://127.0.0.1:9")
+        hub_upload.upload(folder, "owner/name", private=True, endpoint="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("name", ["owner/new", "team/new", "owner/there"])
+def test_a_token_that_may_write_passes(hub: Hub, name: str):
+    hub.repositories["owner/there"] = Repository(private=True)
+    hub_upload.check_access(name, "push_to", endpoint=hub.address)
+    assert not any(request.startswith(("POST", "PUT")) for request in hub.requests), "nothing is created"
+
+
+@pytest.mark.parametrize("name", ["owner/new", "owner/there", "stranger/new"])
+def test_a_token_that_may_not_is_told_before_any_work(hub: Hub, name: str):
+    hub.repositories["owner/there"] = Repository(private=True)
+    hub.role = "write" if name == "stranger/new" else "read"
+    with pytest.raises(UploadError, match=f"no right to write to {name}"):
+        hub_upload.check_access(name, "push_to", endpoint=hub.address)
+
+
+def test_a_wrong_token_and_no_network_are_told_before_any_work(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UploadError, match="could not be reached"):
+        hub_upload.check_access("owner/name", "push_to", endpoint="http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    with pytest.raises(UploadError, match="does not accept the token"):
+        hub_upload.check_access("owner/name", "push_to", endpoint=hub.address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UploadError, match="HF_HUB_OFFLINE"):
+        hub_upload.check_access("owner/name", "push_to")
 
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "a b/c", "../x", "owner/", ""])
@@ -163,8 +143,8 @@ def test_a_fine_tune_goes_to_the_hub(hub: Hub, fine_tunes: dict[str, Path], tmp_
         "embeddings.pti",
         "README.md",
         "images/0.png",
-    } <= hub.committed.keys()
-    header = yaml.safe_load(hub.committed["README.md"].decode().split("---")[1])
+    } <= hub.repositories["owner/name"].files.keys()
+    header = yaml.safe_load(hub.repositories["owner/name"].files["README.md"].decode().split("---")[1])
     assert header["instance_prompt"] == "TOK"
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
     assert header["widget"] == [
@@ -176,7 +156,7 @@ def test_a_fine_tune_goes_to_the_hub(hub: Hub, fine_tunes: dict[str, Path], tmp_
 def test_a_failed_upload_keeps_the_files(
     hub: Hub, fine_tunes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    hub.status = 403
+    hub.answers = {"repos/create": 403}
     command = [str(fine_tunes["lora"]), "--to", "ours", "--push", "owner/name", "-o", str(tmp_path / "out")]
     assert export.main(command) == 1
     assert "no right to write" in capsys.readouterr().err

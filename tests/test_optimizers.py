@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -322,6 +323,43 @@ def test_memory_decides(gib: int, optimizer: str, precision: str, expected: Memo
     assert chosen.tight == tight
     assert f"{gib}.0 GiB free" in chosen.reason
     assert ("should it run out" in chosen.reason) == tight
+
+
+@pytest.mark.parametrize(
+    ("gib", "shared_by", "optimizer", "expected", "count"),
+    [
+        (77, (1, 4), "adamw", FP32_ADAMW, 1),
+        (38, (1, 4), "adamw", FP32_ADAMW, 4),  # rather than less precise state
+        (38, (1,), "adamw", FP32_ADAMW_8BIT, 1),
+        (77, (8,), "adamw", FP32_ADAMW, 8),
+        (17, (1, 2), "adamw", BF16_ADAMW_8BIT, 2),
+        (22, (1, 4), "adamw_8bit", FP32_ADAMW_8BIT, 4),
+    ],
+)
+def test_processes_share_where_a_copy_does_not_fit(
+    gib: int, shared_by: tuple[int, ...], optimizer: str, expected: MemoryPlan, count: int
+):
+    common: dict[str, Any] = {
+        "parameters": SDXL_WEIGHTS,
+        "batch": 1,
+        "resolution": 1024,
+        "optimizer": optimizer,
+    }
+    chosen = choose_plan(free_bytes=gib * 2**30, shared_by=shared_by, **common)
+    assert (chosen.weights, chosen.optimizer) == (expected.weights, expected.optimizer)
+    assert chosen.shared_by == count and not chosen.tight
+    assert (f"shared by {count} processes" in chosen.reason) == (count > 1)
+    # The base as teacher is shared too, which frees most of it.
+    least = next(g for g in range(80) if not _tight(g, shared_by=(4,), **common))
+    assert _tight(least - 2, shared_by=(4,), **common)
+    assert not _tight(least - 2, shared_by=(4,), also_shared=5 * 2**30, **common)
+
+
+def _tight(gib: int, **common: Any) -> bool:
+    try:
+        return choose_plan(free_bytes=gib * 2**30, **common).tight
+    except NotEnoughMemoryError:
+        return True
 
 
 def test_batch_resolution_and_checkpointing_count():

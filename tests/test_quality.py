@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from benchmarks import base, dreambench, prompts, quality
-from benchmarks.dreambench import Encoders, real_scores
+from benchmarks.dreambench import real_scores
 from benchmarks.judging import real_pictures, spread
 from benchmarks.quality import flat_keys, markdown, summarise
 from benchmarks.subject_job import training_pictures
+from sdxl.data.picture_encoders import picture_encoders
 from tests.conftest import REPOSITORY, TINY_BASE
+from tests.tiny_helpers import write_encoders
 from tiny_world.following import following, shares
 from tiny_world.scorer import Scorer
 from tiny_world.sheets import to_pil
@@ -108,29 +109,20 @@ def test_a_small_run_of_the_quality_bench_goes_on_where_it_was(
         assert sheet.width > 1000
 
 
-def tiny_encoders(folder) -> tuple[str, str]:
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    ViTModel(ViTConfig(**size, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(
-        folder / "dino"
-    )
-    text = size | {"vocab_size": 1200, "eos_token_id": 2}
-    vision = size | {"image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(
-        folder / "clip"
-    )
-    for file in (TINY_BASE / "tokenizer").iterdir():
-        (folder / "clip" / file.name).write_bytes(file.read_bytes())
-    return str(folder / "dino"), str(folder / "clip")
+@pytest.fixture
+def _encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in write_encoders(tmp_path).items():
+        monkeypatch.setenv(name, value)
 
 
-def test_dino_and_clip_give_unit_vectors_and_real_scores_leave_out_a_picture_against_itself(tmp_path):
-    encoders = Encoders(*tiny_encoders(tmp_path), device="cpu")
+@pytest.mark.usefixtures("_encoders")
+def test_dino_and_clip_give_unit_vectors_and_real_scores_leave_out_a_picture_against_itself():
+    encoders = picture_encoders()
     pictures = list(torch.rand(3, 3, 40, 56))
     for vectors in (
-        encoders.dino_images(pictures),
-        encoders.clip_images(pictures),
-        encoders.clip_texts(["a dog"]),
+        encoders.likeness(pictures),
+        encoders.shown(pictures),
+        encoders.texts(["a dog"]),
     ):
         assert torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)), atol=1e-5)
     same = real_scores(encoders, [pictures[0], pictures[0]])
@@ -138,16 +130,16 @@ def test_dino_and_clip_give_unit_vectors_and_real_scores_leave_out_a_picture_aga
     assert real_scores(encoders, pictures)["dino"] < 0.99999
 
 
+@pytest.mark.usefixtures("_encoders")
 def test_a_small_run_of_the_dreambench_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "pictures" / "bear_plushie2"
     folder.mkdir(parents=True)
     for i, picture in enumerate(training_pictures(0).images[:3]):
         to_pil(picture).save(folder / f"{i}.png")
-    dino, clip = tiny_encoders(tmp_path)
     dreambench.main(
         [
             str(tmp_path / "pictures"),
-            *("--base", str(TINY_BASE), "--dino", dino, "--clip", clip, "--resolution", "64", "--steps", "2"),
+            *("--base", str(TINY_BASE), "--resolution", "64", "--steps", "2"),
             *(
                 "--prompts",
                 "2",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 import dataset_and_utils
 import export
@@ -127,13 +128,17 @@ def test_commands_work(page: Path, line: str, tmp_path: Path, monkeypatch: pytes
             export.parser().parse_args(arguments)
         case ["python", script, *arguments]:
             assert_accepted(script.removesuffix(".py"), arguments, tmp_path, monkeypatch)
-        case ["torchrun", "--nproc-per-node", count, "train.py", *arguments] if count.isdecimal():
-            assert_accepted("train", arguments, tmp_path, monkeypatch)
+        case ["torchrun", *arguments]:
+            parsed = get_args_parser().parse_args(arguments)
+            assert parsed.training_script == "train.py"
+            assert_accepted("train", parsed.training_script_args, tmp_path, monkeypatch)
         case ["make", target]:
             assert_target(target)
         case ["curl", *_]:
             trains = any(word.endswith("/trainings") for word in words)
             assert_request(words[words.index("-d") + 1], "train" if trains else "predict")
+        case ["serve" | "kubectl" | "pip" | "docker", *_, file]:  # the last word is what the command reads
+            assert (REPOSITORY / file).exists()
         case _:
             pytest.fail(f"{page.name} shows {words[0]}, which this test cannot check")
 

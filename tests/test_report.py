@@ -74,7 +74,10 @@ def history(folder: Path, prompts: list[str]) -> History:
         names = [f"previews/{step}-{number}.png" for number in range(len(prompts))]
         for name in names:
             noise(folder / name, 48, seed=step)
-        told.previews.append(Previews(step=step, pictures=names))
+        told.previews.append(
+            Previews(step=step, pictures=names, likeness=0.3 + step / 50, prompt_shown=0.25 - step / 500)
+        )
+    told.likeness_among_pictures = 0.71
     told.checks.append(Check(step=STEPS, strength=0.8, held_out={}, followed=0.8, drift=0.05, score=1.5))
     return told
 
@@ -154,6 +157,7 @@ def test_the_page_has_every_part(whole: Callable[..., Path]):
         "It is best: a photo of TOK",
         "step 4",
         "tokens freeze",
+        "The dashed line (0.71): training pictures among themselves.",
         "names no new word, so it should stay the same",
         "128×64, 50% cut off",
         "Show masks",
@@ -172,10 +176,12 @@ def test_the_page_has_every_part(whole: Callable[..., Path]):
         "Loss on what was kept out",
         "Prompts followed",
         "Drift of other prompts",
+        "Likeness of previews",
+        "Prompts shown in previews",
         "Loss in training",
     ):
         assert f">{title}</title>" in page
-    assert page.count("<svg") - page.count('class="frame"') == 8
+    assert page.count("<svg") - page.count('class="frame"') == 10
 
 
 def test_the_page_asks_for_nothing_and_names_no_id_twice(whole: Callable[..., Path]):
@@ -396,6 +402,9 @@ def test_event_files_follow_the_history(tmp_path: Path):
     assert losses == [(step.step, pytest.approx(step.loss)) for step in told.steps]
     assert [one.value for one in read.Scalars("checks/score_at_0.8")] == [1.5]
     assert [one.step for one in read.Images("previews/0")] == [0, 4, 8, STEPS]
+    assert [one.value for one in read.Scalars("previews/likeness")] == [
+        pytest.approx(one.likeness) for one in told.previews
+    ]
 
 
 def test_without_tensorboard_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -26,7 +26,7 @@ from sdxl.files.sources import allowed_state
 from sdxl.model.components import Components, add_placeholder_tokens, load_components
 from sdxl.model.fine_tune_files import TrainedFineTune
 from sdxl.training.batches import Batches
-from sdxl.training.data_parallel import rank
+from sdxl.training.data_parallel import agreed, rank
 from sdxl.training.optimizers import Group, Optimizers
 from sdxl.training.recipe import StepReport, fine_tune
 from sdxl.training.resuming import chosen
@@ -75,7 +75,9 @@ class Runs:
         components = copy.deepcopy(self.base)
         data = examples(components, masks=more.pop("masks", False))
         prior = examples(components) if more.pop("prior", False) else None
-        saved = state_at(self.state) if go_on else None
+        saved = agreed(state_at(self.state) if go_on and rank() == 0 else None)
+        if saved and rank() > 0:
+            saved = dataclasses.replace(saved, folder=Path("of another host"))
         losses: list[float] = []
 
         def on_step(report: StepReport) -> None:
@@ -411,7 +413,7 @@ def test_a_strangers_order_is_refused(base: Components, spoil: Callable[[Any], o
     batches = Batches(examples(base), 2, seed=0)
     run = RunState(optimizers, [batches], torch.Generator(), Watch())
     order = run.order().as_json()
-    run.restore({}, {}, order, run.watched())
+    run.restore((), {}, order, run.watched())
     with pytest.raises(WeightsError, match="checks in the state are damaged"):
         run.restore({}, {}, order, {"checks": [{"step": "x"}]})
     spoil(order)

@@ -71,7 +71,7 @@ TOP = {
     "studio": {"sdxl", "train", "predict"},
 }
 """File at the top level → what it may import from this project."""
-OUTSIDE = {"tiny_world", "benchmarks", "tools"}
+OUTSIDE = {"tiny_world", "benchmarks", "tools", "deploy"}
 """Packages that may import everything in the project. The product never imports them."""
 
 
@@ -111,6 +111,11 @@ def room_of(module: str) -> str:
 @pytest.mark.parametrize("path", ALL, ids=by_name)
 def test_only_the_entry_points_know_cog(path: Path):
     assert ("cog" in packages(path)) == (path.stem in ENTRY_POINTS and path.parent == REPOSITORY)
+
+
+@pytest.mark.parametrize("path", ALL, ids=by_name)
+def test_only_two_files_know_ray(path: Path):
+    assert ("ray" in packages(path)) == (by_name(path) in {"deploy/ray_serve.py", "deploy/ray_train.py"})
 
 
 @pytest.mark.parametrize("path", sources("sdxl"), ids=by_name)

@@ -15,7 +15,7 @@ from preprocess import PreprocessConfig
 from sdxl.errors import UserInputError
 from sdxl.settings import resolve_seed
 from sdxl.training.config import TrainingConfig, TrainingOptions, choices
-from sdxl.training.contradictions import _FP32_ONLY, without_effect, without_effect_here
+from sdxl.training.contradictions import _WHOLE_FP32, without_effect, without_effect_here
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.memory_plan import _PLANS
 from sdxl.training.optimizers import OPTIMIZERS
@@ -136,6 +136,7 @@ FULL_NEEDS = "with is_lora=false the whole UNet is trained: leave out is_lora or
             "^optimizer prodigy would lose small updates",
         ),
         ({**FULL, "precision": "bf16", "optimizer": "adafactor"}, "^optimizer adafactor would lose"),
+        ({**FULL, "shard": True, "optimizer": "adafactor"}, "^optimizer adafactor needs whole weights"),
         ({"temp": 0.5, "clipseg_temperature": 2.0}, "^temp is the old name"),
         ({"ti_learning_rate_multiplier": 9.0, "ti_lr": 1e-2}, "^ti_learning_rate_multiplier is the old form"),
     ],
@@ -152,6 +153,8 @@ def test_contradictions_are_refused(inputs: dict[str, Any], message: str):
         {"prior_prompts": "a dog", "prior_images": 9, "prior_weight": 0.5},
         {"lora_lr": 0.0, "pivot_fraction": 1.0},
         {**FULL, "precision": "bf16", "optimizer": "adamw_8bit"},
+        {**FULL, "shard": True},
+        {**FULL, "shard": False, "optimizer": "prodigy"},
         {"optimizer": "prodigy"},
         {"temp": 0.5, "mask_target_prompts": "a dog"},
         {"temp": 0.5, "clipseg_temperature": 0.5, "use_face_detection_instead": True},
@@ -176,6 +179,7 @@ def test_settings_that_go_together_are_neither_refused_nor_told(inputs: dict[str
             "unet_learning_rate has no effect on a LoRA, whose rate is lora_lr: set is_lora=false to train the whole UNet.",
         ),
         ({"precision": "fp32"}, "precision has no effect on a LoRA: it is for full training, is_lora=false."),
+        ({"shard": True}, "shard has no effect on a LoRA: it is for full training, is_lora=false."),
         (
             {"lora_lr": 0.0},
             "lora_lr is 0, so nothing is trained after the pivot: set pivot_fraction to 1.",
@@ -229,7 +233,7 @@ def test_settings_without_effect_on_these_pictures_are_told():
 
 def test_optimizers_without_bf16_are_those_without_a_plan_for_it():
     assert {name for name, plans in _PLANS.items() if all(plan.weights.itemsize == 4 for plan in plans)} == {
-        *_FP32_ONLY
+        *_WHOLE_FP32
     }
 
 

@@ -81,7 +81,7 @@ def test_what_is_made_of_a_prompt_is_kept_for_its_steps_alone(pipeline):
 
 @torch.no_grad()
 def test_what_was_made_of_weights_is_made_anew_after_a_switch_that_failed(pipeline):
-    tuned, runners = TunedPipeline(pipeline), Runners("graphs")
+    tuned, runners = TunedPipeline(pipeline), Runners("graphs", torch.device("cpu"))
     given, when = inputs(pipeline.unet, 1, 8), torch.tensor(500)
     plain = pipeline.unet(timestep=when, **given, return_dict=False)[0]
     name = next(name for name in tuned._parameters if name.endswith("attn2.to_v.weight"))
@@ -118,7 +118,7 @@ def test_pictures_are_those_of_the_unet_itself(pipeline, scheduler: str, guidanc
         scheduler=scheduler,
         guidance_scale=guidance,
     )
-    runners = Runners("graphs")
+    runners = Runners("graphs", torch.device("cpu"))
     plain, run = (
         generate(pipeline, request, TokenMap({}), **extra)[0] for extra in ({}, {"runner": runners})
     )

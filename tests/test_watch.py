@@ -1,6 +1,10 @@
 """A training is watched: what the signals tell of a UNet, which moment is chosen, and when a run stops."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +18,11 @@ from sdxl.training.best_moment import PATIENCE, with_scores
 from sdxl.training.examples import cache_examples, held_out_examples, kept_out
 from sdxl.training.signals import BANDS, Meter, Signals
 from sdxl.training.token_rows import NewTokens
+from sdxl.training.trainable import lora
 from sdxl.training.watch import Watch, _due
 from tests.conftest import TINY_BASE, png, write_zip
+from tests.test_training import CONFIG
+from tests.tiny_helpers import narrow_unet
 
 TOK = TokenMap.parse("TOK:2")
 TEXTS = ("a red house on a plain blue background", "a small green cup on the left", "a yellow star")
@@ -34,7 +41,9 @@ def watched(folder: Path) -> tuple[Components, Meter]:
     cache_examples(folder, components, TOK, seed=0)
     held_out = held_out_examples(folder, components, TOK, seed=0, pictures=())
     NewTokens(components, TOK, "TOK:fish", torch.Generator().manual_seed(0))
-    meter = Meter(components, held_out, TOK, words="TOK:fish", texts=TEXTS, seed=0, mixed_precision=False)
+    meter = Meter(
+        components, held_out, TOK, words="TOK:fish", texts=TEXTS, seed=0, mixed_precision=False, at_once=5
+    )
     return components, meter
 
 
@@ -64,7 +73,7 @@ def test_a_unet_that_knows_a_picture_has_a_lower_loss_on_it(watched: tuple[Compo
     captions = meter._texts()[0]
     noise = meter._noise
     for share in (*BANDS.values(),) * 4:
-        times = meter._times(share, len(held.latents))
+        times = meter._times([share], len(held.latents))
         noisy = components.noise_scheduler.add_noise(held.latents, noise, times)  # type: ignore[arg-type]
         told = {"text_embeds": captions.pooled, "time_ids": held.time_ids}
         out = unet(noisy, times, encoder_hidden_states=captions.hidden, added_cond_kwargs=told).sample
@@ -197,6 +206,66 @@ def test_previews_that_fail_do_not_stop_a_training(caplog: pytest.LogCaptureFixt
         "The previews after step 20 failed (the disk is full): training goes on without them." in caplog.text
     )
     assert watch.history.previews == []
+
+
+def test_scores_that_fail_leave_the_previews(caplog: pytest.LogCaptureFixture):
+    def fail(previews: Previews) -> Previews:
+        raise RuntimeError("out of memory")
+
+    watch = watch_of([0.5, 0.6, 0.7, 0.8], draw=lambda step: Previews(step=step, pictures=[]), score=fail)
+    looks(watch)
+    assert caplog.text.count("The scores of the previews after step 20 failed (out of memory)") == 1
+    assert [one.step for one in watch.history.previews] == [20, 40]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_previews_of_the_chosen_moment_are_drawn_at_the_end_if_they_are_missing(frozen: bool):
+    has, drawn = [40], {}
+
+    @contextmanager
+    def lent(weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        has.append(int(weights["step"]))
+        yield
+        has.pop()
+
+    def draw(step: int) -> Previews:
+        drawn[step] = has[-1]
+        return Previews(step=step, pictures=[])
+
+    watch = watch_of([0.7, 0.7, 0.9, 0.6], draw=draw)
+    looks(watch)
+    watch._text_is_frozen = frozen
+    assert watch.chosen(moment(40), lent).weights["step"] == 30
+    assert drawn == {20: 40, 40: 40} | ({30: 30} if frozen else {})
+    assert has == [40]
+
+
+def test_a_training_that_is_asked_to_end_draws_its_last_moment_if_that_is_chosen():
+    watch = watch_of(
+        [0.5, 0.9], draw=lambda step: Previews(step=step, pictures=[]), asked_to_finish=lambda: True
+    )
+    watch.checks = 4
+    watch.stops_after(5, lambda: moment(5))
+    assert [one.step for one in watch.history.previews] == [5]
+
+
+@pytest.mark.parametrize("changes", [{"lora_targets": "all"}, {"use_dora": True, "lora_alpha": 3.0}])
+def test_a_lora_is_lent_other_weights_and_gets_its_own_back(changes: dict[str, Any]):
+    made = lora(narrow_unet().requires_grad_(False), replace(CONFIG, is_lora=True, **changes))
+
+    def at_random() -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            for parameter in made.weights.params:
+                parameter.normal_()
+        return made.export()
+
+    other, own = at_random(), at_random()
+    before = [parameter.detach().clone() for parameter in made.weights.params]
+    assert made.lent is not None
+    with made.lent(other):
+        assert all(torch.allclose(value, other[name]) for name, value in made.export().items())
+    assert all(torch.equal(value, own[name]) for name, value in made.export().items())
+    assert all(map(torch.equal, before, made.weights.params))
 
 
 @pytest.mark.parametrize(

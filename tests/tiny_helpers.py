@@ -1,4 +1,4 @@
-"""Small versions of the captioner, segmenter, upscaler and safety checker: real classes, saved as folders. And a UNet
+"""Small versions of the captioner, segmenter, upscaler, safety checker, DINOv2 and CLIP: real classes, saved as folders. And a UNet
 that is narrower than the miniature's."""
 
 import shutil
@@ -141,6 +141,22 @@ def write_upscaler(folder: Path) -> Path:
         optimizer.zero_grad()
     model.save_pretrained(folder)
     return folder
+
+
+def write_encoders(folder: Path) -> dict[str, str]:
+    """A DINOv2 and a CLIP with random weights. Returns the variables that name them."""
+    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    dino, clip = folder / "dino", folder / "clip"
+    Dinov2Model(Dinov2Config(**size, mlp_ratio=2, image_size=32, patch_size=8)).save_pretrained(dino)
+    text = size | {"intermediate_size": 64, "vocab_size": 1200, "eos_token_id": 2}
+    vision = size | {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(clip)
+    for file in (TINY_BASE / "tokenizer").iterdir():
+        shutil.copy(file, clip)
+    return {"SDXL_DINO": str(dino), "SDXL_CLIP": str(clip)}
 
 
 def write_checker(folder: Path) -> Path:

@@ -35,12 +35,23 @@ _SUMMARY = {
     "warm_imported_s": "of which Python's imports, s",
     "archive_to_tar_min": "LoRA: 1000 steps at 1024×1024, from archive to tar, min",
     "two_gpus_speedup": "LoRA on two GPUs: pictures per second, compared with one GPU",
+    **{
+        f"{kind}_gpus_{count}_speedup": f"{what} on {count} GPUs: pictures per second, compared with one GPU"
+        for kind, what in (
+            ("lora", "default LoRA"),
+            ("full", "full UNet"),
+            ("full_sharded", "full UNet, sharded,"),
+        )
+        for count in (2, 4, 8)
+    },
     "loss_difference_1024": "largest relative difference of a step's loss from eager mode",
 }
 _DRAWN = {
     "request_speedup": "one picture from prompt to PNG: how many times as fast as diffusers",
     "request4_speedup": "four pictures in one request: how many times as fast as diffusers",
+    "exact_picture_s": "one picture from prompt to PNG, s",
     "fast_picture_s": "one picture with `speed=fast`, from prompt to PNG, s",
+    "around_ms": "of one exact picture: all but the UNet's calls, ms",
     "exact_over_expert": "one picture: how many times as fast as diffusers set up by an expert",
     "fast_over_expert": "one picture with `speed=fast`: how many times as fast as diffusers set up by an expert",
     "four_over_expert": "four pictures: how many times as fast as diffusers set up by an expert",

@@ -35,6 +35,7 @@ ORDER = (
     "captioner",
     "segmenter",
     "upscaler",
+    "scorer",
     "safety_checker",
     "open_nsfw",
     "single_file",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 
 from benchmarks.real.findings import Notes, check
 from benchmarks.real.setup import Setup
@@ -11,7 +11,8 @@ from sdxl import settings
 from sdxl.data import captioner as captioners
 from sdxl.data import segmenter as segmenters
 from sdxl.data import upscaler as upscalers
-from sdxl.files.hub import CAPTIONER, SEGMENTER, UPSCALER, Helper
+from sdxl.data.picture_encoders import as_tensor, picture_encoders
+from sdxl.files.hub import CAPTIONER, CLIP, DINO, SEGMENTER, UPSCALER, Helper
 from sdxl.serving.safety import CHECKER, OPEN_NSFW_THRESHOLD, Judge, OpenNsfwJudge, load_checker
 
 PREFIX = "a photo of TOK, "
@@ -91,6 +92,34 @@ def upscaler(setup: Setup, notes: Notes) -> None:
     notes.between("nearness to bicubic", 22, 80, _nearness(enlarged, plain), unit=" dB")
     for picture, caption in ((enlarged, "upscaler"), (plain, "bicubic"), (original, "original")):
         notes.picture(picture, caption)
+
+
+@check("Do DINOv2 and CLIP tell what a photograph shows?")
+def scorer(setup: Setup, notes: Notes) -> None:
+    """What scores the previews of a training: a mirrored photograph is like itself, and its own text fits best."""
+    _tell(notes, DINO)
+    _tell(notes, CLIP)
+    photo = setup.photo.image
+    pictures = [
+        as_tensor(one) for one in (photo, ImageOps.mirror(photo), Image.new("RGB", photo.size, "gray"))
+    ]
+    encoders = picture_encoders()
+    with encoders.on(setup.device):
+        own, mirrored, other = encoders.likeness(pictures)
+        shown = encoders.shown(pictures[:1])[0]
+        right, wrong = encoders.texts([f"a photo of {setup.photo.subject}", "a photo of a submarine"])
+    near, far = float(own @ mirrored), float(own @ other)
+    fits, misses = float(shown @ right), float(shown @ wrong)
+    notes.expect(
+        "likeness of the mirrored photograph",
+        f"above {far:.3f}, of a grey picture",
+        f"{near:.3f}",
+        near > far,
+    )
+    notes.between("the same", 0.7, 1, near, applies=_is_default(DINO))
+    notes.between("likeness of a grey picture", -0.2, 0.5, far, applies=_is_default(DINO))
+    notes.expect("fit of its own text", f"above {misses:.3f}, of a submarine", f"{fits:.3f}", fits > misses)
+    notes.between("the same for its text", 0.2, 0.45, fits, applies=_is_default(CLIP))
 
 
 @check("Does Stable Diffusion's safety checker load, and pass a harmless photograph?")

@@ -1,4 +1,4 @@
-"""Load the captioner, segmenter and upscaler, one at a time, and free their memory.
+"""Load the helper models that look at pictures, and free their memory.
 
 Knows folders of models and devices; does not know what the models do.
 """
@@ -24,14 +24,35 @@ def loaded(helper: Helper, model_class: Any) -> Iterator[Any]:
         WeightsError: its files are damaged, or belong to another kind of model.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_part(helper, model_class.from_pretrained, use_safetensors=True, dtype=torch.float32)
+    model = load_frozen(helper, model_class)
     try:
-        yield model.eval().requires_grad_(False).to(device)
+        yield model.to(device)
     finally:
         model.to("meta")  # frees the memory even if somebody still holds the model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def load_frozen(helper: Helper, model_class: Any) -> Any:
+    """The model of `helper`, frozen, in fp32, on the CPU.
+
+    Raises:
+        DownloadError, WeightsError: as `loaded`.
+    """
+    load = model_class.from_pretrained
+    return load_part(helper, load, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def lent(part: Any, device: torch.device) -> Iterator[None]:
+    """While the context lasts, the model `part` is on `device`."""
+    before = part.device
+    part.to(device)
+    try:
+        yield
+    finally:
+        part.to(before)
 
 
 def load_part(helper: Helper, load: Callable[..., Any], **options: Any) -> Any:

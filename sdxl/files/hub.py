@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 
 from sdxl import settings
 from sdxl.errors import DownloadError
-from sdxl.files.part_files import present
+from sdxl.files.part_files import present, variants
 from sdxl.files.waiting import wait_for
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ LARGEST_FINE_TUNE = 12 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Helper:
-    """A model that helps to prepare pictures."""
+    """A model that looks at pictures."""
 
     purpose: str
     """Its role as a noun, such as "the captioner"."""
@@ -57,6 +57,12 @@ UPSCALER = Helper(
     setting="SDXL_UPSCALER",
     hub_name="caidas/swin2SR-realworld-sr-x4-64-bsrgan-psnr",
 )
+DINO = Helper(purpose="the model of likeness", setting="SDXL_DINO", hub_name="facebook/dinov2-small")
+CLIP = Helper(
+    purpose="the model of pictures and texts",
+    setting="SDXL_CLIP",
+    hub_name="laion/CLIP-ViT-B-32-laion2B-s34B-b79K",  # OpenAI's of this size has no safetensors
+)
 
 
 def helper_folder(helper: Helper) -> Path:
@@ -75,17 +81,31 @@ def helper_folder(helper: Helper) -> Path:
         remedy = f"set {helper.setting} to a local folder in transformers' layout"
         pinned = helper.revision if name == helper.hub_name else None
 
-        def wanted(files: Iterable[str]) -> list[str]:
-            return [file for file in files if file.endswith((".json", ".txt", ".model", ".safetensors"))]
-
         folder = fetch_model(
-            name, revision or pinned, wanted, _is_helper, setting=helper.setting, remedy=remedy
+            name, revision or pinned, _files_of_helper, _is_helper, setting=helper.setting, remedy=remedy
         )
     if not _is_helper(folder):
         raise DownloadError(
             f"{helper.setting}={name} has no config.json with safetensors weights: give a model in transformers' layout."
         )
     return folder
+
+
+def is_here(helper: Helper) -> bool:
+    """Whether a helper model is in a folder or in the hub's cache, so that `helper_folder` fetches nothing."""
+    name = settings.variable(helper.setting) or helper.hub_name
+    folder: Path | None = Path(name).expanduser()
+    if not folder.is_dir():
+        name, _, revision = name.partition("@")
+        folder = _cached(name, revision or (helper.revision if name == helper.hub_name else None))
+    return folder is not None and _is_helper(folder)
+
+
+def _files_of_helper(files: Iterable[str]) -> list[str]:
+    """What transformers reads of a repository: some have the same weights for other programs too."""
+    names = list(files)
+    weights = {name for found in variants(names) for name in found.names}
+    return [name for name in names if name.endswith((".json", ".txt", ".model")) or name in weights]
 
 
 def _is_helper(folder: Path) -> bool:
@@ -105,16 +125,9 @@ def fetch_model(
 
     Uses the cache if it `is_complete`; after an interrupted download it is not.
     """
-    try:
-        # Only the folder is asked for: we ourselves check what is in it.
-        cached = Path(
-            snapshot_download(name, revision=revision, ignore_patterns=["*"], local_files_only=True)
-        )
-        if is_complete(cached):
-            return cached
-    except (LocalEntryNotFoundError, HFValidationError):
-        cached = None
-
+    cached = _cached(name, revision)
+    if cached is not None and is_complete(cached):
+        return cached
     log.info("Fetching %s from the hub (once)", name)
     try:
         listed: Any = snapshot_download(name, revision=revision, dry_run=True)
@@ -139,6 +152,14 @@ def fetch_model(
             f"The model {name} is incomplete on the hub, or has no safetensors weights: {remedy}."
         )
     return Path(folder)
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The folder of the hub model `name` in the hub's cache, if there is one. Files of it may be missing."""
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*"], local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def _cause(error: Exception) -> BaseException:

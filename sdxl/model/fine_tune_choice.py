@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sdxl.errors import WeightsError, some_of
 from sdxl.files.weight_files import WeightFile
+from sdxl.model.differences import is_difference
 from sdxl.model.lora_formats import is_for_web_uis, is_lora
 from sdxl.model.other_models import looks_like
 from sdxl.model.token_files import is_clip_embedding, is_learned_embedding
@@ -18,7 +19,12 @@ from sdxl.model.whole_weights import has_unet
 
 log = logging.getLogger(__name__)
 
-UNET, LORA, EMBEDDINGS = "unet.safetensors", "lora.safetensors", "embeddings.pti"
+UNET, LORA, DIFFERENCE, EMBEDDINGS = (
+    "unet.safetensors",
+    "lora.safetensors",
+    "difference.safetensors",
+    "embeddings.pti",
+)
 """Files of this project."""
 WEB_UI = "web_ui"
 """The folder of a training's result that holds the same fine-tune once more, for other programs."""
@@ -44,6 +50,8 @@ class Chosen:
     whole: tuple[tuple[str, WeightFile], ...]
     """Part, such as "unet", and a file with its whole weights."""
     lora: WeightFile | None
+    difference: WeightFile | None
+    """A whole fine-tune's difference from its base (differences.py)."""
     embeddings: WeightFile | None
     token_files: tuple[WeightFile, ...]
     """Embeddings of other tools."""
@@ -92,34 +100,37 @@ def _chosen_in(root: Path, name: str, files: Mapping[Path, WeightFile]) -> Chose
     def of(role: str) -> list[WeightFile]:
         return [file for file in in_root if roles[file] == role]
 
-    unets, loras = of("unet"), _one_form(of("lora"))
+    unets, loras, differences = of("unet"), _one_form(of("lora")), of("difference")
     if unets and all(_COMPONENT.fullmatch(file.name) for file in unets):
         unets = unets[:1]  # in several variants
         whole = [("unet", file) for file in _one_variant(in_root)]
     else:
         whole = [("unet", file) for file in unets]
-    if len(unets) + len(loras) > 1:
-        listed = some_of(sorted(file.name for file in unets + loras))
+    if len(of_unet := unets + loras + differences) > 1:
+        listed = some_of(sorted(file.name for file in of_unet))
         raise WeightsError(f"{name} holds {listed}: keep only the one that you trained.")
-    if not unets and not loras:
+    if not of_unet:
         whole = _of_pipeline(root, files)
     embeddings, token_files = of("embeddings"), of("tokens")
-    if not (whole or loras or embeddings or token_files):
+    if not (whole or of_unet or embeddings or token_files):
         return None
     return Chosen(
         root=root,
         whole=tuple(whole),
         lora=next(iter(loras), None),
+        difference=next(iter(differences), None),
         embeddings=next(iter(embeddings), None),
         token_files=() if embeddings else tuple(token_files),
     )
 
 
 def _role(file: WeightFile) -> str | None:
-    """What a file is in a fine-tune: "unet", "lora", "embeddings", "tokens", or nothing that is known."""
+    """What a file is in a fine-tune: "unet", "difference", "lora", "embeddings", "tokens", or nothing that is known."""
     shapes = file.shapes
     if not shapes:
         raise WeightsError(f"{file.name} holds no tensors: take it from a finished training.")
+    if is_difference(file.metadata):
+        return "difference"
     if file.name == UNET or has_unet(shapes.keys()):
         return "unet"
     if file.name == EMBEDDINGS or "text_encoders_0" in shapes:

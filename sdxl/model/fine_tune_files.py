@@ -1,4 +1,5 @@
-"""A fine-tune on disk: `unet.safetensors` or `lora.safetensors`, `embeddings.pti`, `special_params.json`.
+"""A fine-tune on disk: `unet.safetensors`, `difference.safetensors` or `lora.safetensors`; `embeddings.pti`,
+`special_params.json`.
 
 The only module that writes and opens this format. Does not know which files of others are a fine-tune
 (fine_tune_choice.py), training or pipelines.
@@ -10,7 +11,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,20 @@ from sdxl.errors import WeightsError
 from sdxl.files.archives import Limits, in_place, pack_tar, unpack
 from sdxl.files.file_kinds import describe_other_kind, looks_like_safetensors
 from sdxl.files.weight_files import WeightFile
-from sdxl.model.fine_tune_choice import EMBEDDINGS, LORA, UNET, WEB_UI, Chosen, belongs, choose
+from sdxl.model.fine_tune_choice import (
+    DIFFERENCE,
+    EMBEDDINGS,
+    LORA,
+    UNET,
+    WEB_UI,
+    Chosen,
+    belongs,
+    choose,
+)
 from sdxl.model.token_files import read_rows
 from sdxl.workspace import CHECKPOINTS, EVENTS, PREVIEWS, REPORT
 
-__all__ = ["EMBEDDINGS", "LORA", "RECORD", "TOKENS", "UNET", "WEB_UI", "read_rows"]
+__all__ = ["DIFFERENCE", "EMBEDDINGS", "LORA", "RECORD", "TOKENS", "UNET", "WEB_UI", "read_rows"]
 
 TOKENS, RECORD = "special_params.json", "training.json"
 _PEFT_CONFIG = "adapter_config.json"
@@ -49,24 +59,28 @@ class TrainedFineTune:
     """A fine-tune in memory after training: tensors on the CPU, in the dtypes in which they are saved."""
 
     kind: str
-    """"unet" or "lora"."""
+    """"unet", "difference" or "lora"."""
     weights: dict[str, Tensor]
-    """UNet parameter name → tensor, or `unet.….lora_A.weight` and `…lora_B.weight` → tensor, also for `text_encoder.…` and
+    """UNet parameter name → tensor, the tensors of a difference (differences.py), or `unet.….lora_A.weight` and `…lora_B.weight` → tensor, also for `text_encoder.…` and
     `text_encoder_2.…`."""
     token_rows: list[Tensor]
     """[tokens, dim] for each text encoder."""
     token_map: TokenMap
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    """That of the file of weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneFiles:
-    """A fine-tune on disk, checked: it has at least one file, and not both a UNet and a LoRA."""
+    """A fine-tune on disk, checked: it has at least one file, and only one of a UNet, a difference and a LoRA."""
 
     name: str
     """Its name in messages."""
     whole: tuple[tuple[str, WeightFile], ...] = ()
     """Files of whole weights, each with the part that its names belong to: "unet", "text_encoder" or "text_encoder_2".
     In a single-file checkpoint the names say it themselves."""
+    difference: WeightFile | None = None
+    """A whole fine-tune's difference from its base."""
     lora: WeightFile | None = None
     lora_config: Path | None = None
     """peft's configuration of the LoRA, if it is in a file of its own."""
@@ -82,19 +96,26 @@ class FineTuneFiles:
 def write(model: TrainedFineTune, folder: Path, record: Mapping[str, Any]) -> dict[str, Path]:
     """Write `model` and the run's `record` into `folder`; return file name → path."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / (LORA if model.kind == "lora" else UNET)
-    save_file(model.weights, weights, metadata={"format": "pt"})
+    weights = folder / {"unet": UNET, "difference": DIFFERENCE, "lora": LORA}[model.kind]
+    save_file(model.weights, weights, metadata=dict(model.metadata))
     write_embeddings(folder / EMBEDDINGS, model.token_rows)
     model.token_map.write(folder / TOKENS)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return {path.name: path for path in (weights, folder / EMBEDDINGS, folder / TOKENS, folder / RECORD)}
 
 
-def keeper(folder: Path, record: Mapping[str, Any]) -> Callable[[int, TrainedFineTune], None]:
-    """A function `keep(step, model)` that writes the fine-tune of a moment into a folder of its own in `folder`."""
+def keeper(
+    folder: Path,
+    record: Mapping[str, Any],
+    in_form: Callable[[TrainedFineTune], TrainedFineTune] = lambda model: model,
+) -> Callable[[int, TrainedFineTune], None]:
+    """A function `keep(step, model)` that writes the fine-tune of a moment into a folder of its own in `folder`.
+
+    in_form: brings a fine-tune into the form in which it is written.
+    """
 
     def keep(step: int, model: TrainedFineTune) -> None:
-        write_atomically(model, folder / f"step-{step:06d}", record)
+        write_atomically(in_form(model), folder / f"step-{step:06d}", record)
 
     return keep
 
@@ -174,6 +195,7 @@ def _opened(name: str, chosen: Chosen, folder: Path) -> FineTuneFiles:
     return FineTuneFiles(
         name=name,
         whole=chosen.whole,
+        difference=chosen.difference,
         lora=chosen.lora,
         lora_config=config if chosen.lora is not None and config.is_file() else None,
         embeddings=None if chosen.embeddings is None else chosen.embeddings.path,

@@ -14,6 +14,7 @@ from torch import Tensor
 from dataset_and_utils import TokenMap
 from sdxl.errors import WeightsError
 from sdxl.model.components import Components
+from sdxl.model.differences import RoundedDifference, read_difference
 from sdxl.model.fine_tune_files import FineTuneFiles
 from sdxl.model.layer_names import LayerNames
 from sdxl.model.lora_formats import read_lora
@@ -43,6 +44,11 @@ class LoadedFineTune:
     pooled_at_eos: bool = True
     """Whether the rows were trained with prompts pooled at the end of the text."""
     token_map: TokenMap
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is a full fine-tune: a whole UNet, or its difference from the base."""
+        return bool(self.whole) or any(isinstance(change, RoundedDifference) for change in self.lora.values())
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +87,7 @@ def load(
 ) -> LoadedFineTune:
     """Read a fine-tune's files into memory. Afterwards the files are not needed any more.
 
-    parameters: those of the base's UNet and text encoders, such as "unet.conv_in.weight".
+    parameters: those of the base's UNet and text encoders, such as "unet.conv_in.weight", with the base's own values.
     names: finds layers of the base by their names in any format.
     tables: the base's embedding tables [words, dim_i].
     predicted: what the base predicts, "epsilon" or "v_prediction".
@@ -99,7 +105,10 @@ def load(
     whole: dict[str, Tensor] = {}
     for part, file in files.whole:
         whole |= read_whole(file.read(pinned=pinned), part, names, parameters, file.name)  # type: ignore[arg-type]
-    lora, tensors = {}, {}
+    lora: dict[str, WeightChange] = {}
+    tensors: dict[str, Tensor] = {}
+    if files.difference is not None:
+        lora = read_difference(files.difference, parameters, pinned=pinned)
     if files.lora is not None:
         tensors = files.lora.read(pinned=pinned)
         config = None if files.lora_config is None else read_config(files.lora_config)

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 
 from sdxl.files.sources import HUB_NAME
 from sdxl.model.export_forms import DIFFUSERS_LORA
-from sdxl.model.fine_tune_files import EMBEDDINGS, LORA, UNET
+from sdxl.model.fine_tune_files import DIFFERENCE, EMBEDDINGS, LORA, UNET
 from sdxl.model.web_ui_metadata import About
 from sdxl.settings import SDXL
 
@@ -45,7 +45,7 @@ def model_card(
     repository: its name on the hub.
     lost: a sentence for each thing that the export lost.
     """
-    is_lora = not any(file == UNET or file.endswith("checkpoint.safetensors") for file in files)
+    is_lora = not any(file in (UNET, DIFFERENCE) or file.endswith("checkpoint.safetensors") for file in files)
     header = ModelCardData(
         base_model=_hub_base(about),
         library_name="diffusers",
@@ -93,6 +93,11 @@ def _usage(files: Sequence[str], about: About, repository: str) -> str:
         ways.append(
             "With diffusers:\n\n```python\n" + _diffusers_code(lora, files, about, repository) + "\n```"
         )
+    if DIFFERENCE in files:
+        ways.append(
+            f"`{DIFFERENCE}` is the difference of a full fine-tune from its base. The project that trained it reads it as it is. "
+            f"For other programs it makes a whole checkpoint:\n\n```bash\npython export.py {repository} --to single_file\n```"
+        )
     weights = [file for file in files if file.endswith(("_lora.safetensors", "checkpoint.safetensors"))]
     if weights:
         folder = "loras" if weights[0].endswith("_lora.safetensors") else "checkpoints"
@@ -120,7 +125,7 @@ def _usage(files: Sequence[str], about: About, repository: str) -> str:
 
 
 def _embeddings(files: Sequence[str]) -> list[str]:
-    others = (UNET, LORA, DIFFUSERS_LORA)
+    others = (UNET, LORA, DIFFERENCE, DIFFUSERS_LORA)
     return [
         file
         for file in files

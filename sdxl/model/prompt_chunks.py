@@ -6,7 +6,7 @@ Knows tokenizers, text encoders, token maps and weights of words; does not know 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,28 +118,45 @@ def split(ids: Sequence[int], tokenizer: CLIPTokenizer) -> Contents:
     return chunks[:MOST_CHUNKS] or [[]]
 
 
+States = Callable[[Sequence[Any], tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor]]
+"""Gives the hidden states and the projection of chunks, as `states_of` does."""
+
+
+def states_of(text_encoders: Sequence[Any], chunks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What both encoders say of chunks 2×[n, 77].
+
+    Returns the penultimate hidden states of each [n, 77, d₀] and [n, 77, d₁], and the second one's pooled projection [n, d].
+    """
+    first, second = (
+        encoder(ids, output_hidden_states=True) for encoder, ids in zip(text_encoders, chunks, strict=True)
+    )
+    return first.hidden_states[-2], second.hidden_states[-2], second[0]
+
+
 def encode(
-    text_encoders: Sequence[Any], ids: tuple[Tensor, Tensor], weights: Sequence[Tensor] | None = None
+    text_encoders: Sequence[Any],
+    ids: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor] | None = None,
+    *,
+    states: States = states_of,
 ) -> tuple[Tensor, Tensor]:
     """SDXL's text conditioning for token ids 2×[b, 77·n].
 
     weights: of the tokens 2×[b, 77·n], for the hidden states and not for the pooled projection; None for 1 each.
+    states: runs the encoders.
 
     Returns the concatenated penultimate hidden states of both encoders [b, 77·n, d₀+d₁], and the second encoder's pooled
     projection of the first chunk [b, d]. Source: SDXL (arXiv:2307.01952), section 2.1.
     """
-    hidden = []
-    pooled = None
-    for encoder, rows, factors in zip(text_encoders, ids, weights or (None, None), strict=True):
-        chunks = rows.reshape(-1, encoder.config.max_position_embeddings)
-        output = encoder(chunks, output_hidden_states=True)
-        states = output.hidden_states[-2]
-        if factors is not None:
-            states = with_weights(states, factors.reshape(chunks.shape))
-        hidden.append(states.reshape(*rows.shape, -1))
-        pooled = output[0]  # the last encoder is the second one, whose first output is the projection
-    assert pooled is not None and pooled.ndim == 2
-    return torch.cat(hidden, dim=-1), pooled.view(len(ids[1]), -1, pooled.shape[-1])[:, 0]
+    first, second = (
+        rows.reshape(-1, encoder.config.max_position_embeddings)
+        for rows, encoder in zip(ids, text_encoders, strict=True)
+    )
+    *hidden, pooled = states(text_encoders, (first, second))
+    if weights is not None:
+        hidden = [with_weights(one, w.reshape(one.shape[:2])) for one, w in zip(hidden, weights, strict=True)]
+    side_by_side = [one.reshape(*rows.shape, -1) for one, rows in zip(hidden, ids, strict=True)]
+    return torch.cat(side_by_side, dim=-1), pooled.view(len(ids[1]), -1, pooled.shape[-1])[:, 0]
 
 
 def with_weights(hidden: Tensor, weights: Tensor) -> Tensor:

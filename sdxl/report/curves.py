@@ -26,7 +26,7 @@ _MOST_CHECKS = 200
 
 def curves(told: Told) -> Html:
     """The section with all curves for which the history has numbers; empty if it has none."""
-    charts = [*_checks(told), *_steps(told)]
+    charts = [*_checks(told), *_previews(told), *_steps(told)]
     if not charts:
         return Html()
     return section(
@@ -140,6 +140,38 @@ def _checks(told: Told) -> Iterator[Chart]:
             lines=of(lambda check: check.drift, "two"),
             marks=marks,
         )
+
+
+def _previews(told: Told) -> Iterator[Chart]:
+    """What models say that looked at the previews."""
+    every = sorted(told.history.previews, key=lambda one: one.step)
+    among = told.history.likeness_among_pictures
+    compared = "" if among is None else f" The dashed line ({among:.2f}): training pictures among themselves."
+    likeness = [(one.step, one.likeness) for one in every if one.likeness is not None]
+    shown = [(one.step, one.prompt_shown) for one in every if one.prompt_shown is not None]
+    if likeness:
+        yield Chart(
+            name="likeness",
+            title="Likeness of previews",
+            explained="How like the training pictures the previews with the new words are: the mean cosine of DINOv2's "
+            f"vectors. It is told, and chooses nothing.{compared}",
+            lines=[_line("likeness", likeness, "one")],
+            level=among,
+            marks=_chosen(told),
+        )
+    if shown:
+        yield Chart(
+            name="prompt-shown",
+            title="Prompts shown in previews",
+            explained="How well these previews show their prompts, without the new words: the mean cosine of CLIP's vectors "
+            "of picture and text. It is told, and chooses nothing.",
+            lines=[_line("prompts shown", shown, "three")],
+            marks=_chosen(told),
+        )
+
+
+def _line(label: str, points: Sequence[tuple[int, float]], colour: Colour) -> Line:
+    return Line(label=label, xs=[x for x, _ in points], ys=[y for _, y in points], colour=colour, kind="both")
 
 
 def _steps(told: Told) -> Iterator[Chart]:

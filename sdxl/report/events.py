@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdxl.history import Check, History, Step
+from sdxl.history import Check, History, Previews, Step
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ class EventFiles:
             for name, value in _of_step(step):
                 self._writer.add_scalar(name, value, step.step)
         for shown in history.previews[self._previews :]:
+            for name, value in _of_previews(shown):
+                self._writer.add_scalar(name, value, shown.step)
             for number, name in enumerate(shown.pictures):
                 self._writer.add_image(
                     f"previews/{number}", _pixels(self._folder.parent / name), shown.step, dataformats="HWC"
@@ -74,6 +76,13 @@ def _of_step(step: Step) -> Iterator[tuple[str, float]]:
     yield "machine/seconds", step.seconds
     if step.memory_gib:
         yield "machine/memory_gib", step.memory_gib
+
+
+def _of_previews(shown: Previews) -> Iterator[tuple[str, float]]:
+    if shown.likeness is not None:
+        yield "previews/likeness", shown.likeness
+    if shown.prompt_shown is not None:
+        yield "previews/prompt_shown", shown.prompt_shown
 
 
 def _of_check(check: Check) -> Iterator[tuple[str, float]]:

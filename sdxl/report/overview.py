@@ -44,8 +44,8 @@ def _steps(told: Told) -> str:
     size = int(told.settings.get("train_batch_size", 1)) * int(
         told.settings.get("gradient_accumulation_steps", 1)
     )
-    early = f", stopped early of {told.total}" if last < told.total else ""
-    return f"{last} of {counted(size, 'picture')}{early}"
+    of_all = f"{last} of {told.total} (stopped early)" if last < told.total else f"{last}"
+    return f"{of_all}, each of {counted(size, 'picture')}"
 
 
 def _choice(told: Told) -> Html:

@@ -54,8 +54,13 @@ class Told:
 
     @property
     def is_lora(self) -> bool:
-        """Whether the result is a LoRA."""
+        """Whether a LoRA was trained."""
         return bool(self.settings.get("is_lora"))
+
+    @property
+    def form(self) -> str:
+        """The form of the result: "lora", "whole" or "difference"."""
+        return "lora" if self.is_lora else str(self.settings.get("full_result", "whole"))
 
     @property
     def kind(self) -> str:

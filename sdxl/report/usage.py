@@ -37,6 +37,7 @@ def usage(told: Told) -> Html:
         if HUB_NAME.fullmatch(told.base)
         else note(f"For {told.base}, write where the base is on your machine."),
         tag("h3", "With diffusers"),
+        *_made_whole(told),
         tag(
             "p",
             "Copy ",
@@ -59,6 +60,16 @@ def _prompt(told: Told) -> str:
     )
 
 
+def _made_whole(told: Told) -> list[Html]:
+    """What must be done first with a difference, which only this project reads."""
+    if told.form != "difference":
+        return []
+    return [
+        tag("p", "First make the difference a whole UNet, in a new tar:"),
+        tag("pre", f"SDXL_BASE={shlex.quote(told.base)} python export.py {RESULT} --to ours -o whole/"),
+    ]
+
+
 def _diffusers(told: Told, prompt: str) -> str:
     base, variant = json.dumps(told.base, ensure_ascii=False), ', variant="fp16"' if told.base == SDXL else ""
     one_file = told.base.endswith(".safetensors")
@@ -69,13 +80,13 @@ def _diffusers(told: Told, prompt: str) -> str:
     )
     weights = (
         f'pipe.load_lora_weights("training_out", weight_name="{LORA}")'
-        if told.is_lora
+        if told.form == "lora"
         else f'pipe.unet.load_state_dict(load_file("training_out/{UNET}"), strict=False)'
     )
     lines = [
         "import torch",
         f"from diffusers import {kind}",
-        *([] if told.is_lora else ["from safetensors.torch import load_file"]),
+        *([] if told.form == "lora" else ["from safetensors.torch import load_file"]),
         "from dataset_and_utils import TokenEmbeddingsHandler",
         "",
         f"pipe = {kind}.{read}({base}, dtype=torch.float16{variant})",
@@ -99,12 +110,14 @@ def _web_uis(told: Told) -> list[Html]:
     if not names:
         return []
     files = [*weights, *there]
-    comfy = [*_into(weights, "models/loras" if told.is_lora else "models/checkpoints")]
+    comfy = [*_into(weights, "models/loras" if told.form == "lora" else "models/checkpoints")]
     comfy += _into(there, "models/embeddings")
-    a1111 = [*_into(weights, "models/Lora" if told.is_lora else "models/Stable-diffusion")]
-    a1111 += [] if told.is_lora else _into(there, "embeddings")
+    a1111 = [*_into(weights, "models/Lora" if told.form == "lora" else "models/Stable-diffusion")]
+    a1111 += [] if told.form == "lora" else _into(there, "embeddings")
     written = " ".join(f"embedding:{stem}" for word, stem in stems.items() if embeddings[word] in names)
-    in_prompts = " ".join([*(f"<lora:{Path(name).stem}:1>" for name in weights if told.is_lora), *told.words])
+    in_prompts = " ".join(
+        [*(f"<lora:{Path(name).stem}:1>" for name in weights if told.form == "lora"), *told.words]
+    )
     return [
         tag("h3", "In web UIs"),
         tag(

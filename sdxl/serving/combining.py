@@ -92,7 +92,7 @@ def combine(
     ]
     whole: dict[str, torch.Tensor] = {}
     lora: dict[str, LoraMatrices] = {}
-    if form != "single_file" and not any(summand.whole for summand in summands):
+    if form != "single_file" and not any(one.is_full for one in fine_tunes):
         merged = merged_lora(summands, base.parameters, base.layers, rank)
         lora, error, lost = merged.layers, merged.error, _lost_by_merging(merged)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import WeightsError
-from sdxl.model.prompt_chunks import Weighted, encode, weighted_ids
+from sdxl.model.prompt_chunks import States, Weighted, encode, states_of, weighted_ids
 from sdxl.model.prompt_weights import parts_of
 from sdxl.serving.denoising import Conditioning
 
@@ -39,6 +39,8 @@ class Prompts:
     size: tuple[int, int]
     """(height, width) in pixels."""
     device: torch.device
+    states: States = states_of
+    """Runs the text encoders."""
 
 
 def for_base(pipeline: Any, prompts: Prompts) -> Conditioning:
@@ -81,14 +83,14 @@ def _encode(
     parts = [parts_of(text, weights=prompts.prompt_weights) for text in texts]
     read = weighted_ids(parts, tokenizers, prompts.token_map)
 
-    embeds, pooled = _encoded(pipeline, read[0], prompts.device)
+    embeds, pooled = _encoded(pipeline, read[0], prompts)
     rows = [(embeds, pooled)]
     if guided:
         zeros = (
             zeros_for_empty and not prompts.negative_prompt and pipeline.config.force_zeros_for_empty_prompt
         )
         negative = (torch.zeros_like(embeds), torch.zeros_like(pooled))
-        rows.insert(0, negative if zeros else _encoded(pipeline, read[1], prompts.device))
+        rows.insert(0, negative if zeros else _encoded(pipeline, read[1], prompts))
     times = torch.tensor(time_ids if guided else time_ids[1:], dtype=embeds.dtype, device=embeds.device)
     return Conditioning(
         embeds=torch.cat([one for one, _ in rows]).repeat_interleave(count, 0),
@@ -99,10 +101,12 @@ def _encode(
     )
 
 
-def _encoded(pipeline: Any, read: Weighted, device: torch.device) -> tuple[Tensor, Tensor]:
+def _encoded(pipeline: Any, read: Weighted, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """One prompt's hidden states [1, 77·n, dim] and pooled prompt [1, dim], in the precision of the encoders' weights."""
+    device = prompts.device
     first, second = (one[None].to(device) for one in read.ids)
     # Without weights the states are not touched: not even rounded anew.
     weights = [one[None] for one in read.weights] if any((one != 1).any() for one in read.weights) else None
-    embeds, pooled = encode((pipeline.text_encoder, pipeline.text_encoder_2), (first, second), weights)
+    encoders = pipeline.text_encoder, pipeline.text_encoder_2
+    embeds, pooled = encode(encoders, (first, second), weights, states=prompts.states)
     return embeds.to(device, pipeline.text_encoder_2.dtype), pooled

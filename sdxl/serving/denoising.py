@@ -42,6 +42,16 @@ class Conditioning:
         """Whether there are rows of the negative prompt."""
         return self.guidance_scale > 1
 
+    @staticmethod
+    def joined(parts: "Sequence[Conditioning]") -> "Conditioning":
+        """Several as one, with the pictures in their order. All have the same guidance and equally many chunks."""
+
+        def rows(name: str) -> Tensor:
+            halves = [getattr(part, name).chunk(2 if part.guided else 1) for part in parts]
+            return torch.cat([half for side in zip(*halves, strict=True) for half in side])
+
+        return replace(parts[0], embeds=rows("embeds"), pooled=rows("pooled"), time_ids=rows("time_ids"))
+
     def unguided(self) -> "Conditioning":
         """The same without the negative prompt."""
         if not self.guided:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dataset_and_utils import TokenMap
 from sdxl.errors import WeightsError
+from sdxl.model.prompt_chunks import States, states_of
 from sdxl.serving.canvas import padded
 from sdxl.serving.conditioning import Prompts, for_base, for_refiner
 from sdxl.serving.denoising import (
@@ -50,9 +51,10 @@ def generate(
     *,
     at_once: int = 4,
     runner: Runner = ReusingUNet,
+    states: States = states_of,
 ) -> list[Image.Image]:
     """All pictures of `draw`, which has the same arguments, in a list."""
-    return list(draw(pipeline, request, token_map, refiner, at_once=at_once, runner=runner))
+    return list(draw(pipeline, request, token_map, refiner, at_once=at_once, runner=runner, states=states))
 
 
 @torch.no_grad()
@@ -65,6 +67,7 @@ def draw(
     first: int = 0,
     at_once: int = 4,
     runner: Runner = ReusingUNet,
+    states: States = states_of,
 ) -> Generator[Image.Image]:
     """Draw the request with the weights that are in `pipeline`, and yield each picture as soon as it is decoded.
 
@@ -73,6 +76,7 @@ def draw(
     first: the first picture to draw, counted from 0.
     at_once: most pictures in one call of the UNet.
     runner: gives what to call instead of a UNet.
+    states: runs the text encoders.
 
     Raises:
         WeightsError: the weights give numbers that overflow, or the refiner does not fit the base.
@@ -82,7 +86,7 @@ def draw(
     try:
         for start in range(first, request.num_outputs, at_once):
             seeds = [request.seed_of(i) for i in range(start, min(start + at_once, request.num_outputs))]
-            yield from _draw_batch(pipeline, refiner, request, token_map, seeds, runner)
+            yield from _draw_batch(pipeline, refiner, request, token_map, seeds, runner, states)
     finally:
         pipeline.maybe_free_model_hooks()
 
@@ -110,10 +114,11 @@ def _draw_batch(
     token_map: TokenMap,
     seeds: list[int],
     runner: Runner,
+    states: States,
 ) -> Iterator[Image.Image]:
     """Draw one batch, picture i from `seeds[i]`."""
     device = pipeline._execution_device  # asked once: the pipeline searches all its modules for it
-    batch = _prepare(pipeline, request, token_map, seeds, device)
+    batch = _prepare(pipeline, request, token_map, seeds, device, states)
 
     # The base runs the first pass, the refiner may run a second one: see `plan`.
     passes = plan_passes(request, _base_intervals(pipeline, request, device))
@@ -155,12 +160,17 @@ def _draw_batch(
             )
 
     assert latents is not None
-    for picture in _decode(pipeline, latents):
+    for picture in decode(pipeline, latents):
         yield _finish(picture, request)
 
 
 def _prepare(
-    pipeline: Any, request: GenerationRequest, token_map: TokenMap, seeds: list[int], device: torch.device
+    pipeline: Any,
+    request: GenerationRequest,
+    token_map: TokenMap,
+    seeds: list[int],
+    device: torch.device,
+    states: States,
 ) -> _Batch:
     """Encode the prompts and the input picture, and draw the first noise."""
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -178,6 +188,7 @@ def _prepare(
         count=len(seeds),
         size=(height, width),
         device=device,
+        states=states,
     )
     conditioning = for_base(pipeline, prompts)
     dtype = conditioning.embeds.dtype
@@ -230,7 +241,7 @@ def _encode(
     return latents.to(dtype).repeat(count, 1, 1, 1)
 
 
-def _decode(pipeline: Any, latents: Tensor) -> Iterator[Image.Image]:
+def decode(pipeline: Any, latents: Tensor) -> Iterator[Image.Image]:
     """Decode latents [b, 4, h, w] one by one; yield each picture as soon as it is on the CPU."""
     vae = pipeline.vae
     if not torch.isfinite(latents).all():
@@ -238,11 +249,11 @@ def _decode(pipeline: Any, latents: Tensor) -> Iterator[Image.Image]:
             "These weights give no picture, only overflowing numbers: lower lora_scale, or train with lower rates."
         )
 
-    def decode(one: Tensor) -> tuple[Tensor, Callable[[], object]]:
+    def queued(one: Tensor) -> tuple[Tensor, Callable[[], object]]:
         with _own_precision(latents.device):
             return _to_host(vae.decode(one, return_dict=False)[0])
 
-    under_way = (decode(one) for one in (latents.to(vae.dtype) / vae.config.scaling_factor).split(1))
+    under_way = (queued(one) for one in (latents.to(vae.dtype) / vae.config.scaling_factor).split(1))
     # On a GPU, queue all pictures at once: it decodes the next ones while the caller works on the first.
     if latents.is_cuda:
         under_way = list(under_way)

@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 SMALLEST_REAL_BASE = 512
 """Pixels; a base made for smaller pictures is a miniature."""
-WARMING_STEPS = {"exact": 5, "fast": 36}
-"""Steps of a warm-up picture: enough calls of the UNet, of each kind, to capture their graphs."""
+WARMING_STEPS = {"exact": 1, "fast": 26}
+"""Steps of a warm-up picture: a call of the UNet of each kind, so that all are captured."""
 
 
 class Painter:
@@ -55,7 +55,7 @@ class Painter:
         self.refiner: UNet2DConditionModel | None = None
         self.fine_tunes = FineTuneCache(settings.cache_folder(), settings.cache_limits(), self.tuned.load)
         self.default_fine_tune = self.fine_tunes.get(weights) if weights else None
-        self.runners = Runners(speed_here(self.placement))
+        self.runners = Runners(speed_here(self.placement), self.placement.device)
         if self.runners.speed != "eager":
             fuse_blocks(self.tuned.pipeline.vae)
         log.info("Serving %s: %s", self.base.name, self.placement.describe())
@@ -66,26 +66,31 @@ class Painter:
         return self.native_resolution < SMALLEST_REAL_BASE
 
     def warm_up(self) -> None:
-        """Compile and capture the most common shapes, so that the first request does not wait for them.
+        """Compile, and capture one picture of the base's own size, exact and fast, so that the first request does not wait.
 
-        These are pictures of the base's own size: one, exact and fast, and as many at once as the placement allows.
+        The kernels serve all other sizes and numbers of pictures too. These are captured when they first come up.
         """
         if self.runners.speed == "eager":
             return
         started = time.monotonic()
         side = self.native_resolution
-        for count, speed in ((1, "exact"), (1, "fast"), (self.placement.at_once, "exact")):
+        for speed, steps in WARMING_STEPS.items():
             request = GenerationRequest(
                 prompt="",
                 width=side,
                 height=side,
-                num_outputs=count,
                 speed=speed,
-                num_inference_steps=WARMING_STEPS[speed],
+                num_inference_steps=steps,
                 seed=0,
             )
             with self.runners.warming(self.tuned.pipeline.unet):
-                generate(self.tuned.pipeline, request, self.tuned.token_map, runner=self.runners)
+                generate(
+                    self.tuned.pipeline,
+                    request,
+                    self.tuned.token_map,
+                    runner=self.runners,
+                    states=self.runners.encoders,
+                )
         log.info("Warmed up (%s) in %.1f s", self.runners.speed, time.monotonic() - started)
 
     def draw(self, request: GenerationRequest, options: FineTuneOptions) -> Generator[Image.Image]:
@@ -128,6 +133,7 @@ class Painter:
                         first=done,
                         at_once=at_once,
                         runner=self.runners,
+                        states=self.runners.encoders,
                     ):
                         yield picture
                         done += 1

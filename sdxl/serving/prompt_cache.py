@@ -26,7 +26,7 @@ class PromptCache:
             for layer in (module.to_k, module.to_v)
         ]
         for layer in self.layers:
-            layer.register_buffer("cached", None, persistent=False)
+            layer.cached = None
 
     def compute(self, embeds: Tensor) -> list[Tensor]:
         """Keys and values for hidden states [b, tokens, dim], one tensor per layer."""

@@ -133,7 +133,7 @@ class TunedPipeline:
         """
         return load(
             files,
-            self._parameters,
+            {name: self._base_value(name) for name in self._parameters},
             self._names,
             [self._base_value(name) for name in self._table_names],
             predicted=prediction_type(self.pipeline.scheduler.config),

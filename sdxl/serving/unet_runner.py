@@ -1,12 +1,12 @@
 """Calls a UNet for drawing, so that a step is never CPU-bound.
 
-On a GPU, each kind and shape of call is captured once as a CUDA graph and then replayed; the most common shapes are compiled
-first. The kinds are those of `shallow_unet`: whole calls, with or without keeping deep features, and shallow ones.
+On a GPU, each kind and shape of call is captured once as a CUDA graph and then replayed. The warm-up compiles kernels that serve
+all shapes. The kinds are those of `shallow_unet`: whole calls, with or without keeping deep features, and shallow ones.
 Fine-tunes change weights in place, so that graphs stay valid. Knows UNets and shapes; does not know requests.
 
 | `SDXL_SPEED` | how the UNet is called                                                             |
 |--------------|------------------------------------------------------------------------------------|
-| compiled     | shapes of the warm-up: a graph of compiled blocks; others: a graph, not compiled   |
+| compiled     | a graph of compiled blocks                                                         |
 | fp8          | like compiled, with the linear layers of transformer blocks in 8-bit floats        |
 | graphs       | a graph, not compiled                                                              |
 | eager        | kernels are launched one by one, as diffusers does; for debugging                  |
@@ -22,6 +22,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sdxl import settings
+from sdxl.serving.encoder_runner import EncoderRunner
 from sdxl.serving.placement import Placement
 from sdxl.serving.prompt_cache import PromptCache
 from sdxl.serving.shallow_unet import ReusingUNet
@@ -69,21 +70,20 @@ class UNetRunner:
         """`unet` must stay on its device, and its weights at their addresses."""
         self.unet, self.speed = unet, speed
         self.compiling = False
-        """Whether to compile new shapes. Only the warm-up does: compiling would stall a request."""
-        self._compiled: set[tuple] = set()
+        """Whether to compile what is not compiled yet. Only the warm-up does: compiling would stall a request."""
         self._inputs: dict[tuple, _Inputs] = {}
         self._prompts = PromptCache(unet)
         self._eager = ReusingUNet(unet)
         if speed != "eager":
             fuse_blocks(unet)
-        self._graphs = GraphedWork(unet.device, enabled=speed != "eager")
+        self._graphs = GraphedWork(unet.device, enabled=speed != "eager", at_once=True)
         self._fp8 = Fp8Layers(unet, except_layers=self._prompts.layers) if speed == "fp8" else None
         if self.compiles:
-            compile_blocks(unet)
+            compile_blocks(unet, dynamic=True)
 
     @property
     def compiles(self) -> bool:
-        """Whether this speed compiles the shapes of the warm-up."""
+        """Whether this speed compiles."""
         return self.speed in ("compiled", "fp8")
 
     def forget(self) -> None:
@@ -139,14 +139,12 @@ class UNetRunner:
             inputs.prompt = encoder_hidden_states
 
         # The next replay overwrites the graph's output, so return a copy.
-        return (self._graphs((features, key), lambda: self._work(key, inputs, features)).clone(),)
+        return (self._graphs((features, key), lambda: self._work(inputs, features)).clone(),)
 
     def _add(self, key: tuple, given: dict[str, Tensor]) -> _Inputs:
         """Make the input tensors of a new shape."""
         if len(self._inputs) >= MOST_SHAPES:
             self.forget()
-        if self.compiling:
-            self._compiled.add(key)
         self._inputs[key] = _Inputs(
             tensors={name: value.clone() for name, value in given.items()},
             cached=self._prompts.compute(given["embeds"]),
@@ -155,9 +153,9 @@ class UNetRunner:
         )
         return self._inputs[key]
 
-    def _work(self, key: tuple, inputs: _Inputs, features: Features) -> Tensor:
+    def _work(self, inputs: _Inputs, features: Features) -> Tensor:
         """The work that is captured for a kind and shape of call."""
-        stance = nullcontext() if key in self._compiled else torch.compiler.set_stance("force_eager")
+        stance = nullcontext() if self.compiling else torch.compiler.set_stance("eager_on_recompile")
         with stance, self._prompts.returning(inputs.cached):
             return _call(inputs.unet, inputs.tensors, features)
 
@@ -174,10 +172,11 @@ def _call(unet: ReusingUNet, given: dict[str, Tensor], features: Features) -> Te
 
 
 class Runners:
-    """The runner of each UNet that draws: the base's and the refiner's."""
+    """The runner of each UNet that draws, the base's and the refiner's, and of the text encoders."""
 
-    def __init__(self, speed: Speed) -> None:
+    def __init__(self, speed: Speed, device: torch.device) -> None:
         self.speed: Speed = speed
+        self.encoders = EncoderRunner(device, enabled=speed != "eager")
         self._followed = 0
         self._runners: dict[int, UNetRunner] = {}
 
@@ -206,12 +205,13 @@ class Runners:
         """Give up the memory of all graphs. Each is captured again when its shape comes up."""
         for runner in self._runners.values():
             runner.forget()
+        self.encoders.forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     @contextmanager
     def warming(self, unet: UNet2DConditionModel) -> Iterator[None]:
-        """In this context new shapes are compiled."""
+        """In this context `unet` is compiled."""
         runner = self._get(unet, self.speed)
         runner.compiling = runner.compiles
         try:

@@ -4,6 +4,8 @@ The transformer blocks repeat, so compiling only them takes seconds instead of m
 torch.compile; does not know training or requests.
 """
 
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
@@ -11,15 +13,20 @@ from torch import nn
 from sdxl.speed.triton_here import triton_runs
 
 
-def compile_blocks(unet: UNet2DConditionModel, *, fullgraph: bool = True) -> None:
+def compile_blocks(unet: UNet2DConditionModel, *, fullgraph: bool = True, dynamic: bool = False) -> None:
     """Compile the transformer blocks when they first see a shape. Equal blocks share their kernels.
 
     By default, torch raises an error after 8 compilations of one class. It counts all blocks and shapes together, and each
     picture size takes several compilations, so this function raises the limit.
+
+    dynamic: one compilation serves all sizes of pictures and prompts, and any number of rows above 1; one row is another.
     """
-    torch._dynamo.config.recompile_limit = 1024  # type: ignore[attr-defined]
-    torch._dynamo.config.accumulated_recompile_limit = 4096  # type: ignore[attr-defined]
-    unet.compile_repeated_blocks(fullgraph=fullgraph, dynamic=False)
+    config: Any = torch._dynamo.config  # type: ignore[attr-defined]
+    config.recompile_limit = 1024
+    config.accumulated_recompile_limit = 4096
+    if dynamic:  # tensors that a module holds, such as a prompt's keys, have any size too
+        config.force_nn_module_property_static_shapes = False
+    unet.compile_repeated_blocks(fullgraph=fullgraph, dynamic=dynamic)
 
 
 def fuse_blocks(model: nn.Module) -> None:

@@ -4,16 +4,19 @@ Knows streams and graphs; does not know training.
 """
 
 from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 WARM_UP_CALLS = 3
 """Calls of a piece of work before its capture. In these, libraries allocate workspaces and choose kernels."""
 
+Result = TypeVar("Result")
+"""A tensor, or a tuple of tensors."""
+
 
 class GraphedWork:
-    """Runs pieces of work, each under a key: the first calls eagerly, later calls as a CUDA graph.
+    """Runs pieces of work, each under a key: the first calls eagerly, later calls as a CUDA graph. With `at_once`, all calls.
 
     Each call of a piece must do the same operations on the same tensors and must not wait for the GPU. Copy new inputs into
     its tensors before the call; its next call overwrites its result. Random numbers of `generator` are the same as without
@@ -21,21 +24,28 @@ class GraphedWork:
     """
 
     def __init__(
-        self, device: torch.device, generator: torch.Generator | None = None, *, enabled: bool = True
+        self,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+        *,
+        enabled: bool = True,
+        at_once: bool = False,
     ) -> None:
         """Create without graphs.
 
         generator: the source of all random numbers in the work; None if it draws none.
         enabled: False runs every call eagerly, as does a `device` other than CUDA.
+        at_once: the first call runs the work several times to capture it. For work that changes nothing but its result.
+            Kernels may be chosen otherwise during a capture, and round otherwise: so all results are of the graph.
         """
         self.enabled = enabled and device.type == "cuda"
-        self.generator = generator
+        self.generator, self._at_once = generator, at_once
         self.forget()
 
     def forget(self) -> None:
         """Drop all graphs and their memory. Call this when the work itself changes."""
         self._calls: dict[Hashable, int] = {}
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
         self._stream = torch.cuda.Stream() if self.enabled else None
 
@@ -43,20 +53,24 @@ class GraphedWork:
         """Whether the work of `key` is captured, so that calls replay it."""
         return key in self._graphs
 
-    def __call__(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
-        """Run `work`, or replay the graph of `key`; return the result."""
+    def __call__(self, key: Hashable, work: Callable[[], Result]) -> Result:
+        """Run `work`, or replay the graph of `key`; return the result, a tensor or several."""
         if not self.enabled:
             return work()
         if self.holds(key):
             graph, result = self._graphs[key]
             graph.replay()
             return result
+        if self._at_once:
+            for _ in range(WARM_UP_CALLS):
+                self._warm_up(work)
+            return self._capture(key, work)
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         if calls <= WARM_UP_CALLS:
             return self._warm_up(work)
         return self._capture(key, work)
 
-    def _warm_up(self, work: Callable[[], Tensor]) -> Tensor:
+    def _warm_up(self, work: Callable[[], Result]) -> Result:
         """Run `work` eagerly on the stream of the later capture.
 
         autograd accumulates a gradient on the stream where it first appeared; that must be the capturing stream.
@@ -68,7 +82,7 @@ class GraphedWork:
         torch.cuda.current_stream().wait_stream(self._stream)
         return result
 
-    def _capture(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
+    def _capture(self, key: Hashable, work: Callable[[], Result]) -> Result:
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
             graph.register_generator_state(self.generator)

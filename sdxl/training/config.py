@@ -31,6 +31,7 @@ AUTO, NO_WORD = "auto", "none"
 PresetName = Literal["quick", "good", "patient"]
 Schedule = Literal["constant", "linear", "cosine"]
 LoraTargets = Literal["attention", "transformer", "all"]
+FullResult = Literal["whole", "difference", "lora"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "prodigy"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -93,6 +94,8 @@ class TrainingOptions:
     """What the previews show, prompts separated by |; empty: prompts made from the captions; "none": no previews."""
     single_file: bool = False
     """Write a full fine-tune also as a single-file checkpoint."""
+    full_result: FullResult = "whole"
+    """The form of a full fine-tune: all weights, their difference from the base rounded to a byte each, or the nearest LoRA."""
     snr_gamma: float = limited(5.0, gt=0)
     """γ of the min-SNR weighting of the loss. A large value such as 1e6 gives all timesteps the same weight."""
     noise_offset: float = limited(0.0, ge=0, le=1)
@@ -129,6 +132,10 @@ class TrainingOptions:
     """How full training holds the UNet's weights. "auto": in fp32 if they fit, else in bf16 with stochastic rounding."""
     gradient_checkpointing: bool | None = None
     """On CUDA, recompute the UNet's activations in the backward pass: a third slower, much less memory. None: only if
+    memory requires it."""
+
+    shard: bool | None = None
+    """In full training by several processes, share the UNet's weights, gradients and optimizer state among them. None: only if
     memory requires it."""
 
     def __post_init__(self) -> None:

@@ -14,8 +14,8 @@ from sdxl.training.config import TrainingConfig, TrainingOptions
 
 _OF_LORA = ("use_dora", "lora_rank", "lora_alpha", "lora_targets", "lora_lr", "text_encoder_lora")
 _OF_PRIOR = ("prior_images", "prior_weight")
-_FP32_ONLY = ("adafactor", "prodigy")
-"""Optimizers that would lose small updates of bf16 weights."""
+_WHOLE_FP32 = ("adafactor", "prodigy")
+"""Optimizers that would lose small updates of bf16 weights, and that compute with means over whole weights."""
 _OWN_RATE = 0.01
 """prodigy multiplies the rate that it finds by the given one, which should be 1. Less than this trains next to nothing."""
 
@@ -71,7 +71,22 @@ def refuse_contradictions(
             )
     if options.is_lora and options.lora_lr == 0 and options.pivot_fraction == 0:
         raise UserInputError("lora_lr and pivot_fraction are both 0, so nothing would be trained: raise one.")
-    if not options.is_lora and options.precision == "bf16" and options.optimizer in _FP32_ONLY:
+    if not options.is_lora:
+        _refuse_in_full(options)
+
+
+def _refuse_in_full(options: TrainingOptions) -> None:
+    """Refuse contradictions in the settings of full training."""
+    if options.single_file and _changed(options, "full_result"):
+        raise UserInputError(
+            f"single_file writes a whole SDXL, beside which full_result={options.full_result} saves little: leave out one of them."
+        )
+    if options.shard and options.optimizer in _WHOLE_FP32:
+        raise UserInputError(
+            f"optimizer {options.optimizer} needs whole weights, which shard=true shares: use adamw or adamw_8bit, or leave out "
+            "shard."
+        )
+    if options.precision == "bf16" and options.optimizer in _WHOLE_FP32:
         raise UserInputError(
             f"optimizer {options.optimizer} would lose small updates of bf16 weights: use adamw_8bit, or precision fp32."
         )
@@ -91,8 +106,12 @@ def without_effect(options: TrainingOptions) -> Iterator[str]:
             yield "unet_learning_rate has no effect on a LoRA, whose rate is lora_lr: set is_lora=false to train the whole UNet."
         if _changed(options, "precision"):
             yield "precision has no effect on a LoRA: it is for full training, is_lora=false."
+        if options.shard:
+            yield "shard has no effect on a LoRA: it is for full training, is_lora=false."
         if options.single_file:
             yield "single_file has no effect on a LoRA, which is always written for web UIs, and which export.py adds to a base."
+        if _changed(options, "full_result"):
+            yield "full_result has no effect on a LoRA, which is small anyway: it is for full training, is_lora=false."
         if options.lora_lr == 0 and options.pivot_fraction < 1:
             yield "lora_lr is 0, so nothing is trained after the pivot: set pivot_fraction to 1."
     if options.pivot_fraction == 0 and _changed(options, "ti_lr"):

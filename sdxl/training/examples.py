@@ -6,6 +6,7 @@ Knows the frozen parts that encode pictures and captions; does not know what tra
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,7 @@ from sdxl.model.components import Components, add_placeholder_tokens
 from sdxl.model.prompt_chunks import token_ids
 from sdxl.speed.compiled_blocks import fuse_blocks
 from sdxl.training.caption_fit import require_tokens_fit, tell_of_cuts
+from sdxl.training.data_parallel import of_all, shared_out
 from sdxl.training.random_views import View, views_of
 
 T = TypeVar("T")
@@ -46,6 +48,8 @@ def cache_examples(
 
     The ids of all captions get the length of the longest, so that any of them can share a batch. Each picture becomes one sample of the autoencoder's posterior, multiplied by its `scaling_factor`.
 
+    Of several processes each encodes its share of the pictures, and all get all of them, as one process would encode them.
+
     views: how many random crops of each picture to learn, in addition to the whole picture.
     flip: learn every view mirrored too.
     leave_out: numbers of pictures that are not learned, from 0.
@@ -63,23 +67,29 @@ def cache_examples(
     cut = require_tokens_fit(captions, components.tokenizers, token_map)  # before any picture is encoded
     tell_of_cuts(cut)
     ids = token_ids([prepared.caption for prepared in pictures], components.tokenizers, token_map)
-    examples = []
+    own, encoded = shared_out(len(pictures)), []
     with ThreadPoolExecutor() as threads:
         # Threads decode and crop the next pictures while the GPU encodes one. Each picture has its own random numbers,
-        # so that results do not depend on the order of the threads.
+        # so that results depend neither on the order of the threads nor on the number of processes.
         tasks = (
-            partial(views_of, prepared, np.random.default_rng((seed, index)), crops=views, flip=flip)
-            for index, prepared in enumerate(pictures)
+            partial(views_of, pictures[index], np.random.default_rng((seed, index)), crops=views, flip=flip)
+            for index in own
         )
         most = (1 + views) * (1 + flip)
-        with tqdm(total=len(ids) * most, desc="Encoding pictures and their crops", unit="view") as progress:
-            for (first, second), shown in zip(ids, _ahead(threads, tasks), strict=True):
+        with tqdm(total=len(own) * most, desc="Encoding pictures and their crops", unit="view") as progress:
+            for index, shown in zip(own, _ahead(threads, tasks), strict=True):
+                generator.manual_seed(int(np.random.SeedSequence((seed, index, 2)).generate_state(1)[0]))
+                first, second = ids[index]
                 on_device = first.to(components.device), second.to(components.device)
+                encoded.append([])
                 for view, latents in zip(shown, _encode(shown, components, generator), strict=True):
-                    examples.append(_example(view, latents, on_device))
+                    encoded[-1].append(_example(view, latents, on_device))
                     progress.update()
                 progress.update(most - len(shown))  # some pictures have no pixels for crops
-    return ExampleDataset(examples)
+    if len(own) < len(pictures):  # others have encoded the rest; what they send comes through the CPU
+        there = of_all([[_moved(example, torch.device("cpu")) for example in views] for views in encoded])
+        encoded = [[_moved(example, components.device) for example in views] for views in there]
+    return ExampleDataset([example for views in encoded for example in views])
 
 
 def kept_out(pictures: int) -> set[int]:
@@ -111,6 +121,13 @@ def held_out_examples(
         [latents] = _encode([view], components, generator)
         examples.append(_example(view, latents, (first.to(components.device), second.to(components.device))))
     return ExampleDataset(examples)
+
+
+def _moved(example: Example, device: torch.device) -> Example:
+    """`example` on `device`."""
+    first, second = (ids.to(device) for ids in example.token_ids)
+    latents, mask, time_ids = (one.to(device) for one in (example.latents, example.mask, example.time_ids))
+    return replace(example, latents=latents, mask=mask, token_ids=(first, second), time_ids=time_ids)
 
 
 def _example(view: View, latents: Tensor, ids: tuple[Tensor, Tensor]) -> Example:

@@ -51,6 +51,8 @@ class TrainInputs:
     """A fine-tune to start from: a path, a URL or a name on the hub."""
     upload_url: Target | None = None
     """Where the tar goes. A secret."""
+    push_to: str | None = None
+    """The repository on the hub to which the result goes."""
     seed: int | None = limited(ge=0, le=2**32 - 1)
     """None for a random one, or for that of the state to go on from."""
     global_caption: str | None
@@ -65,6 +67,8 @@ class TrainInputs:
 
     def __post_init__(self) -> None:
         check_limits(self)
+        if self.upload_url is not None and self.push_to is not None:
+            raise UserInputError("upload_url and push_to are both given: give one of them.")
         refuse_contradictions(
             self.options, max_train_steps=self.max_train_steps, num_train_epochs=self.num_train_epochs
         )
@@ -97,7 +101,7 @@ class TrainInputs:
             for entry in fields(kind)
         }
         defaults["clipseg_temperature"] = defaults["mask_temperature"]
-        files = ("input_images", "base", "resume", "init_from", "upload_url", "options")
+        files = ("input_images", "base", "resume", "init_from", "upload_url", "push_to", "options")
         own = {name: value for name, value in vars(self).items() if name not in files}
         return {
             name: value
@@ -213,6 +217,7 @@ def train_inputs(given: Mapping[str, Any]) -> TrainInputs:
 
     url = values.pop("upload_url")
     values["upload_url"] = parse_target(url, "upload_url") if url else None
+    values["push_to"] = values["push_to"] or None
     options = TrainingOptions(**{entry.name: values.pop(entry.name) for entry in fields(TrainingOptions)})
     values["input_images"] = str(values["input_images"])
     return TrainInputs(**values, options=options)

@@ -8,6 +8,8 @@ with 8-bit or factored optimizer state. With stochastic rounding bf16 weights mo
 steps the noise of each one is about as large as the distance it moved. That is for GPUs on which nothing else fits.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -30,6 +32,8 @@ class MemoryPlan:
     """A key of `OPTIMIZERS`: the requested one, or the same with smaller state."""
     bytes_per_weight: float
     """Bytes of a weight, its gradient and its optimizer state together."""
+    shared_by: int = 1
+    """Among how many processes the weights, gradients and optimizer state are shared; 1: each process has all."""
     checkpointing: bool = True
     """Whether the backward pass recomputes activations."""
     reason: str = ""
@@ -76,6 +80,9 @@ _ACTIVATION_BYTES = 6 * 2**30
 with kernels launched one by one."""
 _CHECKPOINTED_BYTES = 2 * 2**30
 """The same with gradient checkpointing. An estimate: 0.55 GiB by count, plus one block that is recomputed."""
+_GATHERED = 0.55
+"""Share of all weights that a process with shared ones holds whole for a moment: two of SDXL's largest transformers, of 14 %
+each, with their gradients. An estimate."""
 _RESERVE_BYTES = 2 * 2**30
 """For the workspaces of CUDA libraries and fragmentation. An estimate."""
 
@@ -90,6 +97,8 @@ def choose_plan(
     precision: str = "auto",
     checkpointing: bool | None = True,
     bf16: bool = True,
+    shared_by: Sequence[int] = (1,),
+    also_shared: int = 0,
 ) -> MemoryPlan:
     """The best plan that fits in memory, with the reason in one sentence.
 
@@ -105,6 +114,8 @@ def choose_plan(
         precision: "auto", or "fp32" or "bf16" to force that precision even if it may not fit.
         checkpointing: whether the backward pass recomputes activations; None: only if memory requires it.
         bf16: whether the GPU computes in bf16. If not, weights, gradients and activations are fp32.
+        shared_by: among how many processes the weights may be shared, best first; 1: each process has all.
+        also_shared: bytes that are held already, and will be shared with the weights: the base as teacher.
 
     Raises:
         UserInputError: an unknown name, or the optimizer does not support the precision.
@@ -128,19 +139,18 @@ def choose_plan(
 
     # Take the first plan that fits; prefer keeping activations, which is faster.
     ways = (False, True) if checkpointing is None else (checkpointing,)
-    activations = 0
-    for plan in plans:
-        for recompute in ways:
-            activations = activation_bytes(
-                parameters, batch=batch, resolution=resolution, checkpointing=recompute, bf16=bf16
-            )
-            need = int(plan.bytes_per_weight * parameters) + activations
-            if need <= free_bytes:
-                return _explained(replace(plan, checkpointing=recompute), optimizer, need, free_bytes)
+    state = activations = 0
+    for plan, count, recompute in itertools.product(plans, shared_by, ways):
+        activations = activation_bytes(
+            parameters, batch=batch, resolution=resolution, checkpointing=recompute, bf16=bf16
+        )
+        state = _state_bytes(plan, parameters, count) - (also_shared - also_shared // count)
+        if state + activations <= free_bytes:
+            chosen = replace(plan, checkpointing=recompute, shared_by=count)
+            return _explained(chosen, optimizer, state + activations, free_bytes)
 
     # Nothing fits by the estimates. Activations are the uncertain part: try the smallest plan if its weights fit.
-    plan = replace(plans[-1], checkpointing=ways[-1])
-    state = int(plan.bytes_per_weight * parameters)
+    plan = replace(plans[-1], checkpointing=ways[-1], shared_by=shared_by[-1])
     if state > free_bytes:
         smaller = (
             ", or precision auto with optimizer adamw_8bit" if plan.bytes_per_weight > 7 and bf16 else ""
@@ -150,6 +160,15 @@ def choose_plan(
             f"optimizer state alone, but {_gib(free_bytes)} are free: train a LoRA or use a larger GPU{smaller}."
         )
     return _explained(plan, optimizer, state + activations, free_bytes, tight=True)
+
+
+def _state_bytes(plan: MemoryPlan, parameters: int, shared_by: int) -> int:
+    """Bytes of all weights, gradients and optimizer state that one process holds."""
+    if shared_by == 1:
+        return int(plan.bytes_per_weight * parameters)
+    # Gradients of shared weights have the dtype of the weights.
+    each = plan.bytes_per_weight + plan.weights.itemsize - plan.gradients.itemsize
+    return int((each / shared_by + _GATHERED * plan.weights.itemsize) * parameters)
 
 
 def _without_bf16(plan: MemoryPlan) -> MemoryPlan:
@@ -176,6 +195,7 @@ def name_of(dtype: torch.dtype) -> str:
 def _explained(plan: MemoryPlan, requested: str, need: int, free: int, *, tight: bool = False) -> MemoryPlan:
     """`plan` with its reason: about `need` bytes are needed, `free` bytes are free."""
     rounding = ", rounded stochastically (noisier than fp32)" if plan.weights is torch.bfloat16 else ""
+    shared = f", shared by {plan.shared_by} processes and without CUDA graphs" if plan.shared_by > 1 else ""
     instead = f" instead of {requested}" if plan.optimizer != requested else ""
     remedy = (
         ": should it run out of memory, train a LoRA or use a smaller batch or a lower resolution"
@@ -185,7 +205,7 @@ def _explained(plan: MemoryPlan, requested: str, need: int, free: int, *, tight:
     return replace(
         plan,
         tight=tight,
-        reason=f"The UNet's weights train in {name_of(plan.weights)}{rounding} with {plan.optimizer}{instead}: "
+        reason=f"The UNet's weights train in {name_of(plan.weights)}{rounding} with {plan.optimizer}{instead}{shared}: "
         f"about {_gib(need)} needed, {_gib(free)} free{remedy}.",
     )
 

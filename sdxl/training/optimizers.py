@@ -27,9 +27,13 @@ from transformers.optimization import Adafactor
 
 from sdxl.errors import UserInputError
 from sdxl.speed.triton_here import triton_runs
+from sdxl.training.sharding import Shards
 
 CAPTURABLE = frozenset({"adamw", "adamw_8bit"})
 """Optimizers whose step never waits for the GPU: a CUDA graph may contain it, and still reads new learning rates."""
+
+SHAREABLE = frozenset({"adamw", "adamw_8bit"})
+"""Optimizers that need only a part of each weight: they compute nothing over a whole weight, or over all weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,8 @@ class Group:
     """Learning rate, at least 0. Prodigy multiplies the rate that it finds by this: use 1."""
     weight_decay: float = 0.0
     """Decoupled decay, at least 0: every step shrinks weights by `lr` times this."""
+    shards: Shards | None = None
+    """If processes share these parameters: what knows it, and `params` are the parts of this process."""
 
 
 class Optimizers:
@@ -55,7 +61,9 @@ class Optimizers:
         self, name: str, *, weights: Group, rows: Group, encoders: Group | None = None, device: torch.device
     ) -> None:
         """See `make_optimizers` for the arguments and errors."""
-        self.capturable = name in CAPTURABLE
+        self.shards = weights.shards
+        """Not None if several processes share the weights."""
+        self.capturable = name in CAPTURABLE and self.shards is None
         """Whether a CUDA graph may contain `step`."""
         text = [rows, encoders] if encoders and encoders.params else [rows]
         self._optimizers = make_optimizers(name, weights, *text, device=device)
@@ -87,9 +95,14 @@ class Optimizers:
         for optimizer in self._optimizers:
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if id(group) not in frozen]
 
-    def gradients(self) -> list[Tensor]:
-        """The gradients of all parameters that have one."""
-        return [p.grad for group in self._groups() for p in group["params"] if p.grad is not None]
+    def to_average(self) -> list[Tensor]:
+        """After the backward pass: the gradients that are still to be averaged over all processes."""
+        groups = self._groups()
+        collected = []
+        if self.shards is not None:
+            collected = self.shards.collect()
+            groups = [group for group in groups if group is not self._weights]
+        return collected + [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
     def clip(self, max_norm: float) -> list[Tensor]:
         """Scale the gradients down to `max_norm`, and return their norms before: of the weights, then of the rows and
@@ -97,7 +110,12 @@ class Optimizers:
 
         Each kind is clipped on its own: large gradients of the rows must not shrink the UNet's step, or the reverse.
         """
-        return [nn.utils.clip_grad_norm_(group["params"], max_norm) for group in self._groups()]
+        return [
+            self.shards.clip(max_norm)
+            if self.shards is not None and group is self._weights
+            else nn.utils.clip_grad_norm_(group["params"], max_norm)
+            for group in self._groups()
+        ]
 
     def zero_grad(self, *, set_to_none: bool) -> None:
         """Remove all gradients, or fill them with zeros where they are."""

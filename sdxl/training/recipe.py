@@ -87,11 +87,12 @@ def fine_tune(
     # What trains: the new token rows up to the pivot, the UNet's weights or LoRA matrices in every step. Processes that
     # train together start from equal weights. From then on each draws its own noise.
     base_unet, outside_masks = _teacher(components, dataset, config)
-    trainable = _trainable(components, config)  # before the rows: peft freezes all that it finds in a model
+    # The weights come before the rows, because peft freezes all that it finds in a model.
+    trainable = _trainable(components, config, base_unet)
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
     states, watch, mixed = states or RunStates(), watch or Watch(), trainable.mixed_precision
-    watch.begin(components, config, mixed_precision=mixed)
+    watch.begin(components, config, mixed_precision=mixed, goes_on=states.goes_on)
     if begin_with is not None:
         begin_with.apply(components.unet, tokens)
     weights, encoders = trainable.weights, trainable.encoders
@@ -136,7 +137,7 @@ def fine_tune(
                 break
 
     tokens.remove()
-    return watch.chosen(snapshot())
+    return watch.chosen(snapshot(), trainable.lent)
 
 
 def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: int) -> float:
@@ -150,9 +151,13 @@ def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: in
     return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
-def _trainable(components: Components, config: TrainingConfig) -> Trainable:
+def _trainable(
+    components: Components, config: TrainingConfig, base_unet: Callable[..., Any] | None
+) -> Trainable:
     """What trains beside the token rows."""
-    trainable = (lora if config.is_lora else full_unet)(components.unet, config)
+    if not config.is_lora:
+        return full_unet(components.unet, config, base_unet)
+    trainable = lora(components.unet, config)
     return with_encoder_lora(trainable, components, config) if config.text_encoder_lora else trainable
 
 

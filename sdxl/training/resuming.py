@@ -5,7 +5,8 @@ Knows what identifies a run: its settings, pictures, base and software. Does not
 
 import hashlib
 import logging
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ import torch
 
 from dataset_and_utils import ExampleDataset
 from sdxl import settings
-from sdxl.errors import WeightsError
+from sdxl.errors import UserInputError, WeightsError
 from sdxl.files.archives import Limits, unpack
 from sdxl.files.fetching import fetch
 from sdxl.training import data_parallel
 from sdxl.training.config import TrainingConfig
-from sdxl.training.state_files import SavedState, read_state, software
+from sdxl.training.state_files import SavedState, software
 from sdxl.training.state_folders import RunFolder, furthest, key_of, state_at, sweep
 from sdxl.training.states import RunStates
 
@@ -30,15 +31,18 @@ AUTO = "auto"
 UNPACKED = "unpacked-state"
 """The folder of an unpacked archive in a run's workspace."""
 _LIMITS = Limits(files=100, total_bytes=128 << 30)
-_NEVER_MATTER = {"base", "seed", "checkpointing_steps", "single_file", "save_every"}
+_NEVER_MATTER = {"base", "seed", "checkpointing_steps", "single_file", "full_result", "save_every"}
 """Settings that may differ. `base` is only a name; the seed is looked at by itself."""
-_LAST_BITS = {"gradient_checkpointing", "compile_blocks", "cuda_graph"}
+_LAST_BITS = {"gradient_checkpointing", "compile_blocks", "cuda_graph", "shard"}
 """Settings that may differ too, but change how results are rounded."""
 _FACTS = {
     "base_sha256": "another base: give the base of its run",
     "dataset_sha256": "another data set: give the pictures, captions and settings of its run",
     "init_from": "a run that began with another init_from: give the same",
 }
+
+_NAMED = {"settings": "inputs", "base_sha256": "weights of the base", "captions": "pictures or captions"}
+"""What identifies a run → what it is called."""
 
 
 def opened(asked: str | None, workspace: Path) -> SavedState | None:
@@ -84,8 +88,7 @@ def chosen(
             log.info("A run with these settings has left a state, %s: resume=auto goes on from it.", left)
         if saved is not None:
             _refuse_other_run(saved, record, seed)
-    folder = data_parallel.agreed(None if saved is None else str(saved.folder.absolute()))
-    return read_state(Path(folder)) if saved is None and folder is not None else saved
+    return data_parallel.agreed(saved)  # its tensors are read by the first process alone: see states.py
 
 
 def states_of(
@@ -112,6 +115,24 @@ def states_of(
         pictures=encoded,
         goes_on=saved,
     )
+
+
+def require_one_run(record: Mapping[str, Any], captions: Sequence[str]) -> None:
+    """Refuse processes that were given different things, as can happen on several hosts.
+
+    Raises:
+        UserInputError: names a host and what differs there.
+    """
+    about = identity(record) | {"captions": [*captions]}
+    about.pop("dataset_sha256")  # on another GPU a mask may differ in its last digits
+    (first, wanted), *others = data_parallel.gathered((socket.gethostname(), about))
+    for host, found in others:
+        for key, value in found.items():
+            if value != wanted[key]:
+                raise UserInputError(
+                    f"{host} was given other {_NAMED.get(key, key)} than {first}: give all hosts the same inputs, pictures and "
+                    "base."
+                )
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ these objects; does not know files, or when a state is saved.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,15 +17,19 @@ from torch.optim import Optimizer
 
 from sdxl.errors import WeightsError
 from sdxl.training.batches import Batches
+from sdxl.training.data_parallel import world_size
 from sdxl.training.optimizers import Optimizers
+from sdxl.training.sharding import joined, part_of
 from sdxl.training.watch import Watch
 
 Scalars = dict[str, float | int]
 """Name → a number that an optimizer keeps beside its tensors."""
+_WEIGHT = "weight."
+"""What the names begin with of what trains; its number follows."""
 _OPTIMIZER = "optimizer."
 """What the names begin with of what an optimizer remembers; its number and that of the weight follow."""
 _BEST = "best."
-"""The same for the fine-tune of the best moment."""
+"""The same for what the watch keeps: the fine-tune of the best moment, and previews."""
 _LONGEST_QUEUE = 1 << 20
 """Rows. A bucket's queue has at most as many as a batch and a pass through the bucket have."""
 
@@ -59,13 +63,41 @@ class RunState:
         self._watch = watch
 
     def tensors(self) -> dict[str, Tensor]:
-        """What trains, what the optimizers remember and the best moment so far: name → the tensor itself, on its own device."""
-        found = {f"weight.{i}": p.detach() for i, p in enumerate(self._optimizers.parameters)}
+        """What trains, what the optimizers remember and what the watch keeps: name → the tensor itself, on its own device."""
+        found = {f"{_WEIGHT}{i}": p.detach() for i, p in enumerate(self._optimizers.parameters)}
         found |= {f"{_BEST}{name}": tensor for name, tensor in self._watch.tensors().items()}
         for state, key, name in self._entries():
             if isinstance(state[key], Tensor):
                 found |= {f"{name}{inner}": part for inner, part in _parts(state[key])}
         return found
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether `tensors` are only this process's parts of what several processes share."""
+        return self._optimizers.shards is not None
+
+    def like(self) -> dict[str, Tensor]:
+        """Name → a tensor without memory, of the type and shape of the whole one."""
+        return {name: self._like(name, tensor) for name, tensor in self.tensors().items()}
+
+    def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """`tensors`, whole. Processes that share them must ask together."""
+        for name, tensor in self.tensors().items():
+            yield name, joined(tensor) if self._is_part(name, tensor) else tensor
+
+    def _like(self, name: str, tensor: Tensor) -> Tensor:
+        rows = world_size() if self._is_part(name, tensor) else 1
+        shape = [tensor.shape[0] * rows, *tensor.shape[1:]] if tensor.dim() else []
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+    def _is_part(self, name: str, tensor: Tensor) -> bool:
+        shards, number = self._optimizers.shards, _weight_of(name)
+        return (
+            shards is not None
+            and tensor.dim() > 0
+            and 0 <= number < len(shards.is_part)
+            and shards.is_part[number]
+        )
 
     def watched(self) -> dict[str, Any]:
         """What the watch has seen."""
@@ -85,23 +117,23 @@ class RunState:
 
     def restore(
         self,
-        tensors: Mapping[str, Tensor],
+        tensors: Iterable[tuple[str, Tensor]],
         scalars: Scalars,
         order: Mapping[str, Any],
         watched: Mapping[str, Any],
     ) -> None:
-        """Set everything. Call `differs` first: it checks `tensors`.
+        """Set everything. Call `differs` first: it checks `tensors`, which come one by one with their names.
 
         Raises:
             WeightsError: `order` or `watched` is not that of such a run.
         """
-        best = {
-            name.removeprefix(_BEST): tensor for name, tensor in tensors.items() if name.startswith(_BEST)
-        }
+        best, own = {}, self.tensors()
         with torch.no_grad():
-            for name, target in self.tensors().items():
-                if name in tensors:
-                    target.copy_(tensors[name])
+            for name, tensor in tensors:
+                if name.startswith(_BEST):
+                    best[name.removeprefix(_BEST)] = tensor.cpu()
+                elif name in own:
+                    own[name].copy_(part_of(tensor) if self._is_part(name, own[name]) else tensor)
         numbers = [*self._entries(), *self._of_groups()]
         for where, key, name in numbers:
             if name in scalars and _is_number(where[key]):
@@ -128,7 +160,7 @@ class RunState:
                 _step_for_nothing(optimizer)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the gradients are no longer needed
-        own = self.tensors()
+        own = self.like()
         for name in sorted(own.keys() | saved.keys()):
             if name.startswith(_BEST):  # the watch checks these
                 continue
@@ -184,9 +216,10 @@ def undisturbed(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _weight_of(name: str) -> int:
-    """The number of the weight in a name that begins with `_OPTIMIZER`; -1 if it has none."""
+    """The number of the weight in a name that begins with `_WEIGHT` or `_OPTIMIZER`; -1 if it has none."""
     parts = name.split(".")
-    return int(parts[2]) if len(parts) > 3 and parts[2].isdecimal() else -1
+    place = {_WEIGHT: 1, _OPTIMIZER: 2}.get(f"{parts[0]}.", len(parts))
+    return int(parts[place]) if len(parts) > place and parts[place].isdecimal() else -1
 
 
 def _step_for_nothing(optimizer: Optimizer) -> None:

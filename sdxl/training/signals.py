@@ -6,11 +6,12 @@ numbers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dataset_and_utils import Example, ExampleDataset, TokenMap
+from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.model.components import Components
 from sdxl.model.prompt_chunks import token_ids
 from sdxl.speed.autocast import autocast
@@ -19,8 +20,7 @@ from sdxl.training.text_conditioning import TextConditioning, read_captions
 
 BANDS = {"low": 0.15, "middle": 0.45, "high": 0.75}
 """Band of noise → the timestep that stands for it, as a share of all."""
-_DRIFT_AT = (0.4, 0.8)
-_ANSWERS_AT = (0.9,)
+_DRIFT_AT, _ANSWERS_AT = 0.6, 0.9
 """Where drift and answers are measured. Texts decide most where there is much noise."""
 MOST_TEXTS = 4
 
@@ -51,14 +51,16 @@ class Meter:
         texts: Sequence[str],
         seed: int,
         mixed_precision: bool,
+        at_once: int,
     ) -> None:
         """Compute what the base predicts.
 
         held_out: examples that training does not see, all of one shape.
         words: the words of new tokens, such as "TOK:dog"; the base answers with these in place of the tokens.
         texts: what is asked for beside the subject, at least two; they name no new token.
+        at_once: most pictures in one call of the UNet.
         """
-        self._components, self._mixed = components, mixed_precision
+        self._components, self._mixed, self._at_once = components, mixed_precision, at_once
         self._device = components.device
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._held = held_out.collate(range(len(held_out)))
@@ -71,11 +73,9 @@ class Meter:
         self._noise = self._random(self._held.latents.shape)
         self._last: tuple[TextConditioning, TextConditioning] | None = None
 
-        self._base_losses = self._losses(self._encoded(self._held.token_ids))
-        self._base_others = self._predicted(self._others, _DRIFT_AT)
-        self._base_answers = _centred(
-            self._predicted(self._encoded(self._ids(plain, TokenMap({}))), _ANSWERS_AT)
-        )
+        texts_of_base = self._encoded(self._held.token_ids), self._encoded(self._ids(plain, TokenMap({})))
+        self._base_losses, base_answers, self._base_others = self._read(*texts_of_base)
+        self._base_answers = _centred(base_answers)
 
     def freeze_text(self) -> None:
         """Read the texts for the last time, because the text encoders are about to leave the device."""
@@ -83,13 +83,10 @@ class Meter:
 
     def read(self) -> Signals:
         """The signals of the present weights."""
-        captions, asked = self._last or self._texts()
-        losses = self._losses(captions)
-        answers = _centred(self._predicted(asked, _ANSWERS_AT))
+        losses, answers, others = self._read(*(self._last or self._texts()))
         expected = self._base_answers
-        followed = (answers * expected).sum() / expected.square().sum().clamp_min(1e-12)
-        moved = self._predicted(self._others, _DRIFT_AT) - self._base_others
-        scale = _centred(self._base_others)
+        followed = (_centred(answers) * expected).sum() / expected.square().sum().clamp_min(1e-12)
+        moved, scale = others - self._base_others, _centred(self._base_others)
         drift = (moved.square().sum() / scale.square().sum().clamp_min(1e-12)).sqrt()
         return Signals(
             held_out={band: losses[band] / self._base_losses[band] for band in BANDS},
@@ -114,51 +111,71 @@ class Meter:
         with autocast(self._device):
             return read_captions(self._components.text_encoders, ids)
 
-    def _losses(self, captions: TextConditioning) -> dict[str, float]:
-        """The mean squared error of the held-out examples in each band."""
-        scheduler = self._components.noise_scheduler
-        losses = {}
-        for band, share in BANDS.items():
-            times = self._times(share, len(self._held.latents))
-            noisy = scheduler.add_noise(self._held.latents, self._noise, times)  # type: ignore[arg-type]
-            target = training_target(scheduler, self._held.latents, self._noise, times)
-            error = (self._call(noisy, times, captions, self._held) - target).square() * self._held.mask
-            losses[band] = float(error.sum() / self._held.mask.sum().clamp_min(1e-6)) + 1e-12
-        return losses
+    def _read(
+        self, captions: TextConditioning, asked: TextConditioning
+    ) -> tuple[dict[str, float], Tensor, Tensor]:
+        """The losses of what is held out by band, and what is predicted for the texts `asked` and for the others."""
+        scheduler, count = self._components.noise_scheduler, len(self._held.latents)
+        rows = torch.arange(count, device=self._device).repeat(len(BANDS))
+        every, noise = self._held.take(rows), self._noise[rows]
+        times = self._times(list(BANDS.values()), count)
+        noisy = scheduler.add_noise(every.latents, noise, times)  # type: ignore[arg-type]
+        of_held = _Question(noisy, times, captions.take(rows), every.time_ids)
+        of_asked, of_others = self._about(asked, _ANSWERS_AT), self._about(self._others, _DRIFT_AT)
+        predicted, answers, others = self._answers([of_held, of_asked, of_others])
 
-    def _predicted(self, texts: TextConditioning, shares: Sequence[float]) -> Tensor:
-        """Predictions [timesteps, texts, c, h, w] for the first held-out example, with noise, under each of the texts."""
-        scheduler = self._components.noise_scheduler
-        first, count = self._held.take(torch.tensor([0], device=self._device)), len(texts.pooled)
-        several = first.take(torch.zeros(count, dtype=torch.long, device=self._device))
-        found = []
-        for share in shares:
-            times = self._times(share, count)
-            noise = self._noise[:1].expand(count, -1, -1, -1)
-            noisy = scheduler.add_noise(several.latents, noise, times)  # type: ignore[arg-type]
-            found.append(self._call(noisy, times, texts, several))
-        return torch.stack(found)
+        target = training_target(scheduler, every.latents, noise, times)
+        errors = ((predicted - target).square() * every.mask).chunk(len(BANDS))
+        whole = self._held.mask.sum().clamp_min(1e-6)
+        losses = {band: float(error.sum() / whole) + 1e-12 for band, error in zip(BANDS, errors, strict=True)}
+        return losses, answers, others
 
-    def _times(self, share: float, count: int) -> Tensor:
+    def _about(self, texts: TextConditioning, share: float) -> "_Question":
+        """The first held-out example with noise, under each of the texts."""
+        count = len(texts.pooled)
+        several = self._held.take(torch.zeros(count, dtype=torch.long, device=self._device))
+        times, noise = self._times([share], count), self._noise[:1].expand(count, -1, -1, -1)
+        noisy = self._components.noise_scheduler.add_noise(several.latents, noise, times)  # type: ignore[arg-type]
+        return _Question(noisy, times, texts, several.time_ids)
+
+    def _times(self, shares: Sequence[float], count: int) -> Tensor:
+        """Timesteps [len(shares) · count]: each of the shares of all timesteps `count` times."""
         steps = self._components.noise_scheduler.config["num_train_timesteps"]
-        return torch.full((count,), int(share * steps), device=self._device)
+        times = torch.tensor([int(share * steps) for share in shares], device=self._device)
+        return times.repeat_interleave(count)
 
     @torch.no_grad()
-    def _call(self, noisy: Tensor, times: Tensor, texts: TextConditioning, like: Example) -> Tensor:
-        """The UNet's predictions, one picture at a time so that memory for training stays free."""
-        unet = self._components.unet
-        rows = []
+    def _answers(self, questions: "Sequence[_Question]") -> list[Tensor]:
+        """The UNet's predictions for each question, as many rows at once as memory for training leaves room for."""
+        if len({one.texts.hidden.shape[1] for one in questions}) > 1:  # captions of several chunks
+            return [answer for one in questions for answer in self._answers([one])]
+        noisy, times, time_ids = (
+            torch.cat([getattr(one, name) for one in questions]) for name in ("noisy", "times", "time_ids")
+        )
+        texts = TextConditioning.joined([one.texts for one in questions])
+        unet, rows = self._components.unet, []
         # Compiled blocks would compile anew for these shapes and for calls without gradients.
         with torch.compiler.set_stance("force_eager"), autocast(self._device, self._mixed):
-            for row in range(len(noisy)):
-                one = slice(row, row + 1)
-                added = {"text_embeds": texts.pooled[one].to(unet.dtype), "time_ids": like.time_ids[one]}
-                hidden = texts.hidden[one].to(unet.dtype)
+            for start in range(0, len(noisy), self._at_once):
+                some = slice(start, start + self._at_once)
+                added = {"text_embeds": texts.pooled[some].to(unet.dtype), "time_ids": time_ids[some]}
+                hidden = texts.hidden[some].to(unet.dtype)
                 told = {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
-                rows.append(unet(noisy[one].to(unet.dtype), times[one], **told).sample.float())
-        return torch.cat(rows)
+                rows.append(unet(noisy[some].to(unet.dtype), times[some], **told).sample.float())
+        return list(torch.cat(rows).split([len(one.noisy) for one in questions]))
+
+
+class _Question(NamedTuple):
+    """What the UNet is asked about."""
+
+    noisy: Tensor
+    """Latents with noise [n, c, h, w]."""
+    times: Tensor
+    """Their timesteps [n]."""
+    texts: TextConditioning
+    time_ids: Tensor
 
 
 def _centred(predictions: Tensor) -> Tensor:
-    """What differs between texts: predictions [timesteps, texts, …] without their mean over the texts."""
-    return predictions - predictions.mean(1, keepdim=True)
+    """What differs between texts: predictions [texts, …] without their mean over the texts."""
+    return predictions - predictions.mean(0, keepdim=True)

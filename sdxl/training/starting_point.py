@@ -17,6 +17,7 @@ from sdxl.errors import WeightsError
 from sdxl.model.loaded_fine_tune import LoadedFineTune
 from sdxl.model.weight_changes import LowRank, Rescaled, WeightChange
 from sdxl.training.config import TrainingConfig
+from sdxl.training.sharding import set_whole, whole
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import LORA_TARGETS
 
@@ -79,12 +80,12 @@ class StartingPoint:
         parameters = dict(unet.named_parameters())
         for key, value in self.fine_tune.whole.items():
             if key.startswith(_UNET):
-                parameters[key.removeprefix(_UNET)].copy_(value)
+                set_whole(parameters[key.removeprefix(_UNET)], value)
         for key, change in self.fine_tune.lora.items():
             if key.startswith(_UNET):
                 weight = parameters[key.removeprefix(_UNET)]
-                before = weight.float()
-                weight.copy_(change.added(before, before, 1.0))
+                before = whole(weight).float()
+                set_whole(weight, change.added(before, before, 1.0))
 
     @property
     def _rows(self) -> list[tuple[list[int], list[int]]]:
@@ -131,7 +132,7 @@ def _require_same_lora(fine_tune: LoadedFineTune, config: TrainingConfig) -> Non
     To add the rest to the base instead would be wrong: the result is drawn with the base as it is.
     """
     name = fine_tune.name
-    if fine_tune.whole:
+    if fine_tune.is_full:
         raise WeightsError(
             f"{name} is a whole UNet, with which a LoRA cannot begin: set is_lora=false, or export it as a single file and "
             "give that as base."

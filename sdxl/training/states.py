@@ -25,7 +25,7 @@ import torch
 from sdxl.errors import WeightsError
 from sdxl.files.weight_image import StoppedError, WeightImage
 from sdxl.speed.memory import free_host_bytes
-from sdxl.training.data_parallel import gathered, rank, world_size
+from sdxl.training.data_parallel import agreed, gathered, rank, sent, world_size
 from sdxl.training.run_state import Order, RunState
 from sdxl.training.state_files import SavedState, StateNotes, kinds
 from sdxl.training.state_folders import RunFolder
@@ -73,6 +73,11 @@ class RunStates:
         self._fails = False
         """Whether states cannot be saved any more."""
         self._saved_step = 0 if goes_on is None else goes_on.notes.step
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run goes on from a state."""
+        return self._goes_on is not None
 
     def __enter__(self) -> "RunStates":
         self._stops.install()
@@ -144,15 +149,22 @@ class RunStates:
 
     def _save(self) -> None:
         """Copy the state and let a thread write it. A save before it that still goes on is waited for."""
-        assert self._boundary is not None
+        assert self._boundary is not None and self._run is not None
         step, own = self._boundary
         orders = gathered(own.as_json())  # in all processes, also in those that save nothing
+        image = None
         if rank() == 0 and not self._fails:
             self.wait()
-            if (image := self._copy(pinned=True)) is not None:
-                given = (image, self._notes(step, orders), self._copied)
-                self._writer = threading.Thread(target=self._write, args=given)
-                self._writer.start()
+            image = self._room(pinned=True)
+        has_room = image is not None
+        if self._run.is_shared:  # then all processes give their parts
+            has_room = agreed(has_room)
+        if has_room:
+            self._fill(image)
+        if image is not None:
+            given = (image, self._notes(step, orders), self._copied)
+            self._writer = threading.Thread(target=self._write, args=given)
+            self._writer.start()
 
     def _save_last(self, *, is_stopped: bool) -> None:
         """Write the state of the last complete step, unless that takes longer than a stop may or is impossible."""
@@ -172,8 +184,9 @@ class RunStates:
             return
         step, order = self._boundary
         if step > self._saved_step and not self._fails:
-            image = self._copy(pinned=False)
+            image = self._room(pinned=False)
             if image is not None:
+                self._fill(image)
                 self._write(image, self._notes(step, [order.as_json()]), self._copied)
 
     def _notes(self, step: int, orders: list[dict[str, Any]]) -> StateNotes:
@@ -187,34 +200,37 @@ class RunStates:
             pictures=self._pictures,
         )
 
-    @torch.no_grad()
-    def _copy(self, *, pinned: bool) -> WeightImage | None:
-        """Copy all tensors to host memory, on CUDA beside the next gradients; None if there is no room for them."""
+    def _room(self, *, pinned: bool) -> WeightImage | None:
+        """Room in host memory for all tensors; None if there is none."""
         assert self._run is not None
-        tensors = self._run.tensors()
-        if self._image is None or not self._image.is_for(tensors):
+        like = self._run.like()
+        if self._image is None or not self._image.is_for(like):
             self._image = None  # first give the memory back
-            size = sum(tensor.nbytes for tensor in tensors.values())
+            size = sum(tensor.nbytes for tensor in like.values())
             if free_host_bytes() < 1.2 * size:
                 self._fail(f"this machine has too little free memory to copy {_gigabytes(size)}")
                 return None
             try:
-                self._image = WeightImage(tensors, pinned=pinned)
+                self._image = WeightImage(like, pinned=pinned)
             except OSError as error:
                 self._fail(str(error))
-                return None
-        if self._run.device.type != "cuda":
-            for name, tensor in tensors.items():
-                self._image.tensors[name].copy_(tensor)
-            return self._image
-        self._stream = self._stream or torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for name, tensor in tensors.items():
-                self._image.tensors[name].copy_(tensor, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record(self._stream)
         return self._image
+
+    @torch.no_grad()
+    def _fill(self, image: WeightImage | None) -> None:
+        """Copy all tensors into `image`, on CUDA beside the next gradients. A process without one only gives its parts."""
+        assert self._run is not None
+        cuda = self._run.device.type == "cuda"
+        if cuda:
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # None leaves the stream as it is
+            for name, tensor in self._run.whole_tensors():
+                if image is not None:
+                    image.tensors[name].copy_(tensor, non_blocking=cuda)
+            if cuda:
+                self._copied = torch.cuda.Event()
+                self._copied.record(self._stream)
 
     def _write(self, image: WeightImage, notes: StateNotes, copied: torch.cuda.Event | None) -> None:
         """Write a state, in a thread or at the end."""
@@ -247,19 +263,22 @@ class RunStates:
 
 
 def _restore(run: RunState, saved: SavedState) -> None:
-    """Set `run` to `saved`.
+    """Set `run` to `saved`. Only the first process reads its tensors: other hosts may not see its folder.
 
     Raises:
         WeightsError: it does not fit.
     """
-    name, notes = saved.folder.name, saved.notes
-    differs = run.differs(kinds(saved.file))
+    name, notes, is_first = saved.folder.name, saved.notes, rank() == 0
+    found = agreed(kinds(saved.file) if is_first else {})
+    differs = run.differs(found)
     if differs is not None:
         raise WeightsError(
             f"{name} holds weights of another precision, optimizer or shape than this run (at {differs}): give the settings "
             "and the kind of GPU of its run."
         )
-    run.restore(saved.file.read(), notes.scalars, notes.orders[rank()], notes.watched)
+    own = saved.file.read() if is_first else {}
+    tensors = ((key, sent(own.get(key), *kind, run.device)) for key, kind in found.items())
+    run.restore(tensors, notes.scalars, notes.orders[rank()], notes.watched)
 
 
 def _gigabytes(count: int) -> str:

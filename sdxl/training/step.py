@@ -51,7 +51,9 @@ class TrainingStep:
         self._loss, self._sources = loss, sources
         self._optimizers, self._tokens = optimizers, tokens
         self._device, self._mixed_precision = generator.device, mixed_precision
-        self._graphed = GraphedWork(self._device, generator, enabled=config.cuda_graph)
+        # FSDP gathers shared weights by hooks that wait for each other, which a graph does not record.
+        graphs = config.cuda_graph and optimizers.shards is None
+        self._graphed = GraphedWork(self._device, generator, enabled=graphs)
         self._taught_in_batch = config.learned_at_once + config.taught_at_once <= config.train_batch_size
         self._one_graph = all(len(batches.buckets) == 1 for batches in sources)
 
@@ -97,7 +99,7 @@ class TrainingStep:
             total += weighted.detach().sum()
 
         # Average over all processes. The loss too: if one process must stop, all must.
-        average([*self._optimizers.gradients(), total])
+        average([*self._optimizers.to_average(), total])
         return torch.stack([total, *self._optimizers.clip(MAX_GRAD_NORM)])
 
     def _groups(self, drawn: tuple[int, ...]) -> Iterator[list[tuple[Part, float]]]:

@@ -4,7 +4,8 @@ Knows the UNet's parameters and how they are prepared for training; does not kno
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,18 +13,21 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sdxl.errors import UserInputError
 from sdxl.gpu import capability_of, computes_bf16, training_half
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.speed.lean_lora import make_lean
 from sdxl.speed.memory import free_bytes
 from sdxl.speed.triton_here import triton_runs
 from sdxl.training.config import TrainingConfig
+from sdxl.training.data_parallel import gathered, rank, world_size
 from sdxl.training.memory_plan import MemoryPlan, activation_bytes, choose_plan
-from sdxl.training.optimizers import Group
+from sdxl.training.optimizers import SHAREABLE, Group
+from sdxl.training.sharding import can_share, share, whole
 
 log = logging.getLogger(__name__)
 
@@ -57,30 +61,48 @@ class Trainable:
     """The LoRA matrices of the text encoders, if they train."""
     export: Callable[[], dict[str, Tensor]]
     """The current weights: tensors on the CPU, with the names and dtypes in which they are stored."""
+    lent: Callable[[Mapping[str, Tensor]], AbstractContextManager[None]] | None = None
+    """While the context lasts, the UNet has other exported weights; afterwards its own, to the last bit. None: that would cost
+    too much."""
 
 
-def full_unet(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
+def full_unet(
+    unet: UNet2DConditionModel, config: TrainingConfig, base_unet: Callable[..., Any] | None = None
+) -> Trainable:
     """Every parameter of the UNet, exported in half precision as inference uses it.
+
+    Several processes share the UNet if memory requires it or `shard` says so, and `base_unet`, the teacher, with it. Only the
+    first of them then gets what is exported.
 
     Raises:
         NotEnoughMemoryError: the weights fit on the device neither in fp32 nor in bf16.
+        UserInputError: `shard` asks for what cannot be shared.
     """
-    plan = _memory_plan(unet, config)
-    if unet.device.type == "cuda":
+    teacher = base_unet if isinstance(base_unet, UNet2DConditionModel) else None
+    plan = _memory_plan(unet, config, teacher)
+    if unet.device.type == "cuda" or plan.shared_by > 1:
         log.log(logging.WARNING if plan.tight else logging.INFO, plan.reason)
     unet.requires_grad_(True)
     plan.apply(unet)
     _prepare(unet, config, checkpointing=plan.checkpointing)
+    shards = None
+    if plan.shared_by > 1:
+        shards = share(unet)
+        if teacher is not None:
+            share(teacher)
 
     def export() -> dict[str, Tensor]:
-        return {
-            name: value.detach().to("cpu", torch.float16).contiguous()
-            for name, value in unet.state_dict().items()
-        }
+        found = {}
+        for name, value in unet.state_dict().items():
+            complete = whole(value.detach())  # by all processes together
+            if shards is None or rank() == 0:
+                found[name] = complete.to("cpu", torch.float16).contiguous()
+        return found
 
+    params = list(unet.parameters()) if shards is None else shards.parameters
     return Trainable(
         kind="unet",
-        weights=Group(params=list(unet.parameters()), lr=config.unet_learning_rate),
+        weights=Group(params=params, lr=config.unet_learning_rate, shards=shards),
         optimizer=plan.optimizer,
         mixed_precision=True,
         export=export,
@@ -102,6 +124,7 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
         optimizer=config.optimizer,
         mixed_precision=config.use_dora,  # our own LoRA layers mix precisions themselves; peft's DoRA needs autocast
         export=lambda: exported_lora(unet, "unet", config),
+        lent=partial(_lent_lora, unet, parameters, config),
     )
 
 
@@ -130,13 +153,37 @@ def exported_lora(model: Any, part: str, config: TrainingConfig) -> dict[str, Te
     """The matrices of `model`, which is the `part` "unet" or a text encoder, on the CPU in fp32."""
     # With these names diffusers reads every kind of layer. It assumes that alpha equals the rank, so multiply the second
     # matrices by alpha / rank.
-    scale = (config.lora_alpha or config.lora_rank) / config.lora_rank
+    scale = _alpha_by_rank(config)
     # peft would ask the hub whether the vocabulary has grown. The token rows are exported on their own.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {
         f"{part}.{name}": value.detach().float().mul(scale if "lora_B" in name else 1.0).cpu().contiguous()
         for name, value in state.items()
     }
+
+
+def _alpha_by_rank(config: TrainingConfig) -> float:
+    return (config.lora_alpha or config.lora_rank) / config.lora_rank
+
+
+@contextmanager
+def _lent_lora(
+    unet: UNet2DConditionModel, parameters: list[Any], config: TrainingConfig, weights: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """While the context lasts, the `parameters` of the UNet's LoRA are `weights`, as `exported_lora` made them."""
+    own = [parameter.detach().clone() for parameter in parameters]
+    state = {
+        name.removeprefix("unet."): value / _alpha_by_rank(config) if "lora_B" in name else value
+        for name, value in weights.items()
+        if name.startswith("unet.")
+    }
+    try:
+        set_peft_model_state_dict(unet, state)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(parameters, own, strict=True):
+                parameter.copy_(before)
 
 
 def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[..., Any]:
@@ -166,11 +213,16 @@ def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[...,
     return without_adapter
 
 
-def _memory_plan(unet: UNet2DConditionModel, config: TrainingConfig) -> MemoryPlan:
+def _memory_plan(
+    unet: UNet2DConditionModel, config: TrainingConfig, teacher: UNet2DConditionModel | None
+) -> MemoryPlan:
     """How to hold the weights while they train. A CPU always counts as having enough memory."""
     size = sum(parameter.nbytes for parameter in unet.parameters())
+    held = 0 if teacher is None else sum(parameter.nbytes for parameter in teacher.parameters())
     return choose_plan(
-        free_bytes=free_bytes(unet.device) + size,
+        free_bytes=min(gathered(free_bytes(unet.device))) + size,  # all processes must choose alike
+        shared_by=_shared_by(unet, config),
+        also_shared=held,
         parameters=sum(parameter.numel() for parameter in unet.parameters()),
         optimizer=config.optimizer,
         batch=config.train_batch_size,
@@ -179,6 +231,26 @@ def _memory_plan(unet: UNet2DConditionModel, config: TrainingConfig) -> MemoryPl
         checkpointing=config.gradient_checkpointing,
         bf16=_in_bf16(unet.device),
     )
+
+
+def _shared_by(unet: UNet2DConditionModel, config: TrainingConfig) -> tuple[int, ...]:
+    """Among how many processes the UNet may be shared, best first; 1 is a copy for each.
+
+    Raises:
+        UserInputError: `shard` asks for it, but they cannot share it equally.
+    """
+    if config.shard is False or config.optimizer not in SHAREABLE:
+        return (1,)
+    if can_share(unet):
+        return (world_size(),) if config.shard else (1, world_size())
+    if config.shard and world_size() > 1:
+        raise UserInputError(
+            f"shard is true, but {world_size()} processes cannot share SDXL's layers equally: start 2, 4, 8 or 16, or leave "
+            "out shard."
+        )
+    if config.shard:
+        log.warning("shard has no effect, because only one process trains: start several with torchrun.")
+    return (1,)
 
 
 def _in_bf16(device: torch.device) -> bool:
