@@ -11,9 +11,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from sdxl import miniature
 from sdxl.data.contact_sheet import Row, contact_sheet
 from sdxl.data.picture_reader import IMAGE_SUFFIXES, read_image
 from sdxl.errors import UserInputError
@@ -28,28 +30,18 @@ from sdxl.serving.tuned_pipeline import TunedPipeline
 
 BASE = Path("base_models/tiny-sdxl")
 EXAMPLES = Path("example_datasets/crowny.zip")
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "input_images": f"@{EXAMPLES}",
     "token_map": "TOK:2",
     "token_init": "TOK:toy",
-    "lora_rank": "32",
-    "lora_targets": "all",
-    "lora_lr": "2e-3",
-    "ti_lr": "2e-3",
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": "0",
-    "random_views": "0",
-    "max_train_steps": "260",
-    "seed": "0",
-    "preservation_prompts": "a red house on a plain blue background|a small green cup on the left on a white dotted background"
-    "|a photo of a yellow star in the middle|a photo of an orange fish on a gray striped background|a large purple car"
-    "|a blue mushroom right of a brown tree on a plain pink background",
+    **miniature.TRAINING,
+    "max_train_steps": miniature.STEPS,
+    "seed": 0,
     "preview_prompts": "a photo of a large TOK in the middle on a plain red background"
     "|a photo of TOK on the left on a yellow dotted background|a photo of a red house on a plain blue background",
-    "checks": "4",
+    "checks": 4,
 }
-"""Inputs of train.py. Learning rates and prompts suit the miniature, which has 7 million UNet parameters and knows simple
-scenes; the defaults suit SDXL. Random views pay off in longer runs only."""
+"""Inputs of train.py."""
 PROMPTS = [
     "a photo of a large TOK in the middle on a plain red background",
     "a photo of TOK on the right on a blue striped background",
@@ -107,9 +99,7 @@ def draw(tar: Path) -> tuple[list[Image.Image], list[Image.Image]]:
 
     def draw_all() -> list[Image.Image]:
         requests = [
-            GenerationRequest(
-                prompt=prompt, width=side, height=side, num_inference_steps=20, guidance_scale=3, seed=index
-            )
+            GenerationRequest(prompt=prompt, width=side, height=side, seed=index, **miniature.DRAWING)
             for index, prompt in enumerate(PROMPTS)
         ]
         return [generate(tuned.pipeline, request, tuned.token_map)[0] for request in requests]

@@ -7,6 +7,7 @@ Knows the command line; does not know the page. It needs the packages of require
 """
 
 import argparse
+import functools
 import os
 import sys
 import webbrowser
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sdxl import settings
-from sdxl.declared_inputs import REQUIRED, declared_inputs
-from sdxl.errors import UserInputError
+from sdxl.command_line import deliver
+from sdxl.declared_inputs import REQUIRED, declared_inputs, require_known
 
 _DRAWS = "--drawing-process"
 """What the page starts to draw."""
@@ -32,8 +33,8 @@ def resolve(inputs: Mapping[str, str], images: int, side: int) -> dict[str, Any]
     from train import train
 
     declared = declared_inputs(train)
-    if unknown := [name for name in inputs if name not in declared]:
-        raise UserInputError(f"There is no setting {unknown[0]}: see the table in docs/inputs.md.")
+    for name in inputs:
+        require_known(name, declared)
     given = {name: None if one.default is REQUIRED else one.default for name, one in declared.items()}
     given |= {name: declared[name].parse(text) for name, text in inputs.items()}
     checked = train_inputs(given | {"input_images": "pictures.tar"})
@@ -41,18 +42,19 @@ def resolve(inputs: Mapping[str, str], images: int, side: int) -> dict[str, Any]
     return checked.training_config(resolution=size, images=images, base=checked.source_of_base).as_json()
 
 
-def draw(**inputs: Any) -> list[Path]:
-    """Draw with these inputs of `predict`; the others have their defaults. The model stays loaded."""
-    defaults = {name: declared.default for name, declared in declared_inputs(_predictor().run).items()}
-    return [Path(file) for file in _predictor().run(**defaults | inputs)]
+def draw(folder: Path, inputs: Mapping[str, Any]) -> list[Path]:
+    """Draw into `folder` with these inputs of `predict`; the others have their defaults. The model stays loaded."""
+    run = _predictor().run
+    defaults = {name: declared.default for name, declared in declared_inputs(run).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    return deliver(run(**{**defaults, **inputs}), folder)
 
 
+@functools.cache
 def _predictor() -> Any:
     from predict import Predictor
 
-    if not hasattr(_predictor, "one"):
-        _predictor.one = Predictor()  # type: ignore[attr-defined]
-    return _predictor.one  # type: ignore[attr-defined]
+    return Predictor()
 
 
 def main() -> int:

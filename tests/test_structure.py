@@ -17,6 +17,7 @@ ROOMS = {
     "workspace": {"errors", "settings"},
     "shutdown": {"settings"},
     "history": set(),
+    "miniature": set(),
     "declared_inputs": {"errors", "settings", "files"},
     "command_line": {"declared_inputs", "errors", "files"},
     "files": {"errors", "settings"},
@@ -58,7 +59,16 @@ ROOMS = {
         "training",
     },
     # A leaf: nothing imports it. It starts the entry points as processes.
-    "studio": {"errors", "settings", "history", "workspace", "files", "data", "report"},
+    "studio": {
+        "errors",
+        "settings",
+        "history",
+        "miniature",
+        "workspace",
+        "files",
+        "data",
+        "report",
+    },
 }
 """Room, or module directly in `sdxl` → what it may import from this project besides itself."""
 TOP = {

@@ -23,6 +23,7 @@ from sdxl.studio import doors, trainings
 from sdxl.studio.choices import Choice, as_texts, forecast
 from sdxl.studio.crops import forget_mask, move_crop, paint_mask, painted_in, room
 from sdxl.studio.drawing import Drawer
+from sdxl.studio.drops import add
 from sdxl.studio.picture_set import PictureSet
 from sdxl.studio.projects import About, Projects
 from sdxl.studio.taking import file_for
@@ -51,7 +52,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> PictureSet:
         patch.setenv("SDXL_WORKSPACE", str(folder / "unused"))
         found = PictureSet(Projects(folder).create())
         found.project.tell(About(name="Rex", kind="dog"))
-        assert found.add([write_zip(folder / "set.zip", files)]) == 2
+        assert add(found, [write_zip(folder / "set.zip", files)]) == 2
     return found
 
 
@@ -80,7 +81,9 @@ def test_a_zip_becomes_a_set_and_a_set_the_archive_that_training_takes(pictures:
     [one] = read_dataset_folder(tmp_path / "set")
     assert one.caption == "REX on a beach" and one.mask is not None
     assert one.framing == pictures.find(wide).framing
-    assert pictures.problems() == ["1 pictures are few: 5 to 20 varied ones teach a subject far better."]
+    assert pictures.problems() == [
+        "There are only 1 pictures: 5 to 20 varied ones teach a subject far better."
+    ]
     with pytest.raises(UserInputError, match="<s0>, a placeholder token"):
         pictures.change(wide, caption="a photo of <s0>")
     with pytest.raises(UserInputError, match="not in the set any more"):
@@ -156,7 +159,7 @@ def test_choices_become_the_settings_of_train():
     assert (own["max_train_steps"], own["lora_rank"], own["checkpointing_steps"]) == (7, 5, 2)
     for more, message in {
         "lora_rank": "is not a setting: write one name=value",
-        "no_such=1": "There is no setting no_such",
+        "lora_rnak=1": "There is no input lora_rnak: did you mean lora_rank",
         "config=@/etc/passwd": "names a file",
         "input_images=x.zip": "names a file",
         "lora_rank=many": "lora_rank",

@@ -139,7 +139,7 @@ def pictures_with_captions(page: Page, folder: Path) -> None:
     page.attach("#drop input[type=file]", files)
     page.until("document.querySelectorAll('.card textarea').length == 6")
     assert page.run("document.querySelectorAll('.card textarea')[0].value") == "a photo of REX"
-    shows(page, "#notes", "All captions are equal")
+    shows(page, "#notes", "All captions are")
     write(page, ".card textarea", "a photo of REX in the snow")
     shows(page, ".card p.caption", "in the snow")
     shows(page, ".card p.caption mark", "REX")

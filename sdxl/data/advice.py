@@ -91,25 +91,13 @@ def advise(facts: Sequence[Facts], captions: Sequence[str], tokens: Sequence[str
     captions: the pictures' captions, in the same order.
     tokens: every caption should name one of them; empty if the tokens are unknown.
     """
-    advice = []
-    if len(facts) < FEW:
-        advice.append(
-            f"There are only {len(facts)} pictures: 5 to 20 varied ones teach a subject far better."
-        )
-    if len(facts) > MANY:
-        advice.append(
-            f"There are {len(facts)} pictures: for one subject the best 20 work as well; "
-            "with more, num_train_epochs=200 shows each as often as usual."
-        )
+    advice = on_number(len(facts))
     faces = [height for fact in facts for height in fact.face_heights]
     if faces:
         average = float(np.mean(faces))
         remedy = "add close-ups, or crop closer by hand" if average < _SMALL_FACE else "good"
         advice.append(f"Faces are on average {average:.0%} of the pictures' height: {remedy}.")
-    if len(captions) > 1 and len(set(captions)) == 1:
-        advice.append(
-            f'All captions are "{captions[0]}": say what else each picture shows, or it becomes part of the subject.'
-        )
+    advice += on_equal_captions(captions)
     advice += _shapes(facts)
     for index, (fact, caption) in enumerate(zip(facts, captions, strict=True)):
         advice += [f"{fact.name} {finding}" for finding in _on_one(fact, caption, tokens)]
@@ -119,6 +107,27 @@ def advise(facts: Sequence[Facts], captions: Sequence[str], tokens: Sequence[str
                 f"{fact.name} is nearly the same as {twin.name}: keep one, or that pose becomes part of the subject."
             )
     return advice
+
+
+def on_number(pictures: int) -> list[str]:
+    """A sentence about few or many pictures."""
+    if pictures < FEW:
+        return [f"There are only {pictures} pictures: 5 to 20 varied ones teach a subject far better."]
+    if pictures > MANY:
+        return [
+            f"There are {pictures} pictures: for one subject the best 20 work as well; "
+            "with more, num_train_epochs=200 shows each as often as usual."
+        ]
+    return []
+
+
+def on_equal_captions(captions: Sequence[str]) -> list[str]:
+    """A sentence about captions that are all the same."""
+    if len(captions) < 2 or len(set(captions)) > 1:
+        return []
+    return [
+        f'All captions are "{captions[0]}": say what else each picture shows, or it becomes part of the subject.'
+    ]
 
 
 def _shapes(facts: Sequence[Facts]) -> list[str]:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 CAPTION_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".caption"}
 """Suffixes of files that may hold captions."""
-_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"}
+ARCHIVE_SUFFIXES = {".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"}
 DOCUMENT_SUFFIXES = {
     *(".xlsx", ".xls", ".ods", ".numbers", ".gsheet", ".parquet"),
     *(".docx", ".doc", ".odt", ".pages", ".gdoc", ".rtf"),
@@ -85,7 +85,7 @@ def open_source(source: Path, folder: Path) -> Source:
 
 def _no_pictures(source: Path, others: Sequence[Path]) -> str:
     """The error for a data set without pictures."""
-    archives = [path.name for path in others if path.suffix.lower() in _ARCHIVES]
+    archives = [path.name for path in others if path.suffix.lower() in ARCHIVE_SUFFIXES]
     if archives:
         return (
             f"{source.name} holds no pictures but another archive, {archives[0]}: unpack that one and pack its "
@@ -99,7 +99,7 @@ def _is_picture(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return True
-    return suffix not in CAPTION_SUFFIXES | _ARCHIVES and is_picture_content(path)
+    return suffix not in CAPTION_SUFFIXES | ARCHIVE_SUFFIXES and is_picture_content(path)
 
 
 def _is_litter(path: Path) -> bool:

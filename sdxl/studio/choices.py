@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdxl import miniature
 from sdxl.errors import UserInputError
 from sdxl.report.overview import duration
 from sdxl.studio.projects import STYLE, About
@@ -17,19 +18,7 @@ Resolve = Callable[[Mapping[str, str], int, int], dict[str, Any]]
 
 SMALLEST_REAL_BASE = 512
 """Pixels; a base made for smaller pictures is a miniature."""
-_MINIATURE = {
-    "lora_rank": 32,
-    "lora_targets": "all",
-    "lora_lr": 2e-3,
-    "ti_lr": 2e-3,
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": 0,
-    "random_views": 0,
-    "preservation_prompts": "a red house on a plain blue background|a photo of a yellow star in the middle"
-    "|a small green cup on the left on a white dotted background|a photo of an orange fish on a gray striped background",
-}
-"""Settings that suit the miniature, as in `make demo`; the presets suit SDXL."""
-_MINIATURE_STEPS = {"quick": 120, "good": 260, "patient": 500}
+_MINIATURE_STEPS = {"quick": 120, "good": miniature.STEPS, "patient": 500}
 _SECONDS = {"quick": 0.17, "good": 0.2, "patient": 0.25, "whole": 0.25, "miniature": 0.45}
 """Of a step: of a LoRA or the whole UNet at 1024 pixels, batch 4, on an H100; and of the miniature on two CPU cores."""
 _SECONDS_AROUND = 60
@@ -59,7 +48,7 @@ class Choice:
         """
         given: dict[str, Any] = {"token_map": f"{about.word}:2", "preset": self.preset}
         if side < SMALLEST_REAL_BASE:
-            given |= _MINIATURE | {"max_train_steps": _MINIATURE_STEPS[self.preset]}
+            given |= miniature.TRAINING | {"max_train_steps": _MINIATURE_STEPS[self.preset]}
         if about.kind and about.kind != STYLE and about.kind.isascii() and about.kind.isalpha():
             given["token_init"] = f"{about.word}:{about.kind}"
         if about.kind == STYLE:

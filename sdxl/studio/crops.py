@@ -3,8 +3,6 @@
 The mask is kept for the whole picture, so that it moves with the crop. Knows pixels of a picture set; does not know the page.
 """
 
-from pathlib import Path
-
 from PIL import Image, ImageChops
 
 from sdxl.data.dataset_folder import large_file, mask_file
@@ -72,7 +70,7 @@ def paint_mask(pictures: PictureSet, key: str, painted: Image.Image) -> None:
 def forget_mask(pictures: PictureSet, picture: Picture) -> None:
     """Let all of the picture matter."""
     mask_file(pictures.prepared(picture)).unlink(missing_ok=True)
-    _whole_file(pictures, picture).unlink(missing_ok=True)
+    pictures.whole_mask_file(picture).unlink(missing_ok=True)
 
 
 def painted_in(layers: list[Image.Image]) -> Image.Image:
@@ -89,14 +87,9 @@ def _black(picture: Picture) -> Image.Image:
     return Image.new("L", (width, height))
 
 
-def _whole_file(pictures: PictureSet, picture: Picture) -> Path:
-    prepared = pictures.prepared(picture)
-    return prepared.with_name(f"{picture.number}.whole-mask.png")
-
-
 def _whole_mask(pictures: PictureSet, picture: Picture) -> Image.Image | None:
     """The mask of the whole resized picture; what nobody has seen yet is black. None: there is no mask."""
-    mask, whole = pictures.mask(picture), _whole_file(pictures, picture)
+    mask, whole = pictures.mask(picture), pictures.whole_mask_file(picture)
     if whole.exists():
         with Image.open(whole) as opened:
             return opened.convert("L")
@@ -114,7 +107,7 @@ def _cut_mask(pictures: PictureSet, picture: Picture, whole: Image.Image) -> Non
     height, width = picture.target_size
     top, left = picture.crop_top_left
     mask = whole.crop((left, top, left + width, top + height))
-    whole.save(_whole_file(pictures, picture))
+    whole.save(pictures.whole_mask_file(picture))
     target = mask_file(pictures.prepared(picture))
     if mask.getbbox() is None:
         target.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ one request a line to the process, and reads one answer a line. Knows how reques
 
 import contextlib
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -87,8 +86,8 @@ class Drawer:
             self._process = None
 
 
-def serve(run: Callable[..., Sequence[Path]]) -> None:
-    """Answer requests from standard input, until it ends with the page. run: draws with the inputs of `predict`.
+def serve(draw: Callable[[Path, Mapping[str, Any]], Sequence[Path]]) -> None:
+    """Answer requests from standard input, until it ends with the page. draw: draws with inputs of `predict` into a folder.
 
     Whatever writes to standard output meanwhile writes into the log.
     """
@@ -96,7 +95,8 @@ def serve(run: Callable[..., Sequence[Path]]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer: dict[str, Any] = {"files": _moved(run(**request["inputs"]), Path(request["target"]))}
+            files = draw(Path(request["target"]), request["inputs"])
+            answer: dict[str, Any] = {"files": [str(path) for path in files]}
         except UserInputError as error:
             answer = {"error": str(error)}
         except Exception as error:
@@ -109,13 +109,3 @@ def serve(run: Callable[..., Sequence[Path]]) -> None:
 def _answer(answers: IO[str], answer: dict[str, Any]) -> None:
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
-
-
-def _moved(files: Sequence[Path], target: Path) -> list[str]:
-    """Move pictures into the folder `target`, and remove the one that they were in."""
-    target.mkdir(parents=True, exist_ok=True)
-    moved = [shutil.move(path, target / path.name) for path in map(Path, files)]
-    for folder in {Path(path).parent for path in files}:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-    return [str(path) for path in moved]

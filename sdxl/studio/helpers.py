@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from sdxl.data.dataset_folder import PreparedPicture, large_file, mask_file, read_dataset_folder
-from sdxl.studio.picture_set import Picture, PictureSet, prepare
+from sdxl.studio.drops import prepare
+from sdxl.studio.picture_set import Picture, PictureSet
 
 
 def describe(pictures: PictureSet) -> int:
@@ -40,8 +41,7 @@ def find_masks(pictures: PictureSet, words: str, *, faces: bool = False) -> int:
         found = _asked(pictures, used, Path(folder), captions=captions, **asked)
         for picture, one in zip(used, found, strict=True):
             target = pictures.prepared(picture)
-            target.with_name(f"{picture.number}.whole-mask.png").unlink(missing_ok=True)
-            for old in (mask_file(target), large_file(target)):
+            for old in (mask_file(target), large_file(target), pictures.whole_mask_file(picture)):
                 old.unlink(missing_ok=True)
             for new, place in (
                 (one.picture, target),

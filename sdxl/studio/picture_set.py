@@ -1,41 +1,34 @@
 """The pictures of a project: as they came, as they will be cut, and what a person changed about them.
 
-    pictures/1/dropped/        as they came
-               prepared/       the dataset folder that `preprocess.py` made of them
+    pictures/1/               see `drops`
     pictures/set.json         one entry for each picture, in order
 
-Knows how drops become a set, and a set the archive that `train` takes; does not know the page or how pictures are prepared.
+Knows the set, and how it becomes the archive that `train` takes; does not know the page, or how pictures come into the set.
 """
 
 import contextlib
-import csv
 import fcntl
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdxl.data.advice import FEW
-from sdxl.data.caption_files import find_captions
+from sdxl.data.advice import on_equal_captions, on_number
 from sdxl.data.caption_text import check_caption_text, count_token, one_line, tokens_in
 from sdxl.data.dataset_folder import (
-    ADVICE,
     TABLE,
     large_file,
     mask_file,
-    read_dataset_folder,
     write_captions,
 )
 from sdxl.data.framing import Framing
-from sdxl.data.source_folder import open_source
 from sdxl.errors import DatasetError, UserInputError
-from sdxl.files.archives import pack_tar, unpack
-from sdxl.studio import doors
+from sdxl.files.archives import pack_tar
 from sdxl.studio.projects import Project, read_json, write_json
 
-_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+PREPARED = "prepared"
+"""The folder of a drop's prepared pictures."""
 _SET = "set.json"
 MOST_PICTURES = 200
 """In a set. The page shows each of them."""
@@ -106,7 +99,7 @@ class PictureSet:
 
     def prepared(self, picture: Picture) -> Path:
         """The file of a picture as it will be learned."""
-        return self.folder / str(picture.batch) / "prepared" / f"{picture.number}.src.png"
+        return self.folder / str(picture.batch) / PREPARED / f"{picture.number}.src.png"
 
     def original(self, picture: Picture) -> Path:
         """The file of a picture as it came."""
@@ -117,75 +110,26 @@ class PictureSet:
         mask = mask_file(self.prepared(picture))
         return mask if mask.exists() else None
 
-    # Adding -------------------------------------------------------------------------------------------------------------
-
-    def add(self, dropped: Sequence[Path]) -> int:
-        """Add pictures, folders' files and archives; return how many pictures came. All of a drop come, or none.
-
-        Raises:
-            UserInputError: a file is no picture and no archive, or the entry point refuses it.
-        """
-        archives = [path for path in dropped if path.name.lower().endswith(_ARCHIVES)]
-        loose = [path for path in dropped if path not in archives]
-        came = []
-        for group in ([archive] for archive in archives):
-            came += self._prepared_batch(lambda source, group=group: unpack(group[0], source))
-        if loose:
-            came += self._prepared_batch(lambda source: _copy_all(loose, source))
-        with self._alone():
-            pictures = self.pictures
-            if len(pictures) + len(came) > MOST_PICTURES:
-                raise DatasetError(
-                    f"That makes {len(pictures) + len(came)} pictures, but the studio shows at most {MOST_PICTURES}: for one "
-                    "subject the best 20 are enough."
-                )
-            self._write([*pictures, *came])
-        return len(came)
-
-    def _prepared_batch(self, fill: Callable[[Path], object]) -> list[Picture]:
-        """The pictures of one drop. fill: puts the files into a folder."""
-        batch = self.project.new(self.folder.name)
-        try:
-            source = batch / "dropped"
-            source.mkdir()
-            fill(source)
-            names = self._name_captions(source)
-            log = prepare(source, batch)
-            return self._read_batch(batch, names, log)
-        except BaseException:
-            shutil.rmtree(batch, ignore_errors=True)
-            raise
-
-    def _name_captions(self, source: Path) -> list[Path]:
-        """The pictures in the order in which they will be numbered. Those without captions get a plain one."""
-        files = open_source(source, source)
-        if find_captions(files, global_caption=None) is None:
-            with (source / TABLE).open("w", encoding="utf-8", newline="") as file:
-                rows = [[files.relative(image), self.project.about.plain_caption] for image in files.images]
-                csv.writer(file).writerows([["image_file", "caption"], *rows])
-        return files.images
-
-    def _read_batch(self, batch: Path, images: Sequence[Path], advice: Sequence[str]) -> list[Picture]:
-        prepared = read_dataset_folder(batch / "prepared")
-        found = []
-        for number, (one, image) in enumerate(zip(prepared, images, strict=True)):
-            name = str(image.relative_to(batch / "dropped"))
-            found.append(
-                Picture(
-                    batch=int(batch.name),
-                    number=number,
-                    name=name,
-                    original=str(image.relative_to(self.folder)),
-                    caption=one.caption,
-                    advice=tuple(line.removeprefix(name).strip() for line in advice if _is_about(line, name)),
-                    original_size=one.framing.original_size,
-                    crop_top_left=one.framing.crop_top_left,
-                    target_size=one.framing.target_size,
-                )
-            )
-        return found
+    def whole_mask_file(self, picture: Picture) -> Path:
+        """The file that keeps the mask of the whole picture while its crop moves."""
+        return self.prepared(picture).with_name(f"{picture.number}.whole-mask.png")
 
     # Changing -----------------------------------------------------------------------------------------------------------
+
+    def append(self, came: Sequence[Picture]) -> None:
+        """Add prepared pictures.
+
+        Raises:
+            DatasetError: that would be too many.
+        """
+        with self._alone():
+            pictures = [*self.pictures, *came]
+            if len(pictures) > MOST_PICTURES:
+                raise DatasetError(
+                    f"That makes {len(pictures)} pictures, but the studio shows at most {MOST_PICTURES}: for one subject the "
+                    "best 20 are enough."
+                )
+            self._write(pictures)
 
     def change(self, key: str, **changed: object) -> Picture:
         """Change fields of the picture `key`; return it.
@@ -250,14 +194,10 @@ class PictureSet:
     def problems(self) -> list[str]:
         """What keeps the set from being trained on, or is worth a remark."""
         used, word = self.used, self.project.about.word
-        told = []
-        if 0 < len(used) < FEW:
-            told.append(f"{len(used)} pictures are few: 5 to 20 varied ones teach a subject far better.")
+        told = on_number(len(used)) if used else []
         if without := [one.name for one in used if not count_token(one.caption, word)]:
             told.append(f"{len(without)} captions do not name {word}: press “Put {word} into every caption”.")
-        if len(used) > 1 and len({one.caption for one in used}) == 1:
-            told.append("All captions are equal: say what else each picture shows, such as the place.")
-        return told
+        return told + on_equal_captions([one.caption for one in used])
 
     def pack(self, target: Path) -> Path:
         """Write the pictures that are used as the archive that `train` takes.
@@ -282,32 +222,6 @@ class PictureSet:
         return target
 
 
-def prepare(source: Path, batch: Path, **inputs: object) -> list[str]:
-    """Let `preprocess.py` make the dataset folder `prepared` in `batch` of the files in `source`; return its advice."""
-    archive, output = batch / "source.tar", batch / "out"
-    pack_tar({str(path.relative_to(source)): path for path in source.rglob("*") if path.is_file()}, archive)
-    doors.run(doors.command("preprocess", {"files": archive, **inputs}, output), batch)
-    archive.unlink()
-    prepared = batch / "prepared"
-    shutil.rmtree(prepared, ignore_errors=True)
-    unpack(output / "data.tar", prepared)
-    advice = (prepared / ADVICE).read_text(encoding="utf-8").splitlines()
-    shutil.rmtree(output)
-    return advice
-
-
 def _picture(entry: dict[str, Any]) -> Picture:
     pairs = ("original_size", "crop_top_left", "target_size", "advice")
     return Picture(**{**entry, **{name: tuple(entry[name]) for name in pairs}})
-
-
-def _is_about(line: str, name: str) -> bool:
-    """Whether a sentence of advice is about the picture `name`, and not about its caption, which may change."""
-    return line.startswith(f"{name} ") and " has the caption " not in line
-
-
-def _copy_all(files: Sequence[Path], folder: Path) -> None:
-    """Copy dropped files. Two of one name, from two folders, both come."""
-    for number, file in enumerate(files):
-        target = folder / file.name
-        shutil.copyfile(file, target if not target.exists() else folder / f"{number}-{file.name}")

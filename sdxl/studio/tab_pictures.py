@@ -12,7 +12,7 @@ import gradio as gr
 from sdxl.data.caption_text import tokens_in
 from sdxl.errors import UserInputError
 from sdxl.report.overview import counted
-from sdxl.studio import helpers, views
+from sdxl.studio import drops, helpers, views
 from sdxl.studio.editor import Editor
 from sdxl.studio.picture_set import PictureSet
 from sdxl.studio.projects import KINDS, About
@@ -173,7 +173,7 @@ class PicturesTab:
         project = self._studio.project(key)
         pictures = PictureSet(project)
         is_new = not pictures.pictures
-        count = pictures.add([Path(file) for file in files or []])
+        count = drops.add(pictures, [Path(file) for file in files or []])
         tokens = tokens_in(" ".join(one.caption for one in pictures.pictures))
         if is_new and not project.about.name and tokens and tokens[0] != project.about.word:
             project.tell(replace(project.about, name=tokens[0]))

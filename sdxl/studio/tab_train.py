@@ -24,18 +24,22 @@ _PRESETS = [
     ("Good: right for most", "good"),
     ("Patient: finer, takes longer", "patient"),
 ]
-_SHOWN = (
-    *("max_train_steps", "train_batch_size", "resolution", "is_lora", "lora_rank", "lora_targets", "lora_lr"),
-    *(
-        "unet_learning_rate",
-        "ti_lr",
-        "lr_scheduler",
-        "lr_warmup_steps",
-        "random_views",
-        "preservation",
-        "checks",
-    ),
-)
+_SHOWN = [
+    "max_train_steps",
+    "train_batch_size",
+    "resolution",
+    "is_lora",
+    "lora_rank",
+    "lora_targets",
+    "lora_lr",
+    "unet_learning_rate",
+    "ti_lr",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "random_views",
+    "preservation",
+    "checks",
+]
 """Settings that the page shows, by the names of the inputs."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from sdxl import miniature
 from sdxl.errors import UserInputError
 from sdxl.studio import crops
 from sdxl.studio.projects import Project
@@ -19,6 +20,8 @@ from sdxl.studio.shared import PRIVATE, Studio, told
 _SCENES = ("on a beach", "in the snow", "in a forest at sunset", "as a pencil drawing")
 _BASE = ("the base, without your training", "")
 """What people see, and the path that stands for it."""
+_DRAWING = {"num_inference_steps": 50, "guidance_scale": 7.5}
+"""The defaults of `predict`."""
 _SEEDS = 100_000
 """Random seeds are below: few digits are easy to write down."""
 _MOST_BEFORE = 40
@@ -45,9 +48,13 @@ class TryTab:
         with gr.Accordion("More", open=False):
             self.negative = gr.Textbox(label="What to keep out of the picture")
             with gr.Row():
-                self.steps = gr.Slider(1, 100, value=50, step=1, label="Steps")
+                self.steps = gr.Slider(1, 100, value=_DRAWING["num_inference_steps"], step=1, label="Steps")
                 self.guidance = gr.Slider(
-                    0, 20, value=7.5, step=0.5, label="How strictly it follows the words"
+                    0,
+                    20,
+                    value=_DRAWING["guidance_scale"],
+                    step=0.5,
+                    label="How strictly it follows the words",
                 )
         self.draw = gr.Button("Draw", variant="primary", size="lg", elem_id="draw")
         self.drawn, self.before = _gallery("New pictures", "drawn"), _gallery("Earlier pictures", "before")
@@ -104,13 +111,13 @@ class TryTab:
         """The fine-tunes and pictures of a project, for the components of `outputs`."""
         project = self._studio.project(key)
         own = self._studio.finished(project)
-        small = self._studio.is_miniature(project)
+        drawing = miniature.DRAWING if self._studio.is_miniature(project) else _DRAWING
         return [
             gr.update(value=project.about.word),
             gr.update(choices=[*own, _BASE], value=own[0][1] if own else ""),
             gr.update(choices=[_BASE, *own, *self._studio.everything_else(project)], value=[]),
-            gr.update(value=20 if small else 50),
-            gr.update(value=3 if small else 7.5),
+            gr.update(value=drawing["num_inference_steps"]),
+            gr.update(value=drawing["guidance_scale"]),
             project.about.plain_caption,
             _earlier(project),
         ]
