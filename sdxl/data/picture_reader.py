@@ -42,6 +42,9 @@ LONGEST_RATIO = 32
 """Largest ratio of a picture's sides. A crop of a longer picture shows less than a sixteenth of it, and enlarging it to
 cover a square takes memory without bound."""
 
+Image.MAX_IMAGE_PIXELS = (
+    MAX_PIXELS  # Pillow warns from here on, and refuses twice as many by itself; its own limit is lower
+)
 Image.init()
 FORMATS = tuple(kind for kind in _SUFFIXES_OF_FORMATS if kind in Image.OPEN)
 """The formats that this installation can read."""
@@ -177,6 +180,8 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
                 yield opened
     except (UserInputError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(name) from error
     except Exception as error:  # whatever a stranger's file makes Pillow and libheif raise
         other = describe_other_kind(path, wanted="a jpg or png")
         # A picture that is damaged, or of a kind that Pillow does not read, has the same remedy.
@@ -185,9 +190,13 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
         raise DatasetError(f"{name} cannot be read as a picture, because it {other}") from error
 
 
+def _too_large(name: str) -> DatasetError:
+    return DatasetError(f"{name} has more than {MAX_PIXELS // 10**6} megapixels: shrink it first.")
+
+
 def _check_shape(opened: Image.Image, name: str) -> None:
     if opened.width * opened.height > MAX_PIXELS:
-        raise DatasetError(f"{name} has more than {MAX_PIXELS // 10**6} megapixels: shrink it first.")
+        raise _too_large(name)
     if max(opened.size) > LONGEST_RATIO * min(opened.size):
         height, width = _upright_size(opened)
         raise DatasetError(

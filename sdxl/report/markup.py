@@ -46,11 +46,15 @@ def join(parts: Iterable[str]) -> Html:
 def escaped(text: str) -> str:
     """Text for HTML, also in attributes. What cannot be printed, such as half of a character or a change of the direction of
     writing, becomes a replacement character."""
-    shown = "".join(
+    return html.escape(printable(text), quote=True)
+
+
+def printable(text: str) -> str:
+    """`text` with a replacement character for each that cannot be printed."""
+    return "".join(
         character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
         for character in text
     )
-    return html.escape(shown, quote=True)
 
 
 def cut(text: str, most: int) -> str:

@@ -8,37 +8,41 @@ Knows how a drop becomes a dataset folder; does not know the page, or how pictur
 
 import csv
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdxl.data.caption_files import find_captions
 from sdxl.data.dataset_folder import ADVICE, TABLE, read_dataset_folder
-from sdxl.data.source_folder import ARCHIVE_SUFFIXES, open_source
+from sdxl.data.source_folder import ARCHIVE_SUFFIXES, Source, open_source
 from sdxl.files.archives import pack_tar, unpack
 from sdxl.studio import doors
 from sdxl.studio.picture_set import PREPARED, Picture, PictureSet
 from sdxl.studio.projects import Project
 
 _DROPPED = "dropped"
+_LOOSE = "What was dropped"
+"""How messages call files that came without an archive."""
 
 
-def add(pictures: PictureSet, dropped: Sequence[Path]) -> int:
-    """Add pictures, folders' files and archives; return how many pictures came. All of a drop come, or none.
+def add(pictures: PictureSet, dropped: Sequence[Path], *, names: Sequence[str] = ()) -> int:
+    """Add pictures and archives; return how many pictures came. All of a drop come, or none.
+
+    names: the files' paths in the folder that was dropped. Without them the files were dropped one by one.
 
     Raises:
-        UserInputError: a file is no picture and no archive, or the entry point refuses it.
+        UserInputError: there is no picture among them, or the entry point refuses one.
     """
-    archives = [path for path in dropped if path.suffix.lower() in ARCHIVE_SUFFIXES]
-    loose = [path for path in dropped if path not in archives]
-    fills: list[Callable[[Path], object]] = [lambda source, one=one: unpack(one, source) for one in archives]
-    if loose:
-        fills.append(lambda source: _copy_all(loose, source))
+    if len(names) == len(dropped):
+        archives, loose = [], dict(zip(names, dropped, strict=True))
+    else:
+        archives = [path for path in dropped if path.suffix.lower() in ARCHIVE_SUFFIXES]
+        loose = _by_name([path for path in dropped if path not in archives])
     batches: list[Path] = []
     try:
         came = []
-        for fill in fills:
+        for one in [*archives, *([loose] if loose else [])]:
             batches.append(pictures.project.new(pictures.folder.name))
-            came += _prepared(pictures.project, batches[-1], fill)
+            came += _prepared(pictures.project, batches[-1], one)
         pictures.append(came)
     except BaseException:
         for batch in batches:
@@ -47,12 +51,26 @@ def add(pictures: PictureSet, dropped: Sequence[Path]) -> int:
     return len(came)
 
 
-def _prepared(project: Project, batch: Path, fill: Callable[[Path], object]) -> list[Picture]:
-    """The pictures that `fill` puts into a folder, prepared in the folder `batch`."""
+def _by_name(files: Sequence[Path]) -> dict[str, Path]:
+    """Name → file. Two of one name come too."""
+    found: dict[str, Path] = {}
+    for number, file in enumerate(files):
+        found[file.name if file.name not in found else f"{number}/{file.name}"] = file
+    return found
+
+
+def _prepared(project: Project, batch: Path, dropped: Path | dict[str, Path]) -> list[Picture]:
+    """The pictures of an archive, or of files by their paths, prepared in the folder `batch`."""
     source = batch / _DROPPED
-    source.mkdir()
-    fill(source)
-    images = _with_captions(source, project.about.plain_caption)
+    if isinstance(dropped, dict):
+        archive = batch / _LOOSE
+        pack_tar(dropped, archive)  # unpacked by the rules for all archives: safe paths, and not too many
+    else:
+        archive = dropped
+    files = open_source(archive, source)
+    if archive != dropped:
+        archive.unlink()
+    images = _with_captions(files, project.about.plain_caption)
     advice = prepare(source, batch)
     names = [str(image.relative_to(source)) for image in images]
     return [
@@ -71,11 +89,10 @@ def _prepared(project: Project, batch: Path, fill: Callable[[Path], object]) -> 
     ]
 
 
-def _with_captions(source: Path, caption: str) -> list[Path]:
+def _with_captions(files: Source, caption: str) -> list[Path]:
     """The pictures in the order in which they will be numbered. If there are no captions, all get this one."""
-    files = open_source(source, source)
     if find_captions(files, global_caption=None) is None:
-        with (source / TABLE).open("w", encoding="utf-8", newline="") as file:
+        with (files.root / TABLE).open("w", encoding="utf-8", newline="") as file:
             rows = [[files.relative(image), caption] for image in files.images]
             csv.writer(file).writerows([["image_file", "caption"], *rows])
     return files.images
@@ -87,10 +104,8 @@ def prepare(source: Path, batch: Path, **inputs: object) -> list[str]:
     Raises:
         UserInputError: the entry point says why not.
     """
-    archive, output = batch / "source.tar", batch / "out"
-    pack_tar({str(path.relative_to(source)): path for path in source.rglob("*") if path.is_file()}, archive)
-    doors.run(doors.command("preprocess", {"files": archive, **inputs}, output), batch)
-    archive.unlink()
+    output = batch / "out"
+    doors.run(doors.command("preprocess", {"files": source, **inputs}, output), batch)
     prepared = batch / PREPARED
     shutil.rmtree(prepared, ignore_errors=True)
     unpack(output / "data.tar", prepared)
@@ -102,10 +117,3 @@ def prepare(source: Path, batch: Path, **inputs: object) -> list[str]:
 def _is_about(line: str, name: str) -> bool:
     """Whether a sentence of advice is about the picture `name`, and not about its caption, which may change."""
     return line.startswith(f"{name} ") and " has the caption " not in line
-
-
-def _copy_all(files: Sequence[Path], folder: Path) -> None:
-    """Copy dropped files. Two of one name, from two folders, both come."""
-    for number, file in enumerate(files):
-        target = folder / file.name
-        shutil.copyfile(file, target if not target.exists() else folder / f"{number}-{file.name}")

@@ -69,7 +69,8 @@ class Project:
     def tell(self, about: About) -> None:
         """Keep what was said about the subject, in one line each."""
         clean = About(name=one_line(about.name)[:60], kind=one_line(about.kind).lower()[:40])
-        write_json(self.folder / _ABOUT, asdict(clean))
+        if clean != self.about:
+            write_json(self.folder / _ABOUT, asdict(clean))
 
     @property
     def pictures(self) -> Path:
@@ -125,8 +126,12 @@ class Projects:
 
     def all(self) -> list[tuple[str, str]]:
         """(what people see, key) of the projects with something in them, the newest first."""
-        found = [path for path in self.folder.glob("*") if _KEY.fullmatch(path.name) and path.is_dir()]
-        newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+        found = {path.parent for name in (_ABOUT, "pictures/*") for path in self.folder.glob(f"*/{name}")}
+        newest = sorted(
+            (path for path in found if _KEY.fullmatch(path.name)),
+            key=lambda path: path.stat().st_mtime,
+            reverse=True,
+        )
         return [(_shown(Project(path)), path.name) for path in newest]
 
 

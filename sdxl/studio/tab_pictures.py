@@ -3,6 +3,7 @@
 Knows components and events; does not know how a picture is prepared.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import gradio as gr
 
 from sdxl.data.caption_text import tokens_in
 from sdxl.errors import UserInputError
+from sdxl.report.markup import printable
 from sdxl.report.overview import counted
 from sdxl.studio import drops, helpers, views
 from sdxl.studio.editor import Editor
 from sdxl.studio.picture_set import PictureSet
 from sdxl.studio.projects import KINDS, About
 from sdxl.studio.shared import PRIVATE, Studio, told
+
+_PATHS_IN_FOLDER = "[...document.querySelector('[webkitdirectory]').files].map(one => one.webkitRelativePath.replace(/^[^/]*[/]/, ''))"
+"""Gradio tells only the files' names. The folder itself is left out."""
 
 
 class PicturesTab:
@@ -45,6 +50,7 @@ class PicturesTab:
         )
         with gr.Row():
             self.folder = gr.UploadButton("Add a whole folder", file_count="directory", size="md")
+            self.paths = gr.Textbox(visible="hidden", label="Paths in the folder")
             self.put_word = gr.Button("Put the word into every caption", size="md", elem_id="put-word")
             self.save = gr.DownloadButton("Save this set", size="md", elem_id="save")
         self._helpers()
@@ -80,9 +86,13 @@ class PicturesTab:
                 concurrency_id="tell",
                 concurrency_limit=1,
             )
-        for source in (self.drop, self.folder):
+        for source, names in ((self.drop, "[]"), (self.folder, _PATHS_IN_FOLDER)):
             source.upload(
-                self.add, [key, source, version], [source, self.name, *self.outputs], api_visibility=PRIVATE
+                self.add,
+                [key, source, self.paths, version],
+                [source, self.name, *self.outputs],
+                js=f"(key, files, _, version) => [key, files, JSON.stringify({names}), version]",
+                api_visibility=PRIVATE,
             )
         self.put_word.click(self.insert, asks, self.outputs, api_visibility=PRIVATE)
         self.save.click(self.pack, key, self.save, api_visibility=PRIVATE)
@@ -124,7 +134,7 @@ class PicturesTab:
             # `interactive` is named, because Gradio otherwise exchanges a field with a value at the first key.
             caption = gr.Textbox(
                 picture.caption,
-                label=f"Caption of {picture.name}",
+                label=printable(f"Caption of {picture.name}"),
                 lines=2,
                 max_length=2000,
                 interactive=True,
@@ -168,12 +178,15 @@ class PicturesTab:
         return self.shown(key, number)
 
     @told
-    def add(self, key: str, files: list[str] | None, number: int) -> list[Any]:
-        """Add what was dropped. A set that names its subject names a new project too."""
+    def add(self, key: str, files: list[str] | None, paths: str, number: int) -> list[Any]:
+        """Add what was dropped. A set that names its subject names a new project too.
+
+        paths: those of the files in their folder, as JSON.
+        """
         project = self._studio.project(key)
         pictures = PictureSet(project)
         is_new = not pictures.pictures
-        count = drops.add(pictures, [Path(file) for file in files or []])
+        count = drops.add(pictures, [Path(file) for file in files or []], names=_texts(paths))
         tokens = tokens_in(" ".join(one.caption for one in pictures.pictures))
         if is_new and not project.about.name and tokens and tokens[0] != project.about.word:
             project.tell(replace(project.about, name=tokens[0]))
@@ -210,3 +223,12 @@ class PicturesTab:
         """The archive that `train` takes, to keep."""
         project = self._studio.project(key)
         return str(PictureSet(project).pack(project.folder / f"{project.about.word}-pictures.tar"))
+
+
+def _texts(listed: str) -> list[str]:
+    """The texts in a JSON list; none if it is anything else, since anyone may write into the page."""
+    try:
+        found = json.loads(listed)
+    except ValueError:
+        return []
+    return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else []
