@@ -106,7 +106,17 @@ class Page:
 
     def press(self, key: str) -> None:
         """Press and release a key, such as "ArrowRight"."""
-        code = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Enter": 13, "Tab": 9}[key]
+        code = {
+            "ArrowUp": 38,
+            "ArrowDown": 40,
+            "Escape": 27,
+            "ArrowLeft": 37,
+            "ArrowRight": 39,
+            "Home": 36,
+            "End": 35,
+            "Enter": 13,
+            "Tab": 9,
+        }[key]
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.call(

@@ -13,8 +13,6 @@ from sdxl.studio import crops, views
 from sdxl.studio.picture_set import PictureSet
 from sdxl.studio.shared import PRIVATE, Studio, told
 
-_SHOW = "() => document.getElementById('editor').scrollIntoView({block: 'start'})"
-
 
 class Editor:
     """The components, and what they do."""
@@ -41,14 +39,19 @@ class Editor:
             with gr.Row():
                 keep = gr.Button("Keep this mask", variant="primary")
                 clear = gr.Button("No mask")
-                close = gr.Button("Close")
+                close = gr.Button("Close", elem_id="close-editor")
         self._fills = [self.group, self.title, self.across, self.down, self.paint]
         moves = [key, self.picture, self.across, self.down, version]
         for slider in (self.across, self.down):
-            slider.release(self.move, moves, [*self._fills, version], api_visibility=PRIVATE)
+            slider.release(
+                self.move, moves, [self.paint, version], trigger_mode="always_last", api_visibility=PRIVATE
+            )
         keep.click(self.keep, [key, self.picture, self.paint, version], version, api_visibility=PRIVATE)
         clear.click(self.clear, [key, self.picture, version], [*self._fills, version], api_visibility=PRIVATE)
-        close.click(lambda: gr.update(visible=False), None, self.group, api_visibility=PRIVATE)
+        # Hidden rather than removed: Gradio still asks a removed editor for what is painted.
+        close.click(lambda: gr.update(visible="hidden"), None, self.group, api_visibility=PRIVATE).then(
+            None, js="() => studio.leave()"
+        )
 
     def opens_with(self, button: gr.Button, picture: str) -> None:
         """Let `button` open the editor with this picture."""
@@ -58,7 +61,7 @@ class Editor:
             return [picture, *_filled(PictureSet(self._studio.project(key)), picture)]
 
         button.click(show, self._key, [self.picture, *self._fills], api_visibility=PRIVATE).then(
-            None, js=_SHOW
+            None, js="() => studio.edit()"
         )
 
     @told
@@ -66,7 +69,7 @@ class Editor:
         """Move the crop. across, down: percent of the way."""
         pictures = PictureSet(self._studio.project(key))
         crops.move_crop(pictures, picture, down=down / 100, across=across / 100)
-        return [*_filled(pictures, picture), number + 1]
+        return [_filled(pictures, picture)[-1], number + 1]
 
     @told
     def keep(self, key: str, picture: str, painted: dict[str, Any] | None, number: int) -> int:

@@ -17,7 +17,7 @@ from sdxl.studio.tab_take import TakeTab
 from sdxl.studio.tab_train import TrainTab
 from sdxl.studio.tab_try import TryTab
 
-_STYLE = Path(__file__).with_name("page.css")
+_STYLE, _SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 _FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif")
 _MONO = ("ui-monospace", "Liberation Mono", "monospace")
 _STRONG, _STRONGER = "#a8430a", "#8a3506"
@@ -42,10 +42,11 @@ THEME = gr.themes.Default(
     link_text_color_dark="#ffb787",
 )
 """Fonts of the system only, so that nothing is fetched; and colours that are easy to read."""
-HEAD = f'<meta name="referrer" content="no-referrer"><style>{_STYLE.read_text(encoding="utf-8")}</style>'
-"""As a style of its own, because Gradio changes the selectors of those that it is given."""
-_ADDRESS = "() => new URLSearchParams(location.search).get('project') || ''"
-_REMEMBER = "(key) => { history.replaceState(null, '', '?project=' + key); return [] }"
+HEAD = (
+    '<meta name="referrer" content="no-referrer">'
+    f"<style>{_STYLE.read_text(encoding='utf-8')}</style><script>{_SCRIPT.read_text(encoding='utf-8')}</script>"
+)
+"""The style is in the head, because Gradio changes the selectors of those that it is given."""
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -90,9 +91,9 @@ def build(studio: Studio) -> gr.Blocks:
             open_project,
             [key, pictures.version],
             fills,
-            js=f"() => [({_ADDRESS})(), 0]",
+            js="() => [studio.project(), 0]",
             api_visibility=PRIVATE,
-        ).then(None, key, None, js=_REMEMBER)
+        ).then(None, key, None, js="(key) => studio.remember(key)")
         for step, inputs, tab in (
             (train_step, train.inputs, train),
             (try_step, key, tries),

@@ -20,9 +20,6 @@ from sdxl.studio.picture_set import PictureSet
 from sdxl.studio.projects import KINDS, About
 from sdxl.studio.shared import PRIVATE, Studio, told
 
-_PATHS_IN_FOLDER = "[...document.querySelector('[webkitdirectory]').files].map(one => one.webkitRelativePath.replace(/^[^/]*[/]/, ''))"
-"""Gradio tells only the files' names. The folder itself is left out."""
-
 
 class PicturesTab:
     """The components of the step, and what they do."""
@@ -86,12 +83,12 @@ class PicturesTab:
                 concurrency_id="tell",
                 concurrency_limit=1,
             )
-        for source, names in ((self.drop, "[]"), (self.folder, _PATHS_IN_FOLDER)):
+        for source, names in ((self.drop, "'[]'"), (self.folder, "studio.pathsInFolder()")):
             source.upload(
                 self.add,
                 [key, source, self.paths, version],
                 [source, self.name, *self.outputs],
-                js=f"(key, files, _, version) => [key, files, JSON.stringify({names}), version]",
+                js=f"(key, files, _, version) => [key, files, {names}, version]",
                 api_visibility=PRIVATE,
             )
         self.put_word.click(self.insert, asks, self.outputs, api_visibility=PRIVATE)
@@ -142,7 +139,13 @@ class PicturesTab:
             under = gr.HTML(views.under_card(picture, pictures.project.about.word))
             with gr.Row():
                 used = gr.Checkbox(picture.used, label="Learn it", min_width=90, interactive=True)
-                edit = gr.Button("Crop and mask", size="sm", min_width=110)
+                edit = gr.Button(
+                    "Crop and mask",
+                    size="sm",
+                    min_width=110,
+                    elem_id=f"edit-{picture_key}",
+                    elem_classes="edit",
+                )
 
         @told
         def write(key: str, text: str) -> list[Any]:
