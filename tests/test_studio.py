@@ -206,6 +206,10 @@ def test_a_process_outlives_the_one_that_started_it(tmp_path: Path):
         ("x\nError: x.zip is empty: add files.\nAt exit\n", "x.zip is empty: add files."),
         ("seed is 'x', but must be an integer. See --help.\n", "seed is 'x', but must be an integer."),
         ("Step 3\nStopped.\n", "It was stopped."),
+        (
+            "Training:  33%|███  | 3/9 [00:01<00:02]\n",
+            "It ended unexpectedly in the middle of its work: another program ended it, or the memory was full.",
+        ),
         ("Killed\n", "It ended unexpectedly. The last line of its log: Killed"),
         ("", "It ended unexpectedly. The last line of its log: it says nothing"),
     ],

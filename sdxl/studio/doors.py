@@ -6,7 +6,6 @@ and what its log says at the end; does not know what an entry point does.
 
 import fcntl
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -108,6 +107,8 @@ def last_words(log: str) -> str:
         if line.endswith(" See --help."):
             return line.removesuffix(" See --help.")
     end = lines[-1] if lines else "it says nothing"
-    if re.fullmatch(r"Stopped\.", end):
+    if end == "Stopped.":
         return "It was stopped."
+    if "%|" in end:  # a bar of progress
+        return "It ended unexpectedly in the middle of its work: another program ended it, or the memory was full."
     return f"It ended unexpectedly. The last line of its log: {end[:200]}"

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from sdxl import miniature
 from sdxl.errors import UserInputError
-from sdxl.studio import crops
+from sdxl.studio import starting_picture
 from sdxl.studio.projects import Project
 from sdxl.studio.shared import PRIVATE, Studio, told
 
@@ -37,7 +36,9 @@ class TryTab:
         self._words()
         with gr.Row():
             self.tuned = gr.Dropdown(label="Draw with", choices=[], elem_id="tuned")
-            self.beside = gr.Dropdown(label="Compare with", choices=[], multiselect=True, value=[])
+            self.beside = gr.Dropdown(
+                label="Compare with", choices=[], multiselect=True, value=[], elem_id="beside"
+            )
         with gr.Row():
             self.strength = gr.Slider(
                 0, 1.5, value=1, step=0.05, label="Strength", info="1: as it was trained"
@@ -80,18 +81,23 @@ class TryTab:
             )
 
     def _picture(self) -> None:
-        with gr.Accordion("Start from a picture", open=False):
+        with gr.Accordion("Start from a picture", open=False, elem_id="start-from"):
             gr.Markdown("It changes the picture. Paint over a part, and only that part is drawn anew.")
+            with gr.Row():
+                choose = gr.UploadButton("Choose a picture", size="md", elem_id="start-picture")
+                forget = gr.Button("No picture", size="md")
             self.picture = gr.ImageEditor(
                 label="The picture to start from",
                 type="pil",
-                sources=("upload", "clipboard"),
+                sources=(),
                 transforms=(),
                 layers=False,
                 brush=gr.Brush(colors=["#ff7828"], color_mode="fixed", default_size=24),
                 height=420,
             )
             self.change = gr.Slider(0.05, 1, value=0.8, step=0.05, label="How much to change")
+        choose.upload(_opened, choose, self.picture, api_visibility=PRIVATE)
+        forget.click(lambda: None, None, self.picture, api_visibility=PRIVATE, show_progress="hidden")
 
     def _connect(self) -> None:
         asks = [self._key, self.prompt, self.tuned, self.beside, self.strength, self.count, self.seed]
@@ -147,7 +153,7 @@ class TryTab:
         inputs = {
             **{"prompt": prompt, "negative_prompt": negative or "", "seed": first, "num_outputs": int(count)},
             **{"num_inference_steps": int(steps), "guidance_scale": guidance},
-            **_from_picture(picture, change, folder),
+            **starting_picture.inputs_for(picture, change, folder),
         }
         known = [_BASE, *self._studio.finished(project), *self._studio.everything_else(project)]
         names = {path: name for name, path in known}
@@ -169,6 +175,13 @@ def _gallery(label: str, name: str) -> gr.Gallery:
     )
 
 
+@told
+def _opened(file: str) -> Any:
+    """The editor with the picture in a file, in its size."""
+    picture = starting_picture.opened(Path(file))
+    return gr.update(value={"background": picture, "layers": [], "composite": None}, canvas_size=picture.size)
+
+
 def _with_word(prompt: str, word: str) -> str:
     return f"{prompt.rstrip()} {word}".strip()
 
@@ -180,21 +193,6 @@ def _seed(text: str | None) -> int:
     if not text.strip().isdecimal():
         raise UserInputError("The seed is a number, such as 7, or empty.")
     return int(text)
-
-
-def _from_picture(value: dict[str, Any] | None, change: float, folder: Path) -> dict[str, Any]:
-    """The inputs for a picture to start from, and for what was painted over it; none if there is no picture."""
-    background: Image.Image | None = (value or {}).get("background")
-    if value is None or background is None or background.getbbox() is None:
-        return {}
-    picture = folder / "start.png"
-    background.convert("RGB").save(picture)
-    given: dict[str, Any] = {"image": str(picture), "prompt_strength": change}
-    painted = crops.painted_in(value["layers"]) if value.get("layers") else None
-    if painted is not None and painted.getbbox() is not None:
-        painted.save(folder / "mask.png")
-        given |= {"mask": str(folder / "mask.png"), "mask_blur": 4}
-    return given
 
 
 def _earlier(project: Project) -> Any:
