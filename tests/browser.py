@@ -107,21 +107,37 @@ class Page:
     def press(self, key: str) -> None:
         """Press and release a key, such as "ArrowRight"."""
         code = {
-            "ArrowUp": 38,
-            "ArrowDown": 40,
-            "Escape": 27,
             "ArrowLeft": 37,
             "ArrowRight": 39,
             "Home": 36,
             "End": 35,
             "Enter": 13,
             "Tab": 9,
+            "Escape": 27,
         }[key]
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.call(
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text
             )
+
+    def drag(self, selector: str, begin: tuple[float, float], end: tuple[float, float]) -> None:
+        """Pull the mouse over an element, between places in shares of its width and height."""
+        self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        box = self.run(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
+        (x0, y0), (x1, y1) = (
+            (box["x"] + across * box["width"], box["y"] + down * box["height"])
+            for across, down in (begin, end)
+        )
+        for kind, x, y in (
+            ("mouseMoved", x0, y0),
+            ("mousePressed", x0, y0),
+            ("mouseMoved", (x0 + x1) / 2, (y0 + y1) / 2),
+            ("mouseMoved", x1, y1),
+            ("mouseReleased", x1, y1),
+        ):
+            held = {"button": "left", "buttons": 1, "clickCount": 1}
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **held)
 
     def resize(self, width: int, height: int = 900, *, scale: float = 1) -> None:
         """Show the page in a window of this size, in CSS pixels."""

@@ -1,186 +1,193 @@
-"""The studio in a real browser: a person's whole path on a miniature, two tabs, keyboard and labels, and that nothing leaves."""
+"""The studio in a real browser: a person's whole path on a miniature, keyboard and labels, wrong files, a phone, two tabs, and that
+nothing leaves the machine."""
 
-import importlib.util
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from sdxl.files.archives import unpack
 from sdxl.studio import doors
 from tests.browser import CHROMIUM, Page, browser
-from tests.conftest import REPOSITORY, free_port, png
+from tests.conftest import png, write_zip
+from tests.studio_page import (
+    GRADIO,
+    Server,
+    choose,
+    click,
+    opened,
+    require_accessible,
+    running_studio,
+    shows,
+    status,
+    told_wrong,
+    wait,
+    write,
+)
 
-GRADIO, AXE = (importlib.util.find_spec(name) for name in ("gradio", "axe_playwright_python"))
 pytestmark = pytest.mark.skipif(
     GRADIO is None or CHROMIUM is None,
     reason="the studio needs requirements-studio.txt, and the test chromium",
 )
-QUICK = "max_train_steps=4\nchecks=1\npreservation=0\ntrain_batch_size=1\nresolution=64\nsave_every=0"
-PROMPTS = "a photo of REX on a beach"
-
-
-@dataclass
-class Server:
-    """A studio that runs."""
-
-    address: str
-    folder: Path
-    process: subprocess.Popen[bytes]
+LONG = "max_train_steps=4000\nchecks=1\npreservation=0\ntrain_batch_size=1\nresolution=64\nsave_every=0"
+"""So many steps that nobody waits for the last."""
+HOSTILE = "<img src=x onerror=alert(1)>.png"
 
 
 @pytest.fixture(scope="module")
 def server(narrow_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A studio, as `make studio` starts it."""
-    folder, port = tmp_path_factory.mktemp("studio"), free_port()
-    environment = os.environ | {
-        "SDXL_BASE": str(narrow_base),
-        "SDXL_CACHE": str(folder / "cache"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    line = [sys.executable, "studio.py", "-o", str(folder / "out"), "--port", str(port), "--no-browser"]
-    with (folder / "page.log").open("ab") as log:
-        process = subprocess.Popen(line, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    while status(f"{address}/") != 200:
-        assert process.poll() is None and time.monotonic() < deadline, (folder / "page.log").read_text()
-        time.sleep(0.2)
-    yield Server(address, folder / "out", process)
-    process.terminate()
-    assert process.wait(30) in (0, -signal.SIGTERM), "open tabs are not waited for"
+    with running_studio(narrow_base, tmp_path_factory.mktemp("studio")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    with browser() as opened:
-        opened.resize(1280)
-        yield opened
+    with browser() as found:
+        found.resize(1280)
+        yield found
 
 
-def status(address: str, **headers: str) -> int:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return 0
-
-
-def opened(page: Page, server: Server, project: str = "") -> str:
-    """Open a project, or a new one; return its key."""
-    page.visit(server.address, f"/?project={project}" if project else "/")
-    page.until(
-        "document.querySelector('#drop input[type=file]') && document.querySelector('#project :is(input, textarea)')?.value"
-    )
-    page.until("location.search.includes('=')")
-    return page.run("new URLSearchParams(location.search).get('project')")
-
-
-def choose(page: Page, step: str) -> None:
-    page.run(
-        f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.includes('{step}')).click()"
-    )
-
-
-def write(page: Page, field: str, text: str) -> None:
-    """Replace what is in a field, and leave it."""
-    page.run(f"document.querySelector('{field}').focus()")
-    page.run(f"document.querySelector('{field}').select()")
-    page.write(text)
-    page.press("Tab")
-
-
-def shows(page: Page, part: str, text: str, *, seconds: float = 60) -> None:
-    """Wait until a part of the page shows a text."""
-    try:
-        page.until(
-            f"document.querySelector('{part}')?.textContent.includes({json.dumps(text)})", seconds=seconds
-        )
-    except AssertionError:
-        pytest.fail(
-            f"{part} never shows {text!r}, but {page.run(f'document.querySelector(`{part}`)?.textContent')!r}"
-        )
-
-
-def require_accessible(page: Page) -> None:
-    """No error is shown, and axe has no serious finding in what is seen now."""
-    assert not page.run("document.querySelector('.toast-wrap')?.innerText")
-    if AXE is None or not AXE.submodule_search_locations:
-        return
-    page.run(Path(AXE.submodule_search_locations[0], "axe.min.js").read_text() + ";0")
-    found = page.run(
-        "axe.run(document, {resultTypes: ['violations']}).then(found => found.violations"
-        ".filter(one => ['serious', 'critical'].includes(one.impact))"
-        ".map(one => one.id + ' ' + one.nodes.map(node => node.html).join(' ')))"
-    )
-    assert found == []
-
-
-def pictures_with_captions(page: Page, folder: Path) -> None:
-    """Step 1, with a picture whose name is HTML."""
-    files = [
-        folder / name for name in ("<img src=x onerror=alert(1)>.png", *(f"{i}.png" for i in range(1, 6)))
-    ]
-    for number, file in enumerate(files):
-        file.write_bytes(png(number, (300, 256)))
+def a_folder_of_pictures(page: Page, folder: Path) -> None:
+    """Step 1, with a mask in a folder of its own, and a picture whose name is HTML."""
+    folder.mkdir()
+    for number, name in enumerate((HOSTILE, *(f"{i}.png" for i in range(1, 6)))):
+        (folder / name).write_bytes(png(number, (300, 256)))
+    (folder / "masks").mkdir()
+    Image.new("L", (300, 256), 255).save(folder / "masks" / "2.png")
     write(page, "[placeholder=Rex]", "Rex")
     shows(page, ".gradio-container", "it is called REX")
-    page.attach("#drop input[type=file]", files)
+    page.attach("[webkitdirectory]", [folder])
     page.until("document.querySelectorAll('.card textarea').length == 6")
+    assert page.run("document.querySelectorAll('.card .mask').length") == 1
+    labels = page.run("[...document.querySelectorAll('.card label')].map(one => one.textContent.trim())")
+    assert f"Caption of {HOSTILE}" in labels
+
+
+def captions(page: Page) -> None:
     assert page.run("document.querySelectorAll('.card textarea')[0].value") == "a photo of REX"
     shows(page, "#notes", "All captions are")
-    write(page, ".card textarea", "a photo of REX in the snow")
-    shows(page, ".card p.caption", "in the snow")
+    write(page, ".card textarea", "a photo of REX in <b>the</b> snow")
+    shows(page, ".card p.caption", "in <b>the</b> snow")
     shows(page, ".card p.caption mark", "REX")
     write(page, ".card textarea", "a photo in the snow")
     shows(page, "#notes", "1 captions do not name REX")
-    page.run("document.querySelector('#put-word').click()")
+    click(page, "#put-word")
     shows(page, ".card p.caption", "a photo of REX, a photo in the snow")
     require_accessible(page)
 
-    # The keyboard is enough to reach a picture's editor.
-    page.run("document.querySelector('.card textarea').focus()")
-    for _ in range(2):
-        page.press("Tab")
+
+def crop_by_keys_and_mask_by_mouse(page: Page, pictures: Path) -> None:
+    """The editor of the second card, a picture of 300×256 that is cut to 256×256."""
+
+    def entry() -> dict[str, Any]:
+        return json.loads((pictures / "set.json").read_text())[1]
+
+    def mask_at(across: int, down: int) -> Any:
+        with Image.open(pictures / "1" / "prepared" / f"{entry()['number']}.mask.png") as mask:
+            assert mask.size == (256, 256)
+            return mask.getpixel((across, down))
+
+    page.run("document.querySelectorAll('.card textarea')[1].focus()")
+    page.press("Tab")
+    page.press("Tab")
     assert page.run("document.activeElement.textContent.trim()") == "Crop and mask"
     page.press("Enter")
-    shows(page, "#editor", "Crop and mask of 1.png")
+    shows(page, "#editor", f"Crop and mask of {entry()['name']}")
+    page.until("document.activeElement.id == 'editor'")
+    paint(page, "#editor")
+    click(page, "#keep-mask")
+    page.until("document.querySelectorAll('.card .mask').length == 2")
+    assert mask_at(128, 128) == 255 and mask_at(5, 5) == 0
+    painted = max(x for x in range(256) if mask_at(x, 128))
+
+    page.run("document.querySelector('#editor').focus()")
+    for _ in range(3):  # a number, its reset button, the slider
+        page.press("Tab")
+    assert entry()["crop_top_left"] == [0, 22]
+    page.press("Home")
+    wait(lambda: entry()["crop_top_left"] == [0, 0])
+    for _ in range(3):
+        page.press("ArrowRight")
+    wait(lambda: entry()["crop_top_left"] == [0, 1])
+    assert mask_at(painted + 21, 128) == 255 and mask_at(painted + 22, 128) == 0, (
+        "the mask moves with the crop"
+    )
+
+    page.run("document.querySelector('#keep-mask').focus()")
+    page.press("Escape")
+    page.until("!document.querySelector('#editor').offsetWidth")
+    page.until("document.activeElement.textContent.trim() == 'Crop and mask'")
 
 
-def training_begun(page: Page) -> None:
-    """Step 2, with a wrong setting first."""
+def paint(page: Page, part: str) -> None:
+    """Paint the middle of a small picture in an editor, once it is there: then it is shown enlarged."""
+    page.until(f"parseInt(document.querySelector('{part}')?.textContent.match(/([0-9]+)%/)?.[1]) > 100")
+    page.drag(f"{part} canvas", (0.48, 0.5), (0.52, 0.5))
+
+
+def trained(page: Page, server: Server, key: str) -> None:
+    """Step 2: a wrong setting, a start, a stop at once, and another one after it went on. The tab is closed meanwhile."""
     choose(page, "2 Train")
     shows(page, "#takes", "260 steps: about ")
-    page.run("document.querySelector('#settings button').click()")
+    click(page, "#settings button")
     page.until("document.querySelector('#more textarea')")
     write(page, "#more textarea", "lora_rank=many")
     shows(page, "#takes", "lora_rank")
-    write(page, "#previews-of textarea", PROMPTS)
-    write(page, "#more textarea", QUICK)
-    shows(page, "#takes", "4 steps")
-    page.run("document.querySelector('#start').click()")
-    page.until("document.querySelector('#stop')?.offsetWidth")
+    write(page, "#previews-of textarea", "a photo of REX on a beach")
+    write(page, "#more textarea", LONG)
+    shows(page, "#takes", "4000 steps")
+    click(page, "#start")
+    click(page, "#stop")
+    shows(page, "#status", "It was stopped.")
+    click(page, "#go-on")
+    shows(page, "#status", "Step ", seconds=300)
+    click(page, "#stop")
+    shows(page, ".gradio-container", "keeps the best so far")
+    page.call("Page.navigate", url="about:blank")
+    wait(lambda: not doors.is_running(server.folder / key / "trainings" / "1"))
+    assert opened(page, server, key) == key
+    choose(page, "2 Train")
+    shows(page, "#status", "is kept", seconds=300)
+    page.until("document.querySelectorAll('#previews img').length == 2")
+    click(page, "#curves button")
+    shows(page, "#curves", "Loss in training")
+    require_accessible(page)
 
 
-def drawn(page: Page) -> None:
-    """Step 3."""
+def drawn(page: Page, project: Path, folder: Path) -> None:
+    """Step 3: a part of a picture is drawn anew, next to the base."""
     choose(page, "3 Try")
     page.until("document.querySelector('#tuned input')?.value.includes('Rex, training 1')")
-    page.run("document.querySelector('#word').click()")
+    click(page, "#word")
     page.until("document.querySelector('#prompt textarea').value == 'a photo of REX REX'")
-    page.run("document.querySelector('#draw').click()")
-    page.until("document.querySelectorAll('#drawn img').length == 1", seconds=300)
+    page.run(
+        "document.querySelector('#beside input').dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))"
+    )
+    page.run("document.querySelector('#beside input').focus()")
+    page.until("document.querySelector('[role=option]')")
+    page.run(
+        "document.querySelector('[role=option]').dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))"
+    )
+    click(page, "#start-from button")
+    (folder / "text.png").write_text("no picture")
+    Image.new("1", (15_000, 14_000)).save(folder / "huge.png")
+    for told in ("text.png cannot be read as a picture", "huge.png has more than 200 megapixels"):
+        page.attach("[data-testid^='Choose a picture']", [folder / told.split()[0]])
+        told_wrong(page, told)
+    (folder / "start.png").write_bytes(png(7, (300, 200)))
+    page.attach("[data-testid^='Choose a picture']", [folder / "start.png"])
+    paint(page, "#start-from")
+    click(page, "#draw")
+    page.until("document.querySelectorAll('#drawn img').length == 2", seconds=300)
+    with Image.open(project / "drawn" / "1" / "start.png") as start:
+        assert start.size == (300, 200)
+    with Image.open(project / "drawn" / "1" / "mask.png") as mask:
+        assert (mask.getpixel((150, 100)), mask.getpixel((5, 5))) == (255, 0)
     require_accessible(page)
 
 
@@ -198,16 +205,38 @@ def taken_away(page: Page, folder: Path) -> str:
     return address
 
 
-def two_tabs(page: Page, server: Server, key: str, folder: Path) -> None:
-    """A second tab has its own project, and errors are sentences."""
+def fits_a_phone(page: Page) -> None:
+    """All steps are in sight, and nothing is wider than the screen, whatever the names are."""
+    page.resize(390, 844)
+    for step in ("1 Pictures", "2 Train", "3 Try", "4 Take away"):
+        choose(page, step)
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        widest = "Math.max(...[...document.querySelectorAll('button, h2, p, label')].map(one => one.getBoundingClientRect().right))"
+        assert page.run(widest) <= 390, step
+    page.resize(1280)
+
+
+def a_second_tab(page: Page, server: Server, key: str, folder: Path) -> None:
+    """It has a project of its own. Wrong files end in sentences, and leave nothing."""
     other = page.other_tab()
     other.resize(1280)
-    assert opened(other, server) != key
-    damaged = folder / "damaged.zip"
-    damaged.write_bytes(b"PK\x03\x04 no zip")
-    other.attach("#drop input[type=file]", [damaged])
-    shows(other, ".toast-wrap", "damaged.zip")
+    new = opened(other, server)
+    assert new != key
+    (folder / "damaged.zip").write_bytes(b"PK\x03\x04 no zip")
+    (folder / "notes.txt").write_text("no picture")
+    for file, told in (
+        (folder / "damaged.zip", "damaged.zip"),
+        (write_zip(folder / "climbs.zip", {"../../x.png": png()}), "climbs.zip holds the unsafe path"),
+        (
+            write_zip(folder / "long.zip", {"n" * 300 + ".png": png()}),
+            "long.zip holds a path that is too long",
+        ),
+        (folder / "notes.txt", "What was dropped holds no pictures"),
+    ):
+        other.attach("#drop input[type=file]", [file])
+        told_wrong(other, told)
     assert other.run("document.querySelectorAll('.card').length") == 0
+    assert not [path for path in (server.folder / new).rglob("*") if path.is_file()]
 
 
 def only_for_pages_of_its_own(server: Server, address: str, key: str) -> None:
@@ -226,37 +255,15 @@ def only_for_pages_of_its_own(server: Server, address: str, key: str) -> None:
 
 def test_a_person_makes_a_fine_tune(page: Page, server: Server, tmp_path: Path):
     key = opened(page, server)
-    pictures_with_captions(page, tmp_path)
-    training_begun(page)
-
-    # The tab is closed, and opened again when the training has finished.
-    page.call("Page.navigate", url="about:blank")
-    folder = server.folder / key / "trainings" / "1"
-    deadline = time.monotonic() + 300
-    while doors.is_running(folder):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert opened(page, server, key) == key
-    choose(page, "2 Train")
-    shows(page, "#status", "Finished", seconds=300)
-    page.until("document.querySelectorAll('#previews img').length == 2")
-    page.run("document.querySelector('#curves button').click()")
-    shows(page, "#curves", "Loss in training")
-    require_accessible(page)
-
-    drawn(page)
+    a_folder_of_pictures(page, tmp_path / "pictures")
+    captions(page)
+    crop_by_keys_and_mask_by_mouse(page, server.folder / key / "pictures")
+    trained(page, server, key)
+    drawn(page, server.folder / key, tmp_path)
     address = taken_away(page, tmp_path)
-
-    # On a phone all steps are in sight, and nothing is wider than the screen.
-    page.resize(390, 844)
-    for step in ("1 Pictures", "2 Train", "3 Try", "4 Take away"):
-        choose(page, step)
-        assert page.run("document.documentElement.scrollWidth") <= 390
-        widest = "Math.max(...[...document.querySelectorAll('button, h2')].map(one => one.getBoundingClientRect().right))"
-        assert page.run(widest) <= 390, step
-    page.resize(1280)
-
-    two_tabs(page, server, key, tmp_path)
-    told = [error for error in page.errors if "WebGL" not in error]
-    assert told == [], "scripts fail, or something is asked for elsewhere"
+    fits_a_phone(page)
+    a_second_tab(page, server, key, tmp_path)
     only_for_pages_of_its_own(server, address, key)
+    told = [error for error in page.errors if "WebGL" not in error]
+    assert told == [], "scripts fail, or the page asks for something elsewhere"
+    assert not server.asked_elsewhere.exists(), server.asked_elsewhere.read_text()

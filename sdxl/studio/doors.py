@@ -18,6 +18,8 @@ from sdxl.errors import UserInputError
 HERE = Path(__file__).parents[2]
 """The folder of the entry points."""
 LOG, LOCK = "log.txt", "lock"
+_STOPPED = "Stopped."
+"""The last line of an entry point that SIGTERM ends."""
 
 
 def command(door: str, inputs: Mapping[str, object], output: Path) -> list[str]:
@@ -98,6 +100,12 @@ def log_of(folder: Path, *, most: int = 400_000) -> str:
         return ""
 
 
+def note_stop(folder: Path) -> None:
+    """Write into the log what a process says that is stopped: at its very start it cannot say so itself."""
+    with (folder / LOG).open("a", encoding="utf-8") as log:
+        log.write(f"\n{_STOPPED}\n")
+
+
 def last_words(log: str) -> str:
     """The sentence with which a failed process ended, for people."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
@@ -107,7 +115,7 @@ def last_words(log: str) -> str:
         if line.endswith(" See --help."):
             return line.removesuffix(" See --help.")
     end = lines[-1] if lines else "it says nothing"
-    if end == "Stopped.":
+    if end == _STOPPED:
         return "It was stopped."
     if "%|" in end:  # a bar of progress
         return "It ended unexpectedly in the middle of its work: another program ended it, or the memory was full."

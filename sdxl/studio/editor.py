@@ -37,7 +37,7 @@ class Editor:
                 height=460,
             )
             with gr.Row():
-                keep = gr.Button("Keep this mask", variant="primary")
+                keep = gr.Button("Keep this mask", variant="primary", elem_id="keep-mask")
                 clear = gr.Button("No mask")
                 close = gr.Button("Close", elem_id="close-editor")
         self._fills = [self.group, self.title, self.across, self.down, self.paint]

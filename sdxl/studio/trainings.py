@@ -116,6 +116,7 @@ class Training:
             return "It ends after this step, and keeps the best so far. That takes a minute."
         with contextlib.suppress(ProcessLookupError):
             os.kill(read_json(self.folder / _PROCESS, 0), signal.SIGTERM)
+        doors.note_stop(self.folder)
         return "It is stopped. It had learned nothing yet."
 
     @property
