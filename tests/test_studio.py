@@ -26,6 +26,7 @@ from sdxl.studio.drawing import Drawer
 from sdxl.studio.drops import add
 from sdxl.studio.picture_set import PictureSet
 from sdxl.studio.projects import About, Projects
+from sdxl.studio.starting_picture import inputs_for, opened
 from sdxl.studio.taking import file_for
 from sdxl.studio.trainings import Training
 from tests.conftest import REPOSITORY, png, write_zip
@@ -126,6 +127,34 @@ def test_the_word_reaches_every_caption(pictures: PictureSet):
     assert pictures.find(other).caption == "GROER_HUND asleep"
     pictures.project.tell(before)
     pictures.insert_word(instead_of="GROER_HUND")
+
+
+def test_a_picture_to_start_from_and_what_is_painted_over_it(tmp_path: Path):
+    assert inputs_for(None, 0.5, tmp_path) == {}
+    assert inputs_for({"background": Image.new("RGBA", (9, 9)), "layers": []}, 0.5, tmp_path) == {}
+    (tmp_path / "wide.png").write_bytes(png(1, (4096, 512)))
+    picture, layer = opened(tmp_path / "wide.png"), Image.new("RGBA", (2048, 256))
+    assert picture.size == (2048, 256)
+    editor = {"background": picture, "layers": [layer]}
+    image = {"image": str(tmp_path / "start.png"), "prompt_strength": 0.5}
+    assert inputs_for(editor, 0.5, tmp_path) == image, "nothing is painted"
+    layer.paste((255, 120, 40, 255), (0, 0, 64, 256))
+    assert inputs_for(editor, 0.5, tmp_path) == image | {"mask": str(tmp_path / "mask.png"), "mask_blur": 4}
+    with Image.open(tmp_path / "mask.png") as mask:
+        assert (mask.getpixel((5, 5)), mask.getpixel((500, 5))) == (255, 0)
+
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("1", (15_000, 14_000)).save(tmp_path / "huge.png")
+    for name, told in {"text.png": "it is a text file", "huge.png": "more than 200 megapixels"}.items():
+        with pytest.raises(UserInputError, match=told):
+            opened(tmp_path / name)
+
+
+def test_a_folder_keeps_its_folders_but_leaves_them_never(pictures: PictureSet, tmp_path: Path):
+    (tmp_path / "x.png").write_bytes(png())
+    with pytest.raises(UserInputError, match=r"What was dropped holds the unsafe path '\.\./\.\./x\.png'"):
+        add(pictures, [tmp_path / "x.png"], names=["../../x.png"])
+    assert len(pictures.pictures) == 2 and len([*pictures.folder.glob("*/dropped")]) == 1
 
 
 @pytest.mark.parametrize(

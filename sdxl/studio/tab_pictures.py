@@ -84,13 +84,15 @@ class PicturesTab:
                 concurrency_limit=1,
             )
         for source, names in ((self.drop, "'[]'"), (self.folder, "studio.pathsInFolder()")):
-            source.upload(
+            added = source.upload(
                 self.add,
                 [key, source, self.paths, version],
                 [source, self.name, *self.outputs],
                 js=f"(key, files, _, version) => [key, files, {names}, version]",
                 api_visibility=PRIVATE,
             )
+            # Otherwise wrong files would come again with the next ones.
+            added.failure(lambda: None, None, source, api_visibility=PRIVATE, show_progress="hidden")
         self.put_word.click(self.insert, asks, self.outputs, api_visibility=PRIVATE)
         self.save.click(self.pack, key, self.save, api_visibility=PRIVATE)
         for button, ask, inputs in (

@@ -38,7 +38,9 @@ class TakeTab:
             push = gr.Button("Put it there")
             pushed = gr.HTML()
         self.outputs = [self.training, self.links, self.made]
-        self.training.change(self.files, [key, self.training], self.links, api_visibility=PRIVATE)
+        self.training.change(
+            self.files, [key, self.training], self.links, api_visibility=PRIVATE, show_progress="hidden"
+        )
         make.click(
             self.export,
             [key, self.training, form],
