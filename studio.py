@@ -9,6 +9,7 @@ Knows the command line; does not know the page. It needs the packages of require
 import argparse
 import functools
 import os
+import shutil
 import sys
 import webbrowser
 from collections.abc import Mapping
@@ -73,7 +74,9 @@ def main() -> int:
         serve_drawing(draw)
         return 0
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = str(arguments.output.absolute() / "uploads")
+    uploads = arguments.output.absolute() / "uploads"
+    shutil.rmtree(uploads, ignore_errors=True)  # copies of what is in the projects
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     try:
         from sdxl.studio.server import HOST, serve
     except ImportError as error:
