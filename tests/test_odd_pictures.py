@@ -1,8 +1,10 @@
 """Pictures that are easily misread: transparent, turned, deep, coloured by a profile, animated, very long or tiny."""
 
 import io
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,6 +192,20 @@ def test_the_size_of_a_turned_picture_is_told_as_people_see_it(tmp_path: Path):
     content = file_of(Image.new("RGB", (400, 10)), "JPEG", exif=exif)
     with pytest.raises(DatasetError, match=r"^a\.jpg is 10×400"):
         prepare(tmp_path, {"a.jpg": content})
+
+
+@pytest.mark.parametrize(("side", "refused"), [(14_000, False), (14_200, True), (30_000, True)])
+def test_pictures_are_refused_for_their_size_above_200_megapixels(tmp_path: Path, side: int, refused: bool):
+    """Pillow's own limits are lower and twice as high."""
+    header = b"IHDR" + struct.pack(">II", side, side) + png(1)[24:29]
+    (tmp_path / "a.png").write_bytes(
+        png(1)[:12] + header + struct.pack(">I", zlib.crc32(header)) + png(1)[33:]
+    )
+    if refused:
+        with pytest.raises(DatasetError, match=r"^a\.png has more than 200 megapixels: shrink it first\.$"):
+            read_header(tmp_path / "a.png")
+    else:
+        assert read_header(tmp_path / "a.png").pixels == side * side
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 100), (20, 7)])
