@@ -5,6 +5,7 @@ Knows folders of models and devices; does not know what the models do.
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,13 +47,15 @@ def load_frozen(helper: Helper, model_class: Any) -> Any:
 
 @contextlib.contextmanager
 def lent(part: Any, device: torch.device) -> Iterator[None]:
-    """While the context lasts, the model `part` is on `device`."""
-    before = part.device
+    """While the context lasts, the frozen model `part` is on `device`."""
+    # Nothing changes its weights, so afterwards it gets the old ones instead of copies.
+    own = [(tensor, tensor.data) for tensor in itertools.chain(part.parameters(), part.buffers())]
     part.to(device)
     try:
         yield
     finally:
-        part.to(before)
+        for tensor, before in own:
+            tensor.data = before
 
 
 def load_part(helper: Helper, load: Callable[..., Any], **options: Any) -> Any:
