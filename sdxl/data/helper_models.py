@@ -5,7 +5,6 @@ Knows folders of models and devices; does not know what the models do.
 
 import contextlib
 import gc
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,14 +47,14 @@ def load_frozen(helper: Helper, model_class: Any) -> Any:
 @contextlib.contextmanager
 def lent(part: Any, device: torch.device) -> Iterator[None]:
     """While the context lasts, the frozen model `part` is on `device`."""
-    # Nothing changes its weights, so afterwards it gets the old ones instead of copies.
-    own = [(tensor, tensor.data) for tensor in itertools.chain(part.parameters(), part.buffers())]
+    before, own = part.device, [(weight, weight.data) for weight in part.parameters()]
     part.to(device)
     try:
         yield
     finally:
-        for tensor, before in own:
-            tensor.data = before
+        for weight, data in own:  # nothing has changed them: the old tensors save a copy
+            weight.data = data
+        part.to(before)  # the buffers
 
 
 def load_part(helper: Helper, load: Callable[..., Any], **options: Any) -> Any:
