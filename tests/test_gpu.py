@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def test_the_embedded_base_trains_and_draws_on_cuda(
     captioned_zip: Path, is_lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SDXL_SAFETY_CHECKER", str(write_checker(tmp_path)))
-    tar = call(train.train, input_images=captioned_zip, **QUICK, **({} if is_lora else FULL))
+    tar = call(train.train, input_images=captioned_zip, **QUICK | {"checks": 2}, **({} if is_lora else FULL))
+    with tarfile.open(tar) as packed:
+        assert any(name.startswith("previews/step-000004") for name in packed.getnames())
     predictor = Predictor()
     predictor.setup()
     assert predictor.painter.tuned.pipeline.unet.dtype == torch.float16

@@ -339,6 +339,10 @@ def test_lean_layers_compute_what_pefts_do(run, targets: str):  # noqa: F811
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+SHAPES = (24, 16), (4, 16), (24, 4)
+"""Of a layer's weight and its LoRA's two matrices."""
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("biased", [True, False])
 def test_the_operator_of_lora_products_has_torchs_results_and_gradients(layers: int, biased: bool):
@@ -364,3 +368,11 @@ def test_the_operator_of_lora_products_has_torchs_results_and_gradients(layers: 
     loss = torch.stack([output.square().sum() for output in frozen]).sum()
     for ours, plain in zip(torch.autograd.grad(loss, [down, *ups]), results[1][-1 - layers :], strict=True):
         assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-3)
+
+
+def test_lora_products_of_fp32_are_in_the_dtype_of_the_matrices():
+    """Under autocast a norm's result is fp32."""
+    x, (weight, down, up) = torch.randn(2, 5, 16), (torch.randn(s, dtype=torch.bfloat16) for s in SHAPES)
+    [found] = lora_products.lora_products(x, [weight], [None], down, [up])
+    [expected] = lora_products.lora_products(x.bfloat16(), [weight], [None], down, [up])
+    assert torch.equal(found, expected)

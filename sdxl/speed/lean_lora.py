@@ -20,7 +20,7 @@ from sdxl.speed.lora_products import lora_products
 
 
 def make_lean(module: nn.Module) -> None:
-    """Make every LoRA layer in `module` compute W x + s B (A x) in the dtype of its input.
+    """Make every LoRA layer in `module` compute W x + s B (A x) in the dtype of W.
 
     The matrices stay fp32 parameters; each product uses cast copies. Supports one adapter without dropout.
     """
@@ -48,7 +48,7 @@ def _linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     bases = [layer.base_layer for layer in layers]
     if layers[0].disable_adapters:
         return [F.linear(x, base.weight, base.bias) for base in bases]
-    matrices = [_matrices(layer, x.dtype) for layer in layers]
+    matrices = [_matrices(layer, layer.base_layer.weight.dtype) for layer in layers]
     downs, ups = [down for down, _ in matrices], [up for _, up in matrices]
     # Stack the A matrices [rank, in]: reading x takes longer than these thin products, so read it once for all layers.
     down = torch.cat(downs) if len(downs) > 1 else downs[0]  # cat would copy even a single matrix

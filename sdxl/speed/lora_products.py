@@ -19,11 +19,12 @@ from torch import Tensor
 def lora_products(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], down: Tensor, ups: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The outputs [..., out] of several layers for x [..., in]; all tensors have one dtype.
+    """The outputs [..., out] of several layers for x [..., in], in the dtype of all other tensors.
 
     weights: W of each layer [out, in], frozen. biases: b of each layer [out], or None for all layers.
     down: the A matrices of all layers below each other [layers · rank, in]. ups: B of each layer [out, rank].
     """
+    x = x.to(down.dtype)  # under autocast, a norm's result is fp32
     if x.is_cuda:
         return _products(x, list(weights), [b for b in biases if b is not None], down, list(ups))[:-1]
     low = F.linear(x, down).split([up.shape[1] for up in ups], dim=-1)
