@@ -57,6 +57,18 @@ ROOMS = {
         "data",
         "training",
     },
+    "training_run": {
+        "dataset_and_utils",
+        "settings",
+        "history",
+        "process",
+        "workspace",
+        "model",
+        "data",
+        "training",
+        "serving",
+        "report",
+    },
 }
 """Room, or module directly in `sdxl` → what it may import from this project besides itself."""
 TOP = {
