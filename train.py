@@ -143,8 +143,8 @@ def train(
     ),
     precision: str = Input(
         default="auto",
-        description="Precision of the UNet's weights in full training. auto: fp32 if it fits in memory, else bf16 with stochastic rounding.",
-        choices=["auto", "fp32", "bf16"],
+        description="Precision of the UNet's weights. Full training: fp32 or bf16 with stochastic rounding; auto takes fp32 if it fits in memory. LoRA: int8 holds the base in 8 bits, for half the memory; auto does so only if nothing else fits.",
+        choices=["auto", "fp32", "bf16", "int8"],
     ),
     pivot_fraction: float = Input(
         default=0.5,

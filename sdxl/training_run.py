@@ -16,6 +16,7 @@ from typing import Any
 from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl import settings
 from sdxl.data.dataset_folder import PreparedPicture, read_dataset_folder
+from sdxl.data.helper_models import lent
 from sdxl.history import History
 from sdxl.model import fine_tune_files, full_results
 from sdxl.model.base_checks import tell_of_distillation
@@ -34,6 +35,7 @@ from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.early_check import early_check
 from sdxl.training.examples import cache_examples, held_out_examples, kept_out
 from sdxl.training.inputs import TrainInputs
+from sdxl.training.lora_memory import waits_on_cpu
 from sdxl.training.preview_scores import preview_scorer
 from sdxl.training.prior import PriorConfig, prior_dataset
 from sdxl.training.recipe import StepReport, fine_tune
@@ -87,8 +89,13 @@ def train_on_archive(
 
     # What the run begins with: the base, a fine-tune of it, or the state of a run that stopped.
     keep_compiled_kernels()
+    device = default_device()
     components = load_components(
-        base.folder, is_lora=config.is_lora, device=default_device(), **base.replaced()
+        base.folder,
+        is_lora=config.is_lora,
+        device=device,
+        unet_waits=waits_on_cpu(config, device),
+        **base.replaced(),
     )
     begin_with = _starting_point(inputs.init_from, config, components) if inputs.init_from else None
     facts = base.facts() | ({"init_from": begin_with.digest} if begin_with else {})
@@ -245,4 +252,6 @@ def _prior(config: TrainingConfig, components: Components, base: dict[str, Any])
     wanted = PriorConfig.parse(
         config.prior_prompts, base=json.dumps(base), images=config.prior_images, resolution=config.resolution
     )
-    return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
+    with lent(components.unet, components.device):  # it may wait on the CPU
+        folder = prior_dataset(wanted, drawer(components))
+    return cache_examples(folder, components, TokenMap({}), seed=0)

@@ -21,7 +21,6 @@ from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.previews import drawer
 from sdxl.serving.tuned_pipeline import TunedPipeline
 from sdxl.settings import cache_folder
-from sdxl.speed import lora_products
 from sdxl.training.batches import Batches
 from sdxl.training.diffusion import sample_noise
 from sdxl.training.examples import cache_examples
@@ -337,42 +336,3 @@ def test_lean_layers_compute_what_pefts_do(run, targets: str):  # noqa: F811
     assert torch.allclose(lean, answer(), atol=1e-5) and not torch.allclose(lean, base, atol=1e-3)
     for ours, theirs in zip(lean_gradients, gradients(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
-
-
-SHAPES = (24, 16), (4, 16), (24, 4)
-"""Of a layer's weight and its LoRA's two matrices."""
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("biased", [True, False])
-def test_the_operator_of_lora_products_has_torchs_results_and_gradients(layers: int, biased: bool):
-    """CUDA runs it; a CPU can too."""
-    torch.manual_seed(0)
-    x, down = torch.randn(2, 5, 16, requires_grad=True), torch.randn(4 * layers, 16, requires_grad=True)
-    weights = [torch.randn(24, 16) for _ in range(layers)]
-    biases = [torch.randn(24) for _ in range(layers)] if biased else [None] * layers
-    ups = [torch.randn(24, 4, requires_grad=True) for _ in range(layers)]
-    given = x, weights, [bias for bias in biases if bias is not None], down, ups
-    torch.library.opcheck(lora_products._products, given)
-    results = []
-    for outputs in (
-        lora_products._products(*given)[:-1],
-        lora_products.lora_products(x, weights, biases, down, ups),
-    ):
-        loss = torch.stack([output.square().sum() for output in outputs]).sum()
-        results.append([*outputs, *torch.autograd.grad(loss, [x, down, *ups])])
-    for ours, plain in zip(*results, strict=True):
-        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-3)
-
-    frozen = lora_products._products(x.detach(), *given[1:])[:-1]
-    loss = torch.stack([output.square().sum() for output in frozen]).sum()
-    for ours, plain in zip(torch.autograd.grad(loss, [down, *ups]), results[1][-1 - layers :], strict=True):
-        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-3)
-
-
-def test_lora_products_of_fp32_are_in_the_dtype_of_the_matrices():
-    """Under autocast a norm's result is fp32."""
-    x, (weight, down, up) = torch.randn(2, 5, 16), (torch.randn(s, dtype=torch.bfloat16) for s in SHAPES)
-    [found] = lora_products.lora_products(x, [weight], [None], down, [up])
-    [expected] = lora_products.lora_products(x.bfloat16(), [weight], [None], down, [up])
-    assert torch.equal(found, expected)

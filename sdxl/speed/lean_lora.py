@@ -16,11 +16,12 @@ from diffusers.models.attention_processor import Attention
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 
+from sdxl.speed.int8_weights import product_dtype, scale_of
 from sdxl.speed.lora_products import lora_products
 
 
 def make_lean(module: nn.Module) -> None:
-    """Make every LoRA layer in `module` compute W x + s B (A x) in the dtype of W.
+    """Make every LoRA layer in `module` compute W x + s B (A x) in the dtype of W, or of its scale.
 
     The matrices stay fp32 parameters; each product uses cast copies. Supports one adapter without dropout.
     """
@@ -47,12 +48,13 @@ def _linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     """The outputs of LoRA layers that share the input x [..., in]. All or none of them have a bias."""
     bases = [layer.base_layer for layer in layers]
     if layers[0].disable_adapters:
-        return [F.linear(x, base.weight, base.bias) for base in bases]
-    matrices = [_matrices(layer, layer.base_layer.weight.dtype) for layer in layers]
+        return [base(x) for base in bases]
+    matrices = [_matrices(layer, product_dtype(layer.base_layer)) for layer in layers]
     downs, ups = [down for down, _ in matrices], [up for _, up in matrices]
     # Stack the A matrices [rank, in]: reading x takes longer than these thin products, so read it once for all layers.
     down = torch.cat(downs) if len(downs) > 1 else downs[0]  # cat would copy even a single matrix
-    return lora_products(x, [base.weight for base in bases], [base.bias for base in bases], down, ups)
+    scales = [scale for base in bases if (scale := scale_of(base)) is not None]
+    return lora_products(x, [base.weight for base in bases], [base.bias for base in bases], down, ups, scales)
 
 
 def _all_lora(attention: Attention) -> bool:
