@@ -23,7 +23,6 @@ _NOISY = (
     "httpcore",
     "huggingface_hub",
     "urllib3",
-    "matplotlib",  # tells that it looks for fonts
     # Without CUDA, torchao warns about kernels that it cannot load. This project uses only its optimizer.
     "torchao",
     "torch.utils._pytree",
