@@ -1,6 +1,7 @@
 """Shared ground of the tests: the embedded base, small archives, and the doors called as functions."""
 
 import contextlib
+import gc
 import inspect
 import io
 import os
@@ -30,9 +31,16 @@ repeat_on_cpu()  # before torch multiplies anything
 # The miniature is too small to gain from several threads, and on busy cores they wait for each other.
 # Subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until the tests are collected: looking through all that is imported takes two seconds
 
 REPOSITORY = Path(__file__).parent.parent
 TINY_BASE = REPOSITORY / "base_models" / "tiny-sdxl"
+
+
+def pytest_collection_finish() -> None:
+    """From here on, collect what becomes garbage, and look no more through what has been imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
