@@ -6,7 +6,9 @@ from PIL import Image
 
 
 def photograph(name: str) -> Image.Image:
-    """The photograph in the file `name`, such as "chelsea", in RGB."""
+    """The pixels of the photograph in the file `name`, such as "chelsea", in RGB, without a colour profile."""
     [path] = Path(__file__).parent.glob(f"{name}.[jw]*")
     with Image.open(path) as opened:
-        return opened.convert("RGB")
+        picture = opened.convert("RGB")
+    picture.info.clear()
+    return picture
