@@ -22,7 +22,7 @@ from sdxl.training.optimizers import OPTIMIZERS
 from sdxl.training.trainable import LORA_TARGETS
 from tests.conftest import REPOSITORY
 
-HEAVY = {"torch", "diffusers", "transformers", "pandas", "matplotlib"}
+HEAVY = {"torch", "diffusers", "transformers", "pandas"}
 """Packages that take long to import."""
 DECLARED: dict[str, Any] = {
     name: parameter.default for name, parameter in inspect.signature(train.train).parameters.items()
