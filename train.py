@@ -1,25 +1,20 @@
 """The training entry point: captioned pictures in, `trained_model.tar` out.
 
-Knows the public inputs and the order of the stages; does not know how a stage works. Imports torch and diffusers only
-when a run starts, so that `--help` and wrong inputs are answered at once.
+Knows the public inputs and what is done before and after a run; the stages of a run are in `sdxl/training_run.py`. Imports
+torch and diffusers only when a run starts, so that `--help` and wrong inputs are answered at once.
 
     python train.py -i input_images=@example_datasets/crowny.zip -i token_map=TOK:2 -o out/
 """
 
-import dataclasses
 import functools
-import json
 import logging
-import os
 import pathlib
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
 from cog import CancelationException, Input, Path, current_scope
 from coglet import server
 
-from dataset_and_utils import TokenMap
 from sdxl import settings
 from sdxl.command_line import run_command_line
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
@@ -31,29 +26,20 @@ from sdxl.history import History
 from sdxl.process import (
     configure_logging,
     exit_with,
-    keep_compiled_kernels,
     leave_at_once,
     repeat_on_cpu,
     start_logging,
 )
 from sdxl.report.recorder import Recorder
 from sdxl.shutdown import stops_with_server
-from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.config_file import with_config
 from sdxl.training.contradictions import without_effect
 from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.torchrun import run_in_each
-from sdxl.workspace import CHECKPOINTS, OUTPUT, PREVIEWS, REPORT, RESULT, workspace_of_run
+from sdxl.workspace import OUTPUT, REPORT, workspace_of_run
 
 if TYPE_CHECKING:
-    from dataset_and_utils import ExampleDataset
-    from sdxl.data.dataset_folder import PreparedPicture
-    from sdxl.model.bases import Base
-    from sdxl.model.components import Components
-    from sdxl.model.fine_tune_files import TrainedFineTune
     from sdxl.training.recipe import StepReport
-    from sdxl.training.starting_point import StartingPoint
-    from sdxl.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +143,8 @@ def train(
     ),
     precision: str = Input(
         default="auto",
-        description="Precision of the UNet's weights in full training. auto: fp32 if it fits in memory, else bf16 with stochastic rounding.",
-        choices=["auto", "fp32", "bf16"],
+        description="Precision of the UNet's weights. Full training: fp32 or bf16 with stochastic rounding; auto takes fp32 if it fits in memory. LoRA: int8 holds the base in 8 bits, for half the memory; auto does so only if nothing else fits.",
+        choices=["auto", "fp32", "bf16", "int8"],
     ),
     pivot_fraction: float = Input(
         default=0.5,
@@ -369,7 +355,7 @@ def _delivered(tar: pathlib.Path, inputs: TrainInputs) -> Path:
 def run(
     inputs: TrainInputs, workspace: pathlib.Path, on_step: Optional[Callable[["StepReport"], None]] = None
 ) -> pathlib.Path:
-    """The stages of a training, one line each. All files of the run are in `workspace`. Returns the tar.
+    """Train in the folder `workspace`, where all files of the run are; returns the tar.
 
     on_step: takes the report of each step; without it, the numbers go to Cog.
     """
@@ -380,219 +366,17 @@ def run(
     # Here, after the inputs are checked: importing these takes seconds.
     configure_logging()
     from preprocess import prepare_dataset
-    from sdxl.data.dataset_folder import read_dataset_folder
-    from sdxl.model import fine_tune_files, full_results
-    from sdxl.model.base_checks import tell_of_distillation
-    from sdxl.model.bases import find_base
-    from sdxl.model.components import default_device, load_components, native_resolution
-    from sdxl.training import data_parallel, resuming
-    from sdxl.training.announcement import announce
-    from sdxl.training.early_check import early_check
-    from sdxl.training.examples import cache_examples, kept_out
-    from sdxl.training.recipe import fine_tune
-    from sdxl.training.start_words import start_words
+    from sdxl.training_run import train_on_archive
 
     recorder = Recorder(History(), workspace / OUTPUT, asked=inputs.asked, described=_descriptions())
-
-    # Pictures → dataset folder.
-    named = resuming.opened(inputs.resume, workspace)
-    base = find_base(inputs.source_of_base, called=inputs.base_is_called)
-    tell_of_distillation(base.folder, base.name)
-    resolution = native_resolution(base.folder) if inputs.resolution is None else inputs.resolution
-    preprocess_config = inputs.preprocess_config(resolution)
-    check = early_check(inputs, base.folder, resolution)
-    dataset_folder = prepare_dataset(
-        archive, workspace / "dataset", config=preprocess_config, check=check, on_advice=recorder.take_advice
+    return train_on_archive(
+        archive,
+        inputs,
+        workspace,
+        prepare_dataset=prepare_dataset,
+        recorder=recorder,
+        on_step=recorder.before(on_step or _record_metrics),
     )
-    shutil.rmtree(workspace / "fetched", ignore_errors=True)
-
-    # Only now the pictures and captions are known, so the number of steps and the words to start from are too.
-    pictures = read_dataset_folder(dataset_folder)
-    captions = [picture.caption for picture in pictures]
-    config = inputs.training_config(
-        resolution=resolution,
-        images=len(pictures),
-        processes=data_parallel.world_size(),
-        seed=data_parallel.agreed(settings.resolve_seed(inputs.seed)),
-        base=base.name,
-        token_init=start_words(inputs.options.token_init, captions, inputs.token_map, base.folder),
-    )
-
-    # What the run begins with: the base, a fine-tune of it, or the state of a run that stopped.
-    keep_compiled_kernels()
-    components = load_components(
-        base.folder, is_lora=config.is_lora, device=default_device(), **base.replaced()
-    )
-    begin_with = _starting_point(inputs.init_from, config, components) if inputs.init_from else None
-    facts = base.facts() | ({"init_from": begin_with.digest} if begin_with else {})
-    record = fine_tune_files.run_record(config.as_json() | preprocess_config.as_json(), dataset_folder, facts)
-    resuming.require_one_run(record, captions)
-    saved = resuming.chosen(named, inputs.resume, record, seed=inputs.seed)
-    if saved is not None:
-        config = dataclasses.replace(config, seed=saved.notes.seed)
-        record["settings"]["seed"] = config.seed
-    announce(
-        config,
-        components.device,
-        images=len(pictures),
-        masks=any(picture.mask for picture in pictures),
-        processes=data_parallel.world_size(),
-        given=inputs.instead_of_preset,
-    )
-
-    # Dataset folder and base → fine-tune → tar.
-    examples = cache_examples(
-        dataset_folder,
-        components,
-        inputs.token_map,
-        seed=config.seed,
-        views=config.random_views or 0,
-        flip=config.horizontal_flip,
-        leave_out=kept_out(len(pictures)) if config.checks else (),
-    )
-    keep = data_parallel.by_first(
-        fine_tune_files.keeper(
-            workspace / OUTPUT / CHECKPOINTS,
-            record,
-            lambda trained: full_results.in_form(trained, config.full_result, base),
-        )
-    )
-    watch = _watch(config, components, dataset_folder, pictures, recorder.history, workspace / OUTPUT, keep)
-    prior = _prior(config, components, base.facts()) if config.prior_prompts else None
-    components.vae.to("cpu")  # type: ignore[arg-type]  # all pictures are encoded: its memory is free for training
-    with resuming.states_of(config, record, saved, (examples, prior)) as states:
-        trained = fine_tune(
-            components,
-            examples,
-            config,
-            prior=prior,
-            begin_with=begin_with,
-            states=states,
-            watch=watch,
-            on_step=recorder.before(on_step or _record_metrics),
-            on_checkpoint=keep,
-        )
-        data_parallel.by_first(_write)(
-            trained,
-            record | recorder.choice(),
-            workspace,
-            components,
-            base,
-            config,
-            tell=lambda: recorder.finish(record, dataset_folder),
-        )
-    states.discard()
-    for folder in (dataset_folder, workspace / resuming.UNPACKED):
-        shutil.rmtree(folder, ignore_errors=True)
-    log.info("Done: %s contains the fine-tune.", RESULT)
-    return workspace / RESULT
-
-
-def _watch(
-    config: TrainingConfig,
-    components: "Components",
-    dataset_folder: pathlib.Path,
-    pictures: Sequence["PreparedPicture"],
-    history: History,
-    output: pathlib.Path,
-    keep: Callable[[int, "TrainedFineTune"], None],
-) -> "Watch":
-    """What checks the training, and adds to its history. Previews are drawn into `output`.
-
-    keep: takes the fine-tunes of all checked moments, if they are wanted.
-    """
-    from sdxl.serving.previews import PreviewDrawer, preview_prompts, preview_side
-    from sdxl.training.data_parallel import rank
-    from sdxl.training.examples import held_out_examples, kept_out
-    from sdxl.training.preview_scores import preview_scorer
-    from sdxl.training.stops import finish_on_signal
-    from sdxl.training.watch import AT_ONCE, Watch
-
-    asked = finish_on_signal()
-    if not settings.behind_server():
-        log.info("To end this training early, with the best moment so far: kill -USR1 %d", os.getpid())
-    if not config.checks:
-        return Watch(asked_to_finish=asked)
-    token_map = TokenMap.parse(config.token_map)
-    watch = Watch(
-        checks=config.checks,
-        asked_to_finish=asked,
-        history=history,
-        keep=keep if config.keep_checked else None,
-        held_out=held_out_examples(
-            dataset_folder, components, token_map, seed=config.seed, pictures=kept_out(len(pictures))
-        ),
-    )
-    # Processes that share the UNet must draw together; only the files of the first one stay.
-    if config.preview_prompts != "none" and (rank() == 0 or not config.is_lora):
-        word = next(iter(token_map.parse_init(config.token_init).values()), "")
-        named, captions = config.preview_prompts, [picture.caption for picture in pictures]
-        watch.history.prompts = list(
-            prompts_of(named, name="preview_prompts") if named else preview_prompts(captions, token_map, word)
-        )
-        watch.folder = output
-        watch.draw = PreviewDrawer(
-            components,
-            token_map,
-            watch.history.prompts,
-            output / PREVIEWS,
-            side=preview_side(config.resolution),
-            seed=config.seed,
-            at_once=AT_ONCE * config.train_batch_size // 2,  # with guidance a picture has two rows
-        )
-        if rank() == 0:
-            watch.score = preview_scorer(config, history, pictures, folder=output, device=components.device)
-    return watch
-
-
-def _write(
-    trained: "TrainedFineTune",
-    record: dict[str, Any],
-    workspace: pathlib.Path,
-    components: "Components",
-    base: "Base",
-    config: TrainingConfig,
-    *,
-    tell: Callable[[], None],
-) -> None:
-    """Fine-tune → tar. `tell` adds what is for people."""
-    from sdxl.model import fine_tune_files, full_results
-    from sdxl.model.trained_web_ui import write_for_web_uis
-
-    output, checkpoint_of = workspace / OUTPUT, base if config.single_file else None
-    trained = full_results.in_form(trained, config.full_result, base)
-    fine_tune_files.write(trained, output, record)
-    write_for_web_uis(trained, output, record, components, checkpoint_of=checkpoint_of)
-    tell()
-    fine_tune_files.pack(output, workspace / RESULT)
-    # First by one rename: a kill while they are removed must not leave checkpoints that look whole.
-    shutil.rmtree(output.rename(workspace / f".{OUTPUT}.partial"))
-
-
-def _starting_point(source: str, config: TrainingConfig, components: "Components") -> "StartingPoint":
-    """The fine-tune at `source`, to begin with: a path, a URL, a `data:` URI or a name on the hub."""
-    from sdxl.model.loaded_fine_tune import load_for
-    from sdxl.serving.fine_tune_cache import FineTuneCache
-    from sdxl.training.starting_point import StartingPoint
-
-    limits = dataclasses.replace(settings.cache_limits(), memory=0)
-    cache = FineTuneCache(settings.cache_folder(), limits, lambda files: load_for(components, files))
-    return StartingPoint(fine_tune=cache.get(source), config=config)
-
-
-def _prior(config: TrainingConfig, components: "Components", base: dict[str, Any]) -> "ExampleDataset":
-    """The encoded pictures of the prior. The base in `components` draws them, unless an earlier run has kept them.
-
-    base: what identifies the base.
-    """
-    from sdxl.serving.previews import drawer
-    from sdxl.training.examples import cache_examples
-    from sdxl.training.prior import PriorConfig, prior_dataset
-
-    wanted = PriorConfig.parse(
-        config.prior_prompts, base=json.dumps(base), images=config.prior_images, resolution=config.resolution
-    )
-    return cache_examples(prior_dataset(wanted, drawer(components)), components, TokenMap({}), seed=0)
 
 
 def _fetched(source: str, folder: pathlib.Path) -> pathlib.Path:

@@ -86,9 +86,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="run only these checks. Default: all"
     )
-    made.add_argument(
-        "--photo", type=Path, help="a photograph of yours. Default: a cat that scikit-image ships"
-    )
+    made.add_argument("--photo", type=Path, help="a photograph of yours. Default: a cat")
     made.add_argument(
         "--subject", default="the subject", help='what is in the middle of your photograph, such as "a dog"'
     )

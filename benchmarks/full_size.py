@@ -65,8 +65,8 @@ SCHEDULE: dict[str, Any] = {
 }
 
 
-def parts(half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
-    """The UNet, autoencoder, text encoders and tokenizers, frozen and on `DEVICE`."""
+def parts(half: torch.dtype, unet_dtype: torch.dtype, *, unet_waits: bool = False) -> dict[str, Any]:
+    """The UNet, autoencoder, text encoders and tokenizers, frozen and on `DEVICE`, or the UNet on the CPU if it waits."""
     torch.manual_seed(0)
     # The tokenizers are those of the miniature: fewer words, the same work.
     tokenizers = {
@@ -92,6 +92,9 @@ def parts(half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
         try:
             with torch.device(DEVICE):
                 made[name] = build()
+            if name == "unet" and unet_waits:
+                made[name].to("cpu")
+                torch.cuda.empty_cache()
         finally:
             torch.set_default_dtype(torch.float32)
     for part in made.values():
@@ -99,9 +102,9 @@ def parts(half: torch.dtype, unet_dtype: torch.dtype) -> dict[str, Any]:
     return made | tokenizers
 
 
-def components(*, is_lora: bool) -> Components:
-    """All parts for training, in the precisions that `load_components` chooses on CUDA."""
-    made = parts(torch.bfloat16, torch.bfloat16 if is_lora else torch.float32)
+def components(*, is_lora: bool, unet_waits: bool = False) -> Components:
+    """All parts for training, in the precisions that `load_components` chooses on CUDA. The UNet may wait on the CPU."""
+    made = parts(torch.bfloat16, torch.bfloat16 if is_lora else torch.float32, unet_waits=unet_waits)
     return Components(
         unet=made["unet"],
         vae=made["vae"].float(),

@@ -40,7 +40,7 @@ ADDRESSES = 6 << 30
 """Bytes of addresses that a worker may take in addition to those of the loaded base."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Make the inputs, run them, kill trainings, write the numbers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--inputs", type=int, default=2000)
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--only", type=int, help="run this one input in this process, and show its traceback")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/hostile.json"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as made:
         doors = prepare(Path(made))
         if args.only is not None:

@@ -46,7 +46,7 @@ INPUTS = {
 KINDS: dict[str, dict[str, Any]] = {"lora": {"is_lora": True}, "full": {"is_lora": False}}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Kill trainings; write the numbers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trainings", type=int, default=50)
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base", type=Path, default=BASE, help="the base, a small one")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/resumed_kills.json"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     prepare(args.base)
     result = {
         "machine": f"{platform.machine()} CPU",

@@ -8,6 +8,7 @@ bf16 autocast, for the UNet alone. Each part takes minutes on a GPU and adds its
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import json
@@ -28,14 +29,22 @@ from peft import LoraConfig
 from benchmarks import full_size, many_gpus
 from benchmarks.quality import about
 from sdxl.process import keep_compiled_kernels
-from sdxl.training.config import TrainingConfig
+from sdxl.training import lora_memory
+from sdxl.training.config import TrainingConfig, TrainingOptions
 from sdxl.training.diffusion import sample_timesteps
+from sdxl.training.presets import PRESETS
 from sdxl.training.recipe import StepReport, fine_tune
 from sdxl.training.trainable import LORA_TARGETS
 
 BATCH, RANK, PICTURES = 4, 32, 8
 MANY_GPUS = ("many_gpus_speeds", "many_gpus_losses", "many_gpus_batches")
 """The parts of the part `many_gpus`."""
+DEFAULT_LORA = {
+    "lora_rank": PRESETS["good"].lora_rank,
+    "lora_targets": PRESETS["good"].lora_targets,
+    "preservation": TrainingOptions.preservation,
+}
+"""What the product trains unless the user says otherwise."""
 STEPS, SETTLED = 60, 12
 """The steps of a run, with the pivot in the middle, and how many steps after the start and after the pivot do not count."""
 
@@ -68,7 +77,8 @@ def ours(config: TrainingConfig, losses: list[float] | None = None) -> dict[str,
     Appends every step's loss to `losses`.
     """
     _forget()
-    parts = full_size.components(is_lora=config.is_lora)
+    waits = lora_memory.waits_on_cpu(config, torch.device(full_size.DEVICE))
+    parts = full_size.components(is_lora=config.is_lora, unet_waits=waits)
     data = full_size.examples(parts, PICTURES, config.resolution)
     started, ends = time.perf_counter(), []
 
@@ -91,13 +101,17 @@ def ours(config: TrainingConfig, losses: list[float] | None = None) -> dict[str,
     }
 
 
-def plain(side: int, *, compiled: bool, steps: int = 14) -> dict[str, float]:
-    """The same for a loop as in the examples of diffusers and peft: bf16 UNet, fp32 LoRA, autocast, AdamW."""
+def plain(config: TrainingConfig, *, compiled: bool, steps: int = 14) -> dict[str, float]:
+    """The same for a loop as in the examples of diffusers and peft: bf16 UNet, fp32 LoRA, autocast, AdamW.
+
+    It trains the LoRA of `config` on pictures of its size, and does nothing else that the config says.
+    """
+    side, rank, targets = config.resolution, config.lora_rank, LORA_TARGETS[config.lora_targets]
     _forget()
     torch.manual_seed(0)
     with torch.device(full_size.DEVICE):
         unet = UNet2DConditionModel(**full_size.UNET).to(torch.bfloat16).requires_grad_(False).train()
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_TARGETS["attention"]))
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     trained = [p for p in unet.parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.float()
@@ -149,18 +163,23 @@ def ceiling_tflops() -> float:
     return round(2 * 8192**3 / median(times[4:]) / 1e12, 1)
 
 
-def compare(side: int, *, all_ways: bool) -> dict[str, Any]:
-    """Measure LoRA by the recipe and by the plain loop in turns. With `all_ways`, also measure the steps between the two."""
+def compare(name: str, side: int, *, all_ways: bool, **kind: Any) -> dict[str, Any]:
+    """Measure LoRA by the recipe and by the plain loop in turns. With `all_ways`, also measure the steps between the two.
+
+    name: what it is called in the results. kind: settings of the LoRA.
+    """
+    config = settings(side, **kind)
     fast_losses: list[float] = []
     eager_losses: list[float] = []
-    rows = {"plain loop": plain(side, compiled=False), "ours": ours(settings(side), fast_losses)}
+    rows = {"plain loop": plain(config, compiled=False), "ours": ours(config, fast_losses)}
     if all_ways:
-        rows["ours, graphs without compiling"] = ours(settings(side, compile_blocks=False))
-        rows["ours, eager"] = ours(settings(side, compile_blocks=False, cuda_graph=False), eager_losses)
-    rows["plain loop, again"] = plain(side, compiled=False)
+        uncompiled = dataclasses.replace(config, compile_blocks=False)
+        rows["ours, graphs without compiling"] = ours(uncompiled)
+        rows["ours, eager"] = ours(dataclasses.replace(uncompiled, cuda_graph=False), eager_losses)
+    rows["plain loop, again"] = plain(config, compiled=False)
     if all_ways:
-        rows["plain loop, compiled blocks"] = plain(side, compiled=True)
-    rows["ours, again"] = ours(settings(side))
+        rows["plain loop, compiled blocks"] = plain(config, compiled=True)
+    rows["ours, again"] = ours(config)
     tflop = 2 * BATCH * full_size.forward_tflop(side)  # forward, and backward for the activations
     ceiling = ceiling_tflops()
     for row in rows.values():
@@ -169,10 +188,10 @@ def compare(side: int, *, all_ways: bool) -> dict[str, Any]:
     slow = median([rows["plain loop"]["after_pivot_ms"], rows["plain loop, again"]["after_pivot_ms"]])
     return {
         "rows": rows,
-        f"lora_{side}_after_pivot_ms": round(fast, 1),
-        f"lora_{side}_before_pivot_ms": rows["ours"]["before_pivot_ms"],
-        f"speedup_{side}": round(slow / fast, 2),
-        f"loss_difference_{side}": max(
+        f"lora_{name}_after_pivot_ms": round(fast, 1),
+        f"lora_{name}_before_pivot_ms": rows["ours"]["before_pivot_ms"],
+        f"speedup_{name}": round(slow / fast, 2),
+        f"loss_difference_{name}": max(
             (abs(a - b) / b for a, b in zip(fast_losses, eager_losses, strict=False)), default=None
         ),
         "ceiling_tflops": ceiling,
@@ -196,16 +215,18 @@ def full() -> dict[str, Any]:
     return {"rows": rows, "full_1024_after_pivot_ms": rows["ours"]["after_pivot_ms"]}
 
 
-def tier(gib: float, *, is_lora: bool) -> dict[str, Any]:
-    """Measure batch 1 at 1024×1024 in a process that may use `gib` GiB of the GPU."""
+def tier(gib: float, *, is_lora: bool, name: str, **kind: Any) -> dict[str, Any]:
+    """Measure batch 1 at 1024×1024 in a process that may use `gib` GiB of the GPU.
+
+    name: what it is called in the results. kind: settings of the run.
+    """
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     torch.cuda.set_per_process_memory_fraction(gib / total)
     try:
-        row = ours(settings(1024, is_lora=is_lora, train_batch_size=1, max_train_steps=40))
+        row = ours(settings(1024, is_lora=is_lora, train_batch_size=1, max_train_steps=40, **kind))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     row["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-    name = "lora" if is_lora else "full"
     return {"rows": {f"ours, limited to {gib:g} GiB": row}, f"{name}_peak_gib": row["peak_gib"]}
 
 
@@ -258,11 +279,13 @@ def main() -> None:
     keep_compiled_kernels()
     run, gpus = many_gpus.with_torchrun, args.gpus or torch.cuda.device_count()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "lora_1024": lambda: compare(1024, all_ways=True),
-        "lora_768": lambda: compare(768, all_ways=False),
+        "lora_default": lambda: compare("default", 1024, all_ways=False, **DEFAULT_LORA),
+        "lora_1024": lambda: compare("1024", 1024, all_ways=True),
+        "lora_768": lambda: compare("768", 768, all_ways=False),
         "full": full,
-        "lora_12gb": lambda: tier(12, is_lora=True),
-        "full_24gb": lambda: tier(24, is_lora=False),
+        "lora_8gb": lambda: tier(7.5, is_lora=True, name="lora_8gb", **DEFAULT_LORA),
+        "lora_12gb": lambda: tier(12, is_lora=True, name="lora"),
+        "full_24gb": lambda: tier(24, is_lora=False, name="full"),
         "whole_run": lambda: whole_run(args.workdir, steps=args.steps),
         "many_gpus_speeds": lambda: many_gpus.speeds(run, gpus, args.kinds),
         "many_gpus_losses": lambda: many_gpus.learns_alike(run, gpus, args.kinds),
@@ -280,7 +303,16 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    known = ["lora_1024", "lora_768", "full", "lora_12gb", "full_24gb", "whole_run"]
+    known = [
+        "lora_default",
+        "lora_1024",
+        "lora_768",
+        "full",
+        "lora_8gb",
+        "lora_12gb",
+        "full_24gb",
+        "whole_run",
+    ]
     parser.add_argument("--parts", nargs="+", choices=[*known, "many_gpus", *MANY_GPUS], default=known)
     parser.add_argument(
         "--kinds",

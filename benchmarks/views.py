@@ -1,6 +1,6 @@
 """`python -m benchmarks.views`: measure how sharp the views are that a training learns.
 
-Photographs that come with scikit-image are prepared and cropped as in a training. Each crop is compared with the same crop
+Photographs are prepared and cropped as in a training. Each crop is compared with the same crop
 of the original, resized in one step: the energy of its finest detail, which is the difference of each pixel from the mean
 of its four neighbours. 1 means as sharp as the original. Writes `benchmarks/results/views.json`; takes seconds on a CPU.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-import skimage.data
 from PIL import Image
 
+from benchmarks.photographs import photograph
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.data.dataset_folder import read_dataset_folder
 from sdxl.training.random_views import View, views_of
@@ -50,7 +50,7 @@ def measure(share: float, crops: int) -> dict[str, float]:
     """
     ratios, enlarged, zooms, counts = [], [], [1.0], []
     for index, name in enumerate(PHOTOGRAPHS):
-        original = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        original = photograph(name)
         side = int(min(original.size) / share) // 8 * 8
         if share == 1.0:
             original = original.crop((0, 0, side, side))

@@ -1,6 +1,7 @@
 """Shared ground of the tests: the embedded base, small archives, and the doors called as functions."""
 
 import contextlib
+import gc
 import inspect
 import io
 import os
@@ -30,9 +31,30 @@ repeat_on_cpu()  # before torch multiplies anything
 # The miniature is too small to gain from several threads, and on busy cores they wait for each other.
 # Subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until the tests are collected: looking through all that is imported takes two seconds
 
+LONGEST = (
+    "test_fleet",
+    "test_cog_server",
+    "test_data_parallel",
+    "test_ray_train",
+    "test_hostile_bench",
+    "test_modes",
+)
+"""Files that take more than 20 seconds, most of them waiting for processes. `--no-loadscope-reorder` keeps this order."""
 REPOSITORY = Path(__file__).parent.parent
 TINY_BASE = REPOSITORY / "base_models" / "tiny-sdxl"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest files come first: one that came last would run alone, while the other cores are idle."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """From here on, collect what becomes garbage, and look no more through what has been imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

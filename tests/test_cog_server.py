@@ -1,133 +1,73 @@
-"""Both entry points behind the real Cog server, driven over HTTP with the miniature."""
+"""The entry points behind the real Cog server, driven over HTTP with the miniature, and through Replicate's real client with a
+stand-in for its API."""
 
 import base64
 import http.server
 import io
 import json
-import os
 import queue
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import replicate
 import requests
 from PIL import Image
+from replicate.exceptions import ModelError, ReplicateError
 
 from tests.bucket import Bucket
-from tests.conftest import QUICK, REPOSITORY, TINY_BASE, free_port, png, write_zip
+from tests.cog_server import LONG, SMALL, Server, Webhook, data_uri, http_server, picture, serve
+from tests.conftest import QUICK, REPOSITORY, png, write_zip
+from tests.replicate_api import Handler, Replicate, Version
+from tests.tiny_helpers import write_captioner, write_segmenter
 from tools import cog_schema
 
-
-class Server:
-    """A Cog server that was started."""
-
-    def __init__(self, port: int, what: str, process: subprocess.Popen, log: Path) -> None:
-        self.process, self.log = process, log
-        self.url = f"http://127.0.0.1:{port}"
-        self.what = what  # "predictions" or "trainings"
-
-    def wait_until(self, wanted: str) -> None:
-        """Wait while the server starts, until its health is `wanted`."""
-        while self.process.poll() is None:
-            try:
-                status = self.get("health-check")["status"]
-            except requests.RequestException:
-                status = "none yet"
-            if status == wanted:
-                return
-            assert status in ("none yet", "STARTING"), self.log.read_text()
-            time.sleep(0.1)
-        pytest.fail(f"the server ended:\n{self.log.read_text()}")
-
-    def post(self, inputs: dict[str, Any]) -> requests.Response:
-        """Run a job to its end. The server answers 409 until it has cleared up after the job before."""
-        while True:
-            answer = requests.post(f"{self.url}/{self.what}", json={"input": inputs})
-            if answer.status_code != 409:
-                return answer
-            time.sleep(0.1)
-
-    def workers(self) -> list[int]:
-        """The processes that the server started."""
-        listed = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(pid) for children in listed for pid in children.read_text().split()]
-
-    def get(self, path: str) -> Any:
-        return requests.get(f"{self.url}/{path}").json()
+# What Replicate calls its models.
+PREPROCESSOR = "replicate/sdxl_preprocess:bd1158a5052ed46176da900ad7e2a80ea04a3c46196d93f9e1db879fd1ce7f29"
+TRAINER = "replicate-internal/sdxl:d46d67520dc4d9853de7b9695e1fedc0cfbdf47af45597899fe471a96894b0df"
+DESTINATION = "your-username/sdxl_mixes"
 
 
-@contextmanager
-def serve(workspace: Path, entry_point: str, **environment: str) -> Iterator[Server]:
-    """Start the server as `make serve`, `make serve-train` and `make serve-preprocess` do, on a free port."""
-    port = free_port()
-    train, folder = entry_point == "train.py:train", workspace.parent / "server"
-    config = "cog.preprocess.yaml" if entry_point == "preprocess.py:Preprocessor" else "cog.yaml"
-    assert cog_schema.main(["--config", str(REPOSITORY / config), "--folder", str(folder)]) == 0
-    settings = {
-        **os.environ,
-        "COG_TRAIN_TYPE_STUB" if train else "COG_PREDICT_TYPE_STUB": f"{REPOSITORY}/{entry_point}",
-        "PYTHONPATH": str(REPOSITORY),
-        "PORT": str(port),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SDXL_BASE": str(TINY_BASE),
-        "SDXL_WORKSPACE": str(workspace),
-        "HF_HUB_OFFLINE": "1",
-        **environment,
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """The preprocessor, the trainer and the predictor. Their users may name addresses on this machine."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("preprocess", "train", "predict")}
+    helpers = {
+        "SDXL_CAPTIONER": str(write_captioner(folders["preprocess"])),
+        "SDXL_SEGMENTER": str(write_segmenter(folders["preprocess"])),
     }
-    command = [sys.executable, "-m", "cog.server.http", *(["--x-mode", "train"] if train else [])]
-    log = workspace.parent / "server.log"
-    with log.open("wb") as opened:
-        process = subprocess.Popen(
-            command, cwd=folder, env=settings, stdout=opened, stderr=opened, start_new_session=True
-        )
-    try:
-        yield Server(port, "trainings" if train else "predictions", process, log)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    own = {"preprocess": helpers, "train": {"SDXL_INPUTS": str(folders["train"] / "inputs")}, "predict": {}}
+    with ExitStack() as stack:
+        started = {
+            name: stack.enter_context(serve(folder / "workspace", name, SDXL_PRIVATE_URLS="1", **own[name]))
+            for name, folder in folders.items()
+        }
+        for server in started.values():
+            server.wait_until("READY")
+        yield started
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    workspace = tmp_path_factory.mktemp("trainer") / "workspace"
-    opened = {"SDXL_PRIVATE_URLS": "1", "SDXL_INPUTS": str(workspace.parent / "inputs")}
-    with serve(workspace, "train.py:train", **opened) as server:
-        server.wait_until("READY")
-        yield server
+@pytest.fixture
+def preprocessor(servers: dict[str, Server]) -> Server:
+    return servers["preprocess"]
 
 
-@pytest.fixture(scope="module")
-def predictor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(tmp_path_factory.mktemp("predictor") / "workspace", "predict.py:Predictor") as server:
-        server.wait_until("READY")
-        yield server
+@pytest.fixture
+def trainer(servers: dict[str, Server]) -> Server:
+    return servers["train"]
 
 
-def data_uri(content: bytes, kind: str = "application/zip") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def picture(uri: str) -> Image.Image:
-    assert uri.startswith("data:image/png;base64,")
-    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
-
-
-SMALL = {"prompt": "a photo of TOK", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 0}
-LONG = {"width": 256, "height": 256, "num_inference_steps": 500, "num_outputs": 4}
+@pytest.fixture
+def predictor(servers: dict[str, Server]) -> Server:
+    return servers["predict"]
 
 
 def test_a_training_its_tar_and_a_prediction_with_it(trainer: Server, predictor: Server, captioned_zip: Path):
@@ -174,22 +114,20 @@ def test_a_result_that_is_too_large_goes_to_a_signed_url(
 
 
 def test_pictures_of_several_shapes_go_from_the_preprocessor_through_a_training(
-    trainer: Server, tmp_path: Path
+    preprocessor: Server, trainer: Server, tmp_path: Path
 ):
     sizes = {"wide": (320, 160), "tall": (160, 320), "square": (256, 256)}
     files = {f"{name}.png": png(i, size) for i, (name, size) in enumerate(sizes.items())}
     texts = {f"{name}.txt": f"a {name} TOK" for name in sizes}
     raw = write_zip(tmp_path / "raw.zip", files | texts)
-    with serve(tmp_path / "workspace", "preprocess.py:Preprocessor") as preprocessor:
-        preprocessor.wait_until("READY")
-        served = preprocessor.get("openapi.json")["components"]["schemas"]["Input"]
-        assert served["required"] == ["files"] and "prompt" not in served["properties"]
-        assert preprocessor.post({"files": data_uri(b"no zip")}).json()["status"] == "failed"
-        missing = preprocessor.post({})
-        assert missing.status_code == 422 and "files" in json.dumps(missing.json()["detail"])
-        assert "files is missing: give" in preprocessor.post({"files": ""}).json()["error"]
-        inputs = {"files": data_uri(raw.read_bytes()), "target_size": 128.0, "bucketing": True}
-        answer = preprocessor.post(inputs).json()
+    served = preprocessor.get("openapi.json")["components"]["schemas"]["Input"]
+    assert served["required"] == ["files"] and "prompt" not in served["properties"]
+    assert preprocessor.post({"files": data_uri(b"no zip")}).json()["status"] == "failed"
+    missing = preprocessor.post({})
+    assert missing.status_code == 422 and "files" in json.dumps(missing.json()["detail"])
+    assert "files is missing: give" in preprocessor.post({"files": ""}).json()["error"]
+    inputs = {"files": data_uri(raw.read_bytes()), "target_size": 128.0, "bucketing": True}
+    answer = preprocessor.post(inputs).json()
     assert answer["status"] == "succeeded" and "Advice:" in answer["logs"], answer
     tar = base64.b64decode(answer["output"].split(",", 1)[1])
     with tarfile.open(fileobj=io.BytesIO(tar)) as members:
@@ -206,21 +144,9 @@ def test_pictures_of_several_shapes_go_from_the_preprocessor_through_a_training(
     assert training["status"] == "succeeded" and training["metrics"]["step"] == 6, training
 
 
-class Webhook(http.server.BaseHTTPRequestHandler):
-    """Takes what a server tells about its jobs."""
-
-    events: queue.Queue[dict[str, Any]] = queue.Queue()
-
-    def do_POST(self) -> None:
-        self.events.put(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None: ...
-
-
 def test_a_server_from_its_setup_to_its_end(predictor: Server, fine_tunes: dict[str, Path], tmp_path: Path):
-    """During setup it says so. Weights given at start serve requests that name none. SIGTERM stops a job that a client waits for."""
+    """During setup it says so. Weights given at start serve requests that name none, and requests do not reach the server's network.
+    SIGTERM stops a job that a client waits for."""
     weights = data_uri(fine_tunes["lora"].read_bytes(), "application/x-tar")
     expected = predictor.post({**SMALL, "replicate_weights": weights}).json()["output"]
     asked, answered = threading.Event(), threading.Event()
@@ -237,7 +163,7 @@ def test_a_server_from_its_setup_to_its_end(predictor: Server, fine_tunes: dict[
 
     with (
         http_server(Weights) as url,
-        serve(tmp_path / "workspace", "predict.py:Predictor", COG_WEIGHTS=f"{url}/lora.tar") as server,
+        serve(tmp_path / "workspace", "predict", COG_WEIGHTS=f"{url}/lora.tar") as server,
         ThreadPoolExecutor() as background,
     ):
         asked.wait()
@@ -246,6 +172,10 @@ def test_a_server_from_its_setup_to_its_end(predictor: Server, fine_tunes: dict[
         answered.set()
         server.wait_until("READY")
         assert server.post(SMALL).json()["output"] == expected
+        for name in ("replicate_weights", "image", "mask"):
+            answer = server.post({**SMALL, name: f"{server.url}/health-check"}).json()
+            assert answer["status"] == "failed"
+            assert "not an address on the public internet" in answer["error"]
         results = list((tmp_path / "workspace").iterdir())
 
         body = {"input": {**SMALL, **LONG}, "webhook": f"{url}/told"}
@@ -259,11 +189,8 @@ def test_a_server_from_its_setup_to_its_end(predictor: Server, fine_tunes: dict[
     assert list((tmp_path / "workspace").iterdir()) == results
 
 
-def test_strangers_reach_neither_the_servers_files_nor_its_network(
-    trainer: Server, predictor: Server, captioned_zip: Path
-):
+def test_strangers_do_not_reach_the_servers_files(trainer: Server, predictor: Server, captioned_zip: Path):
     picture = str(REPOSITORY / "docs" / "demo.jpg")
-    local = f"{predictor.url}/health-check"
     for server, inputs in (
         (predictor, {**SMALL, "image": picture}),
         (predictor, {**SMALL, "image": f"file://{picture}"}),
@@ -276,10 +203,6 @@ def test_strangers_reach_neither_the_servers_files_nor_its_network(
         answer = server.post(inputs).json()
         assert answer["status"] == "failed", answer
         assert "this server takes no paths" in answer["error"]
-    for name in ("replicate_weights", "image", "mask"):
-        answer = predictor.post({**SMALL, name: local}).json()
-        assert answer["status"] == "failed"
-        assert "not an address on the public internet" in answer["error"]
     assert predictor.post(SMALL).json()["status"] == "succeeded"
 
 
@@ -362,20 +285,6 @@ def test_failed_jobs_say_what_to_do(trainer: Server, predictor: Server):
     assert predictor.post(SMALL).json()["status"] == "succeeded"
 
 
-@contextmanager
-def http_server(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The URL of a server in a thread of this process."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 def test_a_cancelled_training_stops_and_the_server_goes_on(trainer: Server, captioned_zip: Path):
     """The server tells a webhook what happens, in order, so the test needs no clock."""
     events = Webhook.events
@@ -404,11 +313,136 @@ def test_a_file_of_the_operator_and_the_old_name_of_its_input(trainer: Server, c
     assert (folder / "pictures.zip").is_file()
 
 
-def test_an_archive_may_come_from_a_url(trainer: Server, captioned_zip: Path, tmp_path: Path):
-    (tmp_path / "www").mkdir()
-    shutil.copy(captioned_zip, tmp_path / "www" / "data.zip")
-    with http_server(partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))) as url:
-        answer = trainer.post({**QUICK, "input_images": f"{url}/data.zip"}).json()
-        assert answer["status"] == "succeeded", answer
-        answer = trainer.post({**QUICK, "input_images": f"{url}/missing.zip"})
-        assert "404" in answer.text
+def test_an_archive_that_its_url_does_not_have_is_told(trainer: Server):
+    with http_server(http.server.SimpleHTTPRequestHandler) as url:
+        assert "404" in trainer.post({**QUICK, "input_images": f"{url}/missing.zip"}).json()["error"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through Replicate
+
+
+@pytest.fixture(scope="module")
+def service(servers: dict[str, Server]) -> Iterator[Replicate]:
+    """The stand-in, in front of the servers."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as api:
+        trains = Version(server=servers["train"].url, kind="trainings")
+        versions = {
+            PREPROCESSOR: Version(server=servers["preprocess"].url),
+            TRAINER: Version(server=servers["predict"].url, trains=trains),
+        }
+        url = f"http://127.0.0.1:{api.server_address[1]}"
+        Handler.service = Replicate(versions=versions, destinations={DESTINATION}, url=url)
+        threading.Thread(target=api.serve_forever, daemon=True).start()
+        yield Handler.service
+        api.shutdown()
+
+
+@pytest.fixture
+def client(service: Replicate) -> Iterator[replicate.Client]:
+    made = replicate.Client(api_token="r8_token", base_url=service.url)
+    yield made
+    made._client.close()  # the client leaves its connections open
+
+
+def read(url: str) -> bytes:
+    """The content of an output. The client makes file objects of https addresses only, and these are http."""
+    return requests.get(url).content
+
+
+def test_from_raw_pictures_to_new_ones(service: Replicate, client: replicate.Client, tmp_path: Path):
+    """Preprocess, train on its tar, and draw with the version that the training made."""
+    raw = write_zip(tmp_path / "file.zip", {f"{i}.png": png(i, (96, 64)) for i in range(2)})
+    with raw.open("rb") as file:
+        output = client.run(
+            PREPROCESSOR,
+            input={
+                "files": file,
+                "caption_text": "a photo of a MANTOKEN",
+                "mask_target_prompts": "a face of a man",
+                "target_size": 64,
+                "crop_based_on_salience": True,
+                "use_face_detection_instead": False,
+                "temp": 1.0,
+            },
+        )
+    with tarfile.open(fileobj=io.BytesIO(read(output))) as tar:
+        assert {"0.src.png", "0.mask.png", "captions.csv"} <= set(tar.getnames())
+
+    training = client.trainings.create(
+        version=TRAINER,
+        input={
+            "input_data_tar_or_zip": output,
+            "token_map": "MANTOKEN:2",
+            "num_train_epochs": 2,
+            "unet_learning_rate": 6e-6,
+            "ti_learning_rate_multiplier": 100,
+            "is_lora": False,
+            "train_batch_size": 1,
+            "random_views": 0,
+            "preservation": 0,
+            "checks": 0,
+        },
+        destination=DESTINATION,
+    )
+    assert training.status in ("starting", "processing")
+    while training.status in ("starting", "processing"):
+        training.reload()
+    assert training.status == "succeeded", training.error
+    trained = client.trainings.get(training.id).output
+    assert trained is not None and trained["version"].startswith(f"{DESTINATION}:")
+    with tarfile.open(fileobj=io.BytesIO(read(trained["weights"]))) as tar:
+        assert {"unet.safetensors", "embeddings.pti", "special_params.json"} <= set(tar.getnames())
+
+    asked = SMALL | {"prompt": "a photo of MANTOKEN riding a rainbow unicorn"}
+    [tuned] = client.run(trained["version"], input=asked)
+    [base] = client.run(TRAINER, input=asked)
+    assert Image.open(io.BytesIO(read(tuned))).size == (64, 64)
+    assert read(tuned) != read(base)
+    assert "<s0><s1>" in list(service.jobs.values())[-2]["logs"], "the version knows its new word"
+
+
+def test_a_destination_that_does_not_exist_is_told(client: replicate.Client, captioned_zip: Path):
+    with pytest.raises(ReplicateError, match="training destination your-username/none does not exist"):
+        client.trainings.create(
+            version=TRAINER, input={"input_images": captioned_zip}, destination="your-username/none"
+        )
+
+
+def test_a_training_is_cancelled_and_tells_its_webhook(
+    service: Replicate, client: replicate.Client, captioned_zip: Path
+):
+    told: list[dict] = []
+    heard = threading.Event()
+
+    class Hook(Handler):
+        def do_POST(self) -> None:
+            told.append(
+                requests.models.complexjson.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            )
+            self._tell(200, {})
+            heard.set()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook) as hook:
+        threading.Thread(target=hook.serve_forever, daemon=True).start()
+        training = client.trainings.create(
+            version=TRAINER,
+            input={"input_images": captioned_zip, **QUICK, "max_train_steps": 100_000},
+            destination=DESTINATION,
+            webhook=f"http://127.0.0.1:{hook.server_address[1]}",
+        )
+        while training.status == "starting":
+            training.reload()
+        while not heard.wait(0.2):  # a job that the server has not begun cannot be cancelled
+            training.cancel()
+        hook.shutdown()
+    assert [(job["id"], job["status"]) for job in told] == [(training.id, "canceled")]
+
+
+def test_a_failure_is_told_as_the_doors_say_it(client: replicate.Client):
+    with pytest.raises(ModelError, match="width is 100, but must be a multiple of 8"):
+        client.run(TRAINER, input=SMALL | {"width": 100})
+    training = client.trainings.create(version=TRAINER, input={**QUICK}, destination=DESTINATION)
+    while training.status in ("starting", "processing"):
+        training.reload()
+    assert training.status == "failed" and "input_images is missing: give" in (training.error or "")

@@ -16,10 +16,10 @@ from sdxl.errors import UserInputError
 from sdxl.serving.canvas import Canvas, lay_out
 from sdxl.serving.picture_files import read_inputs, read_parameters
 from sdxl.serving.request import RANGES, LayoutOptions
+from tests.cog_server import http_server
 from tests.conftest import call
 from tests.field.requests import BOX, CASES, HOLE, SIZE, Case, file, painted
 from tests.field.weights import PAGE, WEIGHTS, WeightCase, lora, pickled
-from tests.test_cog_server import http_server
 
 
 def is_one_sentence(said: str) -> bool:

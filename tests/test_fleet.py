@@ -67,11 +67,11 @@ def test_a_killed_replica_loses_no_request_and_draws_no_wrong_picture(
     assert len(before) == REPLICAS
 
     def each(done: int) -> None:
-        if done == 10:
+        if done == 5:
             os.kill(before[0], signal.SIGKILL)
 
-    drawn = bench.send_all(fleet, bench.skewed(FINE_TUNES, 30), references, clients=4, each=each)
-    assert len(drawn) == 30 and not [one for one in drawn if one.lost or one.wrong]
+    drawn = bench.send_all(fleet, bench.skewed(FINE_TUNES, 20), references, clients=4, each=each)
+    assert len(drawn) == 20 and not [one for one in drawn if one.lost or one.wrong]
     fleet.wait_for(REPLICAS)
     assert before[0] not in fleet.painters()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def test_the_embedded_base_trains_and_draws_on_cuda(
     captioned_zip: Path, is_lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SDXL_SAFETY_CHECKER", str(write_checker(tmp_path)))
-    tar = call(train.train, input_images=captioned_zip, **QUICK, **({} if is_lora else FULL))
+    tar = call(train.train, input_images=captioned_zip, **QUICK | {"checks": 2}, **({} if is_lora else FULL))
+    with tarfile.open(tar) as packed:
+        assert any(name.startswith("previews/step-000004") for name in packed.getnames())
     predictor = Predictor()
     predictor.setup()
     assert predictor.painter.tuned.pipeline.unet.dtype == torch.float16
@@ -214,6 +217,51 @@ def test_fused_group_norm_is_torchs(shape: tuple[int, ...], silu: bool, dtype: t
     for one, other in zip(*found, strict=True):
         distance = (one.double() - other.double()).norm() / other.double().norm()
         assert distance < (1e-5 if one.dtype == torch.float32 and dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_residual_sum_is_torchs(dtype: torch.dtype):
+    from sdxl.speed.residual_sum import residual_sum
+
+    one, other = (torch.randn(2, 96, 9, 11, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    bias = torch.randn(96, device="cuda", requires_grad=True)
+    grad = torch.randn(2, 96, 9, 11, device="cuda").to(dtype)
+    fused = residual_sum(one, other, bias)
+    expected = (one.float() + other.float() + bias[:, None, None]).to(dtype)
+    assert torch.equal(fused, expected)
+    found, wanted = (torch.autograd.grad(y, (one, other, bias), grad) for y in (fused, expected))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_lora_products_on_cuda_are_those_on_a_cpu():
+    """On CUDA they are added in place, and the compiled blocks that hold them are found again."""
+    from sdxl.speed.lora_products import lora_products
+
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, 5, 16), [torch.randn(24, 16) for _ in range(3)]
+    down, ups = torch.randn(12, 16), [torch.randn(24, 4) for _ in range(3)]
+    grads = [torch.randn(2, 5, 24) for _ in range(3)]
+
+    def compiled(x: torch.Tensor, *rest: torch.Tensor) -> list[torch.Tensor]:
+        return lora_products(2 * x, rest[:3], [None] * 3, rest[3], rest[4:])
+
+    found = []
+    for device in ("cpu", "cuda", "cuda"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        given = [one.to(device) for one in (x, *weights, down, *ups)]
+        trained = [given[0], *given[4:]]
+        for one in trained:
+            one.requires_grad_()
+        run = compiled if device == "cpu" else torch.compile(compiled, fullgraph=True)
+        outputs = run(*given)
+        gradients = torch.autograd.grad(outputs, trained, [one.to(device) for one in grads])
+        found.append([one.detach().cpu() for one in (*outputs, *gradients)])
+    assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == 1
+    for other in found[1:]:
+        for ours, theirs in zip(other, found[0], strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-2, rtol=1e-3)
 
 
 def test_fused_geglu_has_torchs_gradient():

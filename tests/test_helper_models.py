@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from skimage import data
 
+from benchmarks.photographs import photograph
 from sdxl.data.caption_text import join_caption, tokens_in
 from sdxl.data.captioner import captioner
 from sdxl.data.config import split_prompts
@@ -21,7 +21,7 @@ from tests.tiny_helpers import write_captioner, write_segmenter
 
 @pytest.fixture
 def astronaut() -> Image.Image:
-    return Image.fromarray(data.astronaut())
+    return photograph("astronaut")
 
 
 def values(image: Image.Image) -> np.ndarray:
@@ -141,9 +141,9 @@ def test_a_face_is_found_on_a_photograph(astronaut: Image.Image):
 
 
 def test_all_faces_are_found(astronaut: Image.Image):
-    pair = Image.new("RGB", (700, 320), "grey")
-    pair.paste(astronaut.crop((80, 0, 400, 320)), (0, 0))
-    pair.paste(astronaut.crop((80, 0, 400, 320)).resize((240, 240)), (430, 40))
+    pair = Image.new("RGB", (350, 160), "grey")
+    pair.paste(astronaut.crop((80, 0, 400, 320)).resize((160, 160)), (0, 0))
+    pair.paste(astronaut.crop((80, 0, 400, 320)).resize((120, 120)), (215, 20))
     salience = face_salience(pair, 1.0)
     assert salience is not None
     assert len(salience.keep) == len(salience.face_heights) == 2
@@ -155,8 +155,7 @@ def test_all_faces_are_found(astronaut: Image.Image):
 
 @pytest.mark.parametrize("name", ["chelsea", "coins"])
 def test_cats_cups_and_coins_are_no_faces(name: str):
-    picture = Image.fromarray(getattr(data, name)())
-    assert face_salience(picture, 1.0) is None
+    assert face_salience(photograph(name), 1.0) is None
 
 
 def test_missing_and_damaged_models_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

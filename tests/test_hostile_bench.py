@@ -1,9 +1,12 @@
-"""The benchmark of hostile inputs runs through, and its inputs can be made again."""
+"""The benches of hostile inputs and of killed trainings run through, and the inputs can be made again."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from benchmarks.hostile_damage import Materials, pack
 from benchmarks.hostile_inputs import CONTROL_EVERY, make
@@ -24,12 +27,33 @@ def test_inputs_can_be_made_again():
     assert {one.door for one in made} == {"dataset", "weights", "request"}
 
 
-def test_hostile_inputs_and_a_kill(tmp_path: Path):
-    command = [sys.executable, "-m", "benchmarks.hostile", "--inputs", "11", "--kills", "1"]
-    subprocess.run(
-        [*command, "--output", str(tmp_path / "r.json")], cwd=REPOSITORY, check=True, capture_output=True
-    )
-    result = json.loads((tmp_path / "r.json").read_text())
+BENCHES = """
+import sys
+from benchmarks import hostile, resumed_kills
+
+base, folder = sys.argv[1:]
+hostile.main(["--inputs", "11", "--kills", "1", "--output", f"{folder}/hostile.json"])
+few = ["--trainings", "1", "--most-kills", "1", "--kind", "lora"]
+resumed_kills.main([*few, "--base", base, "--output", f"{folder}/resumed.json"])
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, narrow_base: Path) -> dict[str, dict[str, Any]]:
+    """What both benches wrote. They fork, so they share a process that is not this one."""
+    folder = tmp_path_factory.mktemp("benches")
+    command = [sys.executable, "-c", BENCHES, str(narrow_base), str(folder)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("hostile", "resumed")}
+
+
+def test_hostile_inputs_and_a_kill(results: dict[str, dict[str, Any]]):
+    result = results["hostile"]
     assert result["inputs"] == result["used"] + result["refused"] == 11, result["what_was_bad"]
     assert result["used"] >= result["undamaged"] == 2
     assert (result["kills"], result["lost"]) == (1, 0), result["what_was_lost"]
+
+
+def test_a_killed_training_goes_on_to_the_last_bit(results: dict[str, dict[str, Any]]):
+    result = results["resumed"]
+    assert (result["kills"], result["wrong"]) == (1, 0), result["what_was_wrong"]

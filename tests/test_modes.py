@@ -29,8 +29,12 @@ from tests.conftest import REPOSITORY, TINY_BASE
 
 REFINER = REPOSITORY / "base_models" / "tiny-sdxl-refiner"
 THOROUGH = ["DDIM", "DPMSolverMultistep", "HeunDiscrete", "KarrasDPM", "K_EULER_ANCESTRAL", "K_EULER", "PNDM"]
-"""The samplers that are tried in every mode; the others are called in the same way as one of them."""
+"""The others are called in the same way as one of them."""
+MODES = ["text", "image", "inpaint"]
 REFINES = ["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]
+EVERYWHERE = ["HeunDiscrete", "PNDM"]
+"""The samplers with more calls than steps are tried in each mode with each refiner. The other thorough ones meet each mode once and
+each refiner once."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,12 @@ def far(one: np.ndarray, other: np.ndarray) -> int:
 @pytest.mark.parametrize(
     ("mode", "refine", "scheduler"),
     [
-        *itertools.product(["text", "image", "inpaint"], REFINES, THOROUGH),
+        *itertools.product(MODES, REFINES, EVERYWHERE),
+        *(
+            (mode, REFINES[(place + turn) % 3], name)
+            for turn, name in enumerate(name for name in THOROUGH if name not in EVERYWHERE)
+            for place, mode in enumerate(MODES)
+        ),
         *(("inpaint", "expert_ensemble_refiner", name) for name in SCHEDULERS if name not in THOROUGH),
     ],
 )

@@ -21,7 +21,7 @@ SMALL = {
     "prompt": "a photo of TOK",
     "width": 64,
     "height": 64,
-    "num_inference_steps": 3,
+    "num_inference_steps": 2,
     "guidance_scale": 4.0,
 }
 

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from skimage import data
 
 import preprocess
+from benchmarks.photographs import photograph
 from dataset_and_utils import TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.errors import DatasetError, DownloadError, UserInputError
@@ -21,8 +21,8 @@ from tests.conftest import TINY_BASE, call, png, write_zip
 from tests.tiny_helpers import write_captioner, write_segmenter
 
 
-def photograph(name: str, size: tuple[int, int] | None = None) -> bytes:
-    picture = Image.fromarray(getattr(data, name)()).convert("RGB")
+def jpeg(name: str, size: tuple[int, int] | None = None) -> bytes:
+    picture = photograph(name)
     buffer = io.BytesIO()
     (picture.resize(size) if size else picture).save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
@@ -49,14 +49,12 @@ def picture(path: Path) -> np.ndarray:
 
 
 def test_faces_are_masked_and_never_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    astronaut = Image.fromarray(data.astronaut()).reduce(2)
+    astronaut = photograph("astronaut").reduce(2)
     wide = Image.new("RGB", (700, 256), "grey")
     wide.paste(astronaut, (444, 0))
     buffer = io.BytesIO()
     wide.save(buffer, "PNG")
-    archive = write_zip(
-        tmp_path / "x.zip", {"0.png": buffer.getvalue(), "1.jpg": photograph("coffee", (300, 200))}
-    )
+    archive = write_zip(tmp_path / "x.zip", {"0.png": buffer.getvalue(), "1.jpg": jpeg("coffee", (300, 200))})
     out = run(tmp_path, archive, target_size=128, use_face_detection_instead=True)
     mask = picture(out / "0.mask.png")
     assert mask.shape == picture(out / "0.src.png").shape[:2] == (128, 128)
@@ -102,7 +100,7 @@ def test_with_models_pictures_are_captioned_and_enlarged(
 ):
     monkeypatch.setenv("SDXL_CAPTIONER", str(write_captioner(tmp_path / "blip")))
     monkeypatch.setenv("SDXL_UPSCALER", str(upscaler_folder))
-    small = photograph("astronaut", (80, 60))
+    small = jpeg("astronaut", (80, 60))
     archive = write_zip(tmp_path / "x.zip", {"0.jpg": small})
     out = run(tmp_path, archive, target_size=128)
     caption = pd.read_csv(out / "captions.csv").loc[0, "caption"]
@@ -128,7 +126,7 @@ def test_a_prepared_tar_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upscaler_folder: Path
 ):
     monkeypatch.setenv("SDXL_UPSCALER", str(upscaler_folder))
-    files = {"a.src.png": png(0, (150, 100)), "b.jpg": photograph("coffee")}
+    files = {"a.src.png": png(0, (150, 100)), "b.jpg": jpeg("coffee")}
     files["a.mask.png"] = mask_png((150, 100), (100, 0, 150, 100))
     files["captions.csv"] = "image_file,caption\na.src.png,left TOK\nb.jpg,coffee TOK\n"
     first = run(tmp_path, write_zip(tmp_path / "x.zip", files), target_size=128, bucketing=True)
@@ -156,7 +154,7 @@ def test_a_prepared_tar_stays_as_it_is(
 
 
 def test_a_prepared_set_gets_masks_that_are_asked_for(tmp_path: Path):
-    first = run(tmp_path, write_zip(tmp_path / "x.zip", {"0.jpg": photograph("astronaut")}), target_size=256)
+    first = run(tmp_path, write_zip(tmp_path / "x.zip", {"0.jpg": jpeg("astronaut")}), target_size=256)
     assert not (first / "0.mask.png").exists()
     members = {path.name: path.read_bytes() for path in first.iterdir()}
     archive = write_zip(tmp_path / "y.zip", members)
@@ -172,7 +170,7 @@ def off_centre() -> dict[str, bytes]:
 
 
 def test_masks_are_never_black_and_faces_never_cut_even_in_centred_crops(tmp_path: Path, caplog):
-    astronaut = Image.fromarray(data.astronaut()).reduce(2)
+    astronaut = photograph("astronaut").reduce(2)
     wide = Image.new("RGB", (700, 256), "grey")
     wide.paste(astronaut, (444, 0))
     buffer = io.BytesIO()
@@ -269,7 +267,7 @@ def test_masks_must_have_their_pictures_size(tmp_path: Path):
 
 def test_equal_inputs_give_equal_tars(tmp_path: Path):
     small = {"astronaut": (192, 192), "rocket": (160, 106)}
-    files = {f"{index}.jpg": photograph(name, size) for index, (name, size) in enumerate(small.items())}
+    files = {f"{index}.jpg": jpeg(name, size) for index, (name, size) in enumerate(small.items())}
     archive = write_zip(tmp_path / "x.zip", files)
     one, two = (
         call(preprocess.Preprocessor().run, files=archive, target_size=96, use_face_detection_instead=True)
@@ -279,17 +277,15 @@ def test_equal_inputs_give_equal_tars(tmp_path: Path):
 
 
 def test_advice_names_the_file_and_the_remedy(tmp_path: Path):
-    sharp = Image.fromarray(data.coffee()).resize((900, 600), Image.Resampling.BICUBIC)
+    sharp = photograph("coffee").resize((900, 600), Image.Resampling.BICUBIC)
     buffers = {}
     for name, made in {
         "sharp.png": sharp,
         "twin.png": sharp.resize((840, 560)),
-        "blurred.png": Image.fromarray(data.chelsea())
-        .reduce(12)
-        .resize((700, 600), Image.Resampling.BICUBIC),
-        "dark.png": Image.fromarray(data.rocket()).point([value // 8 for value in range(256)] * 3),
-        "tiny.png": Image.fromarray(data.astronaut()).resize((60, 60)),
-        "wide.png": Image.fromarray(data.astronaut())
+        "blurred.png": photograph("chelsea").reduce(12).resize((700, 600), Image.Resampling.BICUBIC),
+        "dark.png": photograph("rocket").point([value // 8 for value in range(256)] * 3),
+        "tiny.png": photograph("astronaut").resize((60, 60)),
+        "wide.png": photograph("astronaut")
         .crop((0, 0, 512, 256))
         .resize((1024, 512), Image.Resampling.BICUBIC),
     }.items():

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import skimage.data
 from PIL import Image
 
+from benchmarks.photographs import photograph
 from dataset_and_utils import ContractError, TokenMap
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.data.framing import cut, place_crop
@@ -112,7 +112,7 @@ def test_pictures_are_turned_upright_and_transparency_becomes_white(tmp_path: Pa
 def test_pictures_of_phones_are_read_upright():
     picture, size = read_image(REPOSITORY / "tests" / "data" / "turned.heic")
     assert size == (96, 64) and picture.size == (64, 96) and picture.mode == "RGB"
-    lying = Image.fromarray(skimage.data.astronaut()).resize((96, 64))
+    lying = photograph("astronaut").resize((96, 64))
     turned = np.array(lying.transpose(Image.Transpose.ROTATE_270), dtype=float)
     assert np.corrcoef(turned.ravel(), np.array(picture, dtype=float).ravel())[0, 1] > 0.98
 

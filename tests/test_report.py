@@ -1,5 +1,6 @@
 """The report of a training: what it shows, that nothing on it is anyone's code, its size, and how it works in a browser."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from PIL import Image
 from sdxl.data.dataset_folder import large_file, mask_file, picture_file, write_captions
 from sdxl.data.framing import Framing, place_crop
 from sdxl.history import Check, Choice, History, Previews, Step
+from sdxl.report.charts import Chart, Line, svg
 from sdxl.report.curves import smoothed
 from sdxl.report.events import EventFiles
 from sdxl.report.markup import tag
@@ -309,6 +311,36 @@ def test_pictures_keep_to_their_bytes(tmp_path: Path):
         picture = opened.convert("RGB")
     for most in (30_000, 9_000, 1_000):
         assert most / 4 < len(data_uri(picture, most)) <= most
+
+
+@pytest.mark.parametrize(
+    ("ys", "more", "labels"),
+    [
+        ([0.0, 1.0, 2.0], {}, ["0.0", "0.5", "1.0", "1.5", "2.0"]),
+        ([3.0, 3.0, 3.0], {"from_zero": True}, ["0.0", "0.5", "1.0", "1.5", "2.0", "2.5", "3.0"]),
+        ([0.0, 0.0, 0.0], {}, ["-0.04", "-0.02", "0.00", "0.02", "0.04"]),
+        ([7.0, float("nan"), 7.0], {}, ["6.7", "6.8", "6.9", "7.0", "7.1", "7.2", "7.3"]),
+        ([1e-6, 2e-6, 3e-6], {}, ["1e-6", "1.5e-6", "2e-6", "2.5e-6", "3e-6"]),
+        ([-4e5, 1e5, 2e5], {}, ["-400000", "-300000", "-200000", "-100000", "0", "100000", "200000"]),
+        ([0.2, 0.3, 0.4], {"level": 1.0}, ["0.2", "0.4", "0.6", "0.8", "1.0"]),
+        ([1e-5, 1e-3, float("nan")], {"logarithmic": True}, ["1e-5", "0.0001", "0.001"]),
+        ([1e-4, 1e-4, 1e-4], {"logarithmic": True}, ["0.0001"]),
+        ([1e-4, 1e-3, 1e-3], {"logarithmic": True}, ["0.0001", "0.0002", "0.0005", "0.001"]),
+    ],
+)
+def test_charts_have_round_numbers_and_all_points(ys: list[float], more: dict[str, Any], labels: list[str]):
+    line = Line(label="x", xs=[1, 2, 3], ys=ys, colour="one", kind="both")
+    drawn = svg(Chart(name="x", title="X", explained="X", lines=[line], marks=[(2, "here")], **more))
+    told = re.findall(r"<text[^>]*>([^<]+)</text>", drawn)
+    assert told == [*labels, "1", "2", "3", "step", "here"]
+    points = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    places = [(float(x), 180 - float(y)) for x, y in points]
+    assert [*places] == sorted(places), "in the order of the steps"
+    finite = [y for y in ys if math.isfinite(y)]
+    assert len(places) == len(finite)
+    by_height = sorted(zip(finite, (height for _, height in places), strict=True))
+    assert [height for _, height in by_height] == sorted(height for _, height in places)
+    assert all(0 < x < 288 and 0 < y < 180 for x, y in places)
 
 
 def test_smoothing_keeps_means_and_skips_what_is_no_number():

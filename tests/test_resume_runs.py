@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +20,7 @@ from sdxl.history import Previews
 from sdxl.serving.previews import PreviewDrawer
 from sdxl.training.kept_previews import as_json, as_tensors, restored
 from sdxl.training.recipe import StepReport
-from tests.conftest import QUICK, REPOSITORY, call
+from tests.conftest import QUICK, call
 from tests.test_resume import Stop
 
 LORA = {**QUICK, "is_lora": True, "lora_lr": 1e-2}
@@ -167,24 +165,3 @@ def test_what_is_no_state_is_refused(captioned_zip: Path, tmp_path: Path, make: 
     make(tmp_path / "x")
     with pytest.raises(UserInputError, match=message):
         call(train.train, input_images=captioned_zip, **LORA, resume=str(tmp_path / "x"))
-
-
-def test_killed_trainings_go_on_to_the_last_bit(narrow_base: Path, tmp_path: Path):
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.resumed_kills",
-        "--trainings",
-        "2",
-        "--most-kills",
-        "1",
-        "--kind",
-        "lora",
-        "--base",
-        str(narrow_base),
-    ]
-    subprocess.run(
-        [*command, "--output", str(tmp_path / "r.json")], cwd=REPOSITORY, check=True, capture_output=True
-    )
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert (result["kills"], result["wrong"]) == (2, 0), result["what_was_wrong"]

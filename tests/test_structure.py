@@ -58,6 +58,18 @@ ROOMS = {
         "data",
         "training",
     },
+    "training_run": {
+        "dataset_and_utils",
+        "settings",
+        "history",
+        "process",
+        "workspace",
+        "model",
+        "data",
+        "training",
+        "serving",
+        "report",
+    },
     # A leaf: nothing imports it. It starts the entry points as processes.
     "studio": {
         "errors",

@@ -22,7 +22,7 @@ from sdxl.training.optimizers import OPTIMIZERS
 from sdxl.training.trainable import LORA_TARGETS
 from tests.conftest import REPOSITORY
 
-HEAVY = {"torch", "diffusers", "transformers", "pandas", "matplotlib"}
+HEAVY = {"torch", "diffusers", "transformers", "pandas"}
 """Packages that take long to import."""
 DECLARED: dict[str, Any] = {
     name: parameter.default for name, parameter in inspect.signature(train.train).parameters.items()
@@ -136,6 +136,8 @@ FULL_NEEDS = "with is_lora=false the whole UNet is trained: leave out is_lora or
             "^optimizer prodigy would lose small updates",
         ),
         ({**FULL, "precision": "bf16", "optimizer": "adafactor"}, "^optimizer adafactor would lose"),
+        ({**FULL, "precision": "int8"}, "^precision=int8 is for a LoRA"),
+        ({"use_dora": True, "precision": "int8"}, "^use_dora needs the base's weights"),
         ({**FULL, "shard": True, "optimizer": "adafactor"}, "^optimizer adafactor needs whole weights"),
         ({"temp": 0.5, "clipseg_temperature": 2.0}, "^temp is the old name"),
         ({"ti_learning_rate_multiplier": 9.0, "ti_lr": 1e-2}, "^ti_learning_rate_multiplier is the old form"),
@@ -153,6 +155,7 @@ def test_contradictions_are_refused(inputs: dict[str, Any], message: str):
         {"prior_prompts": "a dog", "prior_images": 9, "prior_weight": 0.5},
         {"lora_lr": 0.0, "pivot_fraction": 1.0},
         {**FULL, "precision": "bf16", "optimizer": "adamw_8bit"},
+        {"precision": "int8"},
         {**FULL, "shard": True},
         {**FULL, "shard": False, "optimizer": "prodigy"},
         {"optimizer": "prodigy"},
@@ -178,7 +181,10 @@ def test_settings_that_go_together_are_neither_refused_nor_told(inputs: dict[str
             {"unet_learning_rate": 1e-5},
             "unet_learning_rate has no effect on a LoRA, whose rate is lora_lr: set is_lora=false to train the whole UNet.",
         ),
-        ({"precision": "fp32"}, "precision has no effect on a LoRA: it is for full training, is_lora=false."),
+        (
+            {"precision": "fp32"},
+            "precision=fp32 has no effect on a LoRA: it is for full training, is_lora=false.",
+        ),
         ({"shard": True}, "shard has no effect on a LoRA: it is for full training, is_lora=false."),
         (
             {"lora_lr": 0.0},

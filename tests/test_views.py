@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import skimage.data
 from PIL import Image
 
+from benchmarks.photographs import photograph
 from benchmarks.views import cut_of
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.data.dataset_folder import PreparedPicture, read_dataset_folder
@@ -17,7 +17,7 @@ from sdxl.training.random_views import LARGEST_ZOOM, WHOLE_SHARE, View, views_of
 def astronaut(*, width: int = 512, height: int = 512) -> Image.Image:
     """A photograph of 512×512 pixels, or its middle."""
     left, top = (512 - width) // 2, (512 - height) // 2
-    return Image.fromarray(skimage.data.astronaut()).crop((left, top, left + width, top + height))
+    return photograph("astronaut").crop((left, top, left + width, top + height))
 
 
 def prepare(folder: Path, picture: Image.Image, side: int, **settings) -> PreparedPicture:

@@ -14,9 +14,11 @@ from tools.page_blocks import main
 PAGE = Path("docs/speed.md")
 RESULTS = Path("benchmarks/results")
 _TRAINED = {
+    "lora_default": "default LoRA, 1024×1024, batch 4",
     "lora_1024": "LoRA, 1024×1024, batch 4",
     "lora_768": "LoRA, 768×768, batch 4",
     "full": "full UNet, 1024×1024, batch 4",
+    "lora_8gb": "default LoRA, 1024×1024, batch 1",
     "lora_12gb": "LoRA, 1024×1024, batch 1",
     "full_24gb": "full UNet, 1024×1024, batch 1",
 }
@@ -29,6 +31,7 @@ _RUNS = {
 """Name of a run in the results → its name in the table, where they differ."""
 _MEASURED = ("before_pivot_ms", "after_pivot_ms", "peak_gib")
 _SUMMARY = {
+    "speedup_default": "default LoRA at 1024×1024: how many times as fast as the plain loop",
     "speedup_1024": "LoRA at 1024×1024: how many times as fast as the plain loop",
     "speedup_768": "LoRA at 768×768: how many times as fast as the plain loop",
     "warm_first_step_s": "LoRA: from process start to the first step, with cached kernels, s",

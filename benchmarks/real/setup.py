@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from benchmarks.photographs import photograph
 from benchmarks.real.findings import free_memory
 from sdxl import settings
 from sdxl.data.picture_reader import read_image
@@ -46,11 +47,9 @@ class Photo:
 
 
 def packaged_photo() -> Photo:
-    """The photograph of a cat that scikit-image ships (CC0)."""
-    from skimage import data
-
-    image = Image.fromarray(data.chelsea())
-    return Photo(image=image, name="chelsea of scikit-image", subject="a cat", centre=(0.5, 0.42), word="cat")
+    """The photograph of a cat in `benchmarks/photographs` (CC0)."""
+    image = photograph("chelsea")
+    return Photo(image=image, name="chelsea", subject="a cat", centre=(0.5, 0.42), word="cat")
 
 
 def named_photo(path: Path, subject: str) -> Photo:

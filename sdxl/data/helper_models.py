@@ -46,13 +46,15 @@ def load_frozen(helper: Helper, model_class: Any) -> Any:
 
 @contextlib.contextmanager
 def lent(part: Any, device: torch.device) -> Iterator[None]:
-    """While the context lasts, the model `part` is on `device`."""
-    before = part.device
+    """While the context lasts, the frozen model `part` is on `device`."""
+    before, own = part.device, [(weight, weight.data) for weight in part.parameters()]
     part.to(device)
     try:
         yield
     finally:
-        part.to(before)
+        for weight, data in own:  # nothing has changed them: the old tensors save a copy
+            weight.data = data
+        part.to(before)  # the buffers
 
 
 def load_part(helper: Helper, load: Callable[..., Any], **options: Any) -> Any:

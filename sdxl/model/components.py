@@ -156,6 +156,7 @@ def load_components(
     device: torch.device,
     vae: Path | None = None,
     prediction: Prediction | None = None,
+    unet_waits: bool = False,
 ) -> Components:
     """Load every component from `folder` onto `device`, frozen and in eval mode.
 
@@ -165,6 +166,7 @@ def load_components(
 
     vae: folder of another autoencoder.
     prediction: what the base predicts, instead of what its files say.
+    unet_waits: leave the UNet on the CPU.
 
     Raises:
         WeightsError: a component is missing or does not belong to an SDXL.
@@ -173,7 +175,9 @@ def load_components(
     with incomplete_base_named(folder):
         noise_scheduler: Any = DDPMScheduler.from_config(read_schedule(folder, prediction))
         components = Components(
-            unet=load_unet(folder, half if is_lora else torch.float32, device),
+            unet=load_unet(
+                folder, half if is_lora else torch.float32, torch.device("cpu") if unet_waits else device
+            ),
             vae=load_part(AutoencoderKL, vae or folder / "vae", torch.float32, device),
             text_encoders=(
                 load_part(CLIPTextModel, folder / "text_encoder", half, device),

@@ -89,7 +89,7 @@ class Recorder:
         self._events.update(self.history, checks=True)
         self._events.close()
         try:
-            from sdxl.report.writing import write_report  # here: matplotlib takes a second
+            from sdxl.report.writing import write_report  # here: it imports torch
 
             self.history.write(self._folder)
             report = write_report(

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from sdxl.speed.geglu import geglu
 from sdxl.speed.group_norm import group_norm
+from sdxl.speed.residual_sum import residual_sum
 
 
 def fuse(model: nn.Module) -> None:
-    """Use channels-last convolutions and the kernels of `group_norm` and `geglu` in a UNet or an autoencoder.
+    """Use channels-last convolutions and hand-written kernels in a UNet or an autoencoder.
 
     Replaces only the forward methods of blocks: modules, parameters and names stay.
     """
@@ -40,6 +41,9 @@ def fuse(model: nn.Module) -> None:
                 module._get_output_for_continuous_inputs = MethodType(_transformer_output, module)
         elif isinstance(module, GEGLU):
             module.forward = MethodType(_geglu, module)
+        # The model itself, or an autoencoder's encoder and decoder.
+        elif isinstance(norm := getattr(module, "conv_norm_out", None), nn.GroupNorm):
+            norm.forward = MethodType(_norm_without_silu, norm)
 
 
 def _is_plain(block: ResnetBlock2D) -> bool:
@@ -61,21 +65,26 @@ def _residual_block(block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor
     # let the second norm add the sum while it reads its input: two passes over [n, c, h, w] fewer.
     if temb is not None and block.time_emb_proj is not None:
         added = block.time_emb_proj(block.nonlinearity(temb))
-    # A convolution that peft has wrapped in a LoRA adds its bias itself.
-    if isinstance(block.conv1, nn.Conv2d) and block.conv1.bias is not None:
-        hidden = block.conv1._conv_forward(hidden, block.conv1.weight, None)
-        added = block.conv1.bias.expand(len(x), -1) if added is None else added + block.conv1.bias
-    else:
-        hidden = block.conv1(hidden)
-    hidden = block.conv2(block.dropout(group_norm(hidden, block.norm2, silu=True, added=added)))
+    hidden, bias = _without_bias(block.conv1, hidden)
+    if bias is not None:
+        added = bias.expand(len(x), -1) if added is None else added + bias
+    hidden = block.dropout(group_norm(hidden, block.norm2, silu=True, added=added))
 
-    # Dividing by 1 would be another pass.
-    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
-    return (
-        (shortcut + hidden) / block.output_scale_factor
-        if block.output_scale_factor != 1
-        else shortcut + hidden
-    )
+    # The same for the biases of conv2 and of the shortcut: they are added with the two branches.
+    hidden, bias = _without_bias(block.conv2, hidden)
+    if block.conv_shortcut is not None:
+        x, another = _without_bias(block.conv_shortcut, x)
+        bias = another if bias is None else bias if another is None else bias + another
+    total = x + hidden if bias is None else residual_sum(hidden, x, bias)
+    return total / block.output_scale_factor if block.output_scale_factor != 1 else total
+
+
+def _without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The convolution's result without its bias, and the bias that the caller must add; None if it is added already."""
+    # A convolution that peft has wrapped in a LoRA adds its bias itself.
+    if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+        return layer._conv_forward(x, layer.weight, None), layer.bias
+    return layer(x), None
 
 
 def _norm_without_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 peft casts each layer's input from half precision to the fp32 of the matrices and the result back. Here the small matrices
 are cast instead. In self-attention, queries, keys and values share one input, so their three A matrices are multiplied as
-one. Knows peft's layers and diffusers' attention; does not know training.
+one. On CUDA, `lora_products` adds to large tensors in place. Knows peft's layers and diffusers' attention; does not know
+training.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,12 @@ from diffusers.models.attention_processor import Attention
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 
+from sdxl.speed.int8_weights import product_dtype, scale_of
+from sdxl.speed.lora_products import lora_products
+
 
 def make_lean(module: nn.Module) -> None:
-    """Make every LoRA layer in `module` compute W x + s B (A x) in the dtype of its input.
+    """Make every LoRA layer in `module` compute W x + s B (A x) in the dtype of W, or of its scale.
 
     The matrices stay fp32 parameters; each product uses cast copies. Supports one adapter without dropout.
     """
@@ -41,18 +45,16 @@ def _linear(layer: Any, x: Tensor, *_: Any) -> Tensor:
 
 
 def _linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
-    """The outputs of LoRA layers that share the input x [..., in]."""
-    plain = [F.linear(x, layer.base_layer.weight, layer.base_layer.bias) for layer in layers]
+    """The outputs of LoRA layers that share the input x [..., in]. All or none of them have a bias."""
+    bases = [layer.base_layer for layer in layers]
     if layers[0].disable_adapters:
-        return plain
-
+        return [base(x) for base in bases]
+    matrices = [_matrices(layer, product_dtype(layer.base_layer)) for layer in layers]
+    downs, ups = [down for down, _ in matrices], [up for _, up in matrices]
     # Stack the A matrices [rank, in]: reading x takes longer than these thin products, so read it once for all layers.
-    matrices = [_matrices(layer, x.dtype) for layer in layers]
-    downs = [down for down, _ in matrices]
-    stacked = torch.cat(downs) if len(downs) > 1 else downs[0]  # cat would copy even a single matrix
-    low = F.linear(x, stacked).split([len(down) for down in downs], dim=-1)
-
-    return [base + F.linear(part, up) for base, part, (_, up) in zip(plain, low, matrices, strict=True)]
+    down = torch.cat(downs) if len(downs) > 1 else downs[0]  # cat would copy even a single matrix
+    scales = [scale for base in bases if (scale := scale_of(base)) is not None]
+    return lora_products(x, [base.weight for base in bases], [base.bias for base in bases], down, ups, scales)
 
 
 def _all_lora(attention: Attention) -> bool:

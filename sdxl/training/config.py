@@ -33,7 +33,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 LoraTargets = Literal["attention", "transformer", "all"]
 FullResult = Literal["whole", "difference", "lora"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "prodigy"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 def limited(
@@ -129,7 +129,8 @@ class TrainingOptions:
     optimizer: OptimizerName = "adamw"
     """Optimizer of the UNet or LoRA. Token rows always train with AdamW."""
     precision: Precision = "auto"
-    """How full training holds the UNet's weights. "auto": in fp32 if they fit, else in bf16 with stochastic rounding."""
+    """How the UNet's weights are held. In full training "auto" is fp32 if that fits, else bf16 with stochastic rounding. Beside a
+    LoRA "int8" holds the frozen linear layers in 8 bits, and "auto" does so only if nothing else fits."""
     gradient_checkpointing: bool | None = None
     """On CUDA, recompute the UNet's activations in the backward pass: a third slower, much less memory. None: only if
     memory requires it."""

@@ -69,10 +69,18 @@ def refuse_contradictions(
                 f'{name} contains "{prompt.strip()}", but the base, which draws it, does not know the new tokens: '
                 "name what it knows, such as a photo of a dog."
             )
-    if options.is_lora and options.lora_lr == 0 and options.pivot_fraction == 0:
-        raise UserInputError("lora_lr and pivot_fraction are both 0, so nothing would be trained: raise one.")
-    if not options.is_lora:
+    if options.is_lora:
+        _refuse_in_lora(options)
+    else:
         _refuse_in_full(options)
+
+
+def _refuse_in_lora(options: TrainingOptions) -> None:
+    """Refuse contradictions in the settings of a LoRA's training."""
+    if options.lora_lr == 0 and options.pivot_fraction == 0:
+        raise UserInputError("lora_lr and pivot_fraction are both 0, so nothing would be trained: raise one.")
+    if options.precision == "int8" and options.use_dora:
+        raise UserInputError("use_dora needs the base's weights as they are: leave out precision=int8.")
 
 
 def _refuse_in_full(options: TrainingOptions) -> None:
@@ -85,6 +93,10 @@ def _refuse_in_full(options: TrainingOptions) -> None:
         raise UserInputError(
             f"optimizer {options.optimizer} needs whole weights, which shard=true shares: use adamw or adamw_8bit, or leave out "
             "shard."
+        )
+    if options.precision == "int8":
+        raise UserInputError(
+            "precision=int8 is for a LoRA, whose base stays as it is: leave it out, or leave out is_lora=false."
         )
     if options.precision == "bf16" and options.optimizer in _WHOLE_FP32:
         raise UserInputError(
@@ -104,8 +116,8 @@ def without_effect(options: TrainingOptions) -> Iterator[str]:
     if options.is_lora:
         if _changed(options, "unet_learning_rate"):
             yield "unet_learning_rate has no effect on a LoRA, whose rate is lora_lr: set is_lora=false to train the whole UNet."
-        if _changed(options, "precision"):
-            yield "precision has no effect on a LoRA: it is for full training, is_lora=false."
+        if options.precision in ("fp32", "bf16"):
+            yield f"precision={options.precision} has no effect on a LoRA: it is for full training, is_lora=false."
         if options.shard:
             yield "shard has no effect on a LoRA: it is for full training, is_lora=false."
         if options.single_file:

@@ -157,7 +157,7 @@ def _trainable(
     """What trains beside the token rows."""
     if not config.is_lora:
         return full_unet(components.unet, config, base_unet)
-    trainable = lora(components.unet, config)
+    trainable = lora(components.unet, config, components.device)
     return with_encoder_lora(trainable, components, config) if config.text_encoder_lora else trainable
 
 

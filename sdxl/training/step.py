@@ -17,7 +17,7 @@ from sdxl.speed.autocast import autocast
 from sdxl.speed.cuda_graphs import GraphedWork
 from sdxl.training.batches import Batches
 from sdxl.training.config import TrainingConfig
-from sdxl.training.data_parallel import average
+from sdxl.training.gradient_average import GradientAverage
 from sdxl.training.loss import Part
 from sdxl.training.optimizers import Optimizers
 from sdxl.training.token_rows import NewTokens
@@ -55,6 +55,7 @@ class TrainingStep:
         graphs = config.cuda_graph and optimizers.shards is None
         self._graphed = GraphedWork(self._device, generator, enabled=graphs)
         self._taught_in_batch = config.learned_at_once + config.taught_at_once <= config.train_batch_size
+        self._average = GradientAverage([] if optimizers.shards is not None else optimizers.parameters)
         self._one_graph = all(len(batches.buckets) == 1 for batches in sources)
 
     def gradients(self, drawn: tuple[int, ...]) -> tuple[float, list[float]]:
@@ -89,17 +90,19 @@ class TrainingStep:
 
         # Add up the loss and its gradients: over micro-batches (accumulation), and over the subject and the prior.
         total = torch.zeros((), device=self._device)
-        for group in self._groups(drawn):
+        groups = list(self._groups(drawn))
+        for number, group in enumerate(groups, 1):
             with autocast(self._device, self._mixed_precision):
                 losses = self._loss(*(part for part, _ in group))
                 weighted = torch.stack(
                     [loss * weight for loss, (_, weight) in zip(losses, group, strict=True)]
                 )
-            weighted.sum().backward()
+            with self._average.during(last=number == len(groups)):
+                weighted.sum().backward()
             total += weighted.detach().sum()
 
         # Average over all processes. The loss too: if one process must stop, all must.
-        average([*self._optimizers.to_average(), total])
+        self._average.finish([*self._optimizers.to_average(), total])
         return torch.stack([total, *self._optimizers.clip(MAX_GRAD_NORM)])
 
     def _groups(self, drawn: tuple[int, ...]) -> Iterator[list[tuple[Part, float]]]:

@@ -20,12 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from sdxl.errors import UserInputError
 from sdxl.gpu import capability_of, computes_bf16, training_half
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
+from sdxl.speed.int8_weights import hold_in_int8
 from sdxl.speed.lean_lora import make_lean
 from sdxl.speed.memory import free_bytes
 from sdxl.speed.triton_here import triton_runs
 from sdxl.training.config import TrainingConfig
 from sdxl.training.data_parallel import gathered, rank, world_size
-from sdxl.training.memory_plan import MemoryPlan, activation_bytes, choose_plan
+from sdxl.training.lora_memory import in_int8, recomputes
+from sdxl.training.memory_plan import MemoryPlan, choose_plan
 from sdxl.training.optimizers import SHAREABLE, Group
 from sdxl.training.sharding import can_share, share, whole
 
@@ -109,14 +111,21 @@ def full_unet(
     )
 
 
-def lora(unet: UNet2DConditionModel, config: TrainingConfig) -> Trainable:
+def lora(unet: UNet2DConditionModel, config: TrainingConfig, device: torch.device | None = None) -> Trainable:
     """LoRA matrices (arXiv:2106.09685), or DoRA's (arXiv:2402.09353), on the layers of `lora_targets`.
 
     They train in fp32 while the UNet stays frozen, and are exported as diffusers reads them. torch's global generator
     draws their initial values.
+
+    device: where to train; by default where the UNet is.
     """
+    device = device or unet.device
+    if in_int8(unet, config, device):
+        log.info("The base's linear layers are held in 8 bits: half the memory, and slightly less exact.")
+        hold_in_int8(unet)
+    unet.to(device)  # type: ignore[arg-type]
     add_lora(unet, config, LORA_TARGETS[config.lora_targets])
-    _prepare(unet, config, checkpointing=_lora_checkpointing(unet, config))
+    _prepare(unet, config, checkpointing=recomputes(unet, config))
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     return Trainable(
         kind="lora",
@@ -256,23 +265,6 @@ def _shared_by(unet: UNet2DConditionModel, config: TrainingConfig) -> tuple[int,
 def _in_bf16(device: torch.device) -> bool:
     """Whether activations are bf16; a CPU's memory does not count."""
     return device.type != "cuda" or computes_bf16(capability_of(device))
-
-
-def _lora_checkpointing(unet: UNet2DConditionModel, config: TrainingConfig) -> bool:
-    """Whether to recompute activations: as requested, else only if they would not fit in memory."""
-    if config.gradient_checkpointing is not None:
-        return config.gradient_checkpointing
-    weights = sum(parameter.numel() for parameter in unet.parameters())
-    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
-    # 16 bytes for each trained number: fp32 weight, gradient, and AdamW's two moments.
-    need = 16 * trained + activation_bytes(
-        weights,
-        batch=config.train_batch_size,
-        resolution=config.resolution,
-        checkpointing=False,
-        bf16=_in_bf16(unet.device),
-    )
-    return need > free_bytes(unet.device)
 
 
 def _prepare(unet: UNet2DConditionModel, config: TrainingConfig, *, checkpointing: bool) -> None:

@@ -1,0 +1,57 @@
+"""How a run that trains a LoRA holds the frozen UNet and its activations, chosen from the free memory.
+
+Best first: all activations are kept; they are recomputed; the UNet's linear layers are also held in int8, with half of bf16's
+bytes. Knows bytes and dtypes; does not know how a step works.
+"""
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from sdxl.gpu import capability_of, computes_bf16
+from sdxl.speed.memory import free_bytes
+from sdxl.training.config import TrainingConfig
+from sdxl.training.memory_plan import activation_bytes
+
+_TRAINED_BYTES = 16
+"""For each trained number: fp32 weight, gradient, and AdamW's two moments."""
+_ENCODING_BYTES = 11 * 2**30
+"""What encoding pictures needs beside a UNet in bf16: text encoders and autoencoder, and its activations. An estimate."""
+
+
+def waits_on_cpu(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether the UNet stays on the CPU while pictures are encoded, because the GPU has no room for it beside that."""
+    return config.is_lora and free_bytes(device) < _ENCODING_BYTES
+
+
+def in_int8(unet: UNet2DConditionModel, config: TrainingConfig, device: torch.device) -> bool:
+    """Whether the UNet's linear layers are held in int8 when it trains on `device`: as requested, else only if nothing else fits."""
+    if config.precision != "auto":
+        return config.precision == "int8"
+    if device.type != "cuda" or config.use_dora:
+        return False
+    to_come = 0 if unet.device == device else sum(parameter.nbytes for parameter in unet.parameters())
+    recompute = config.gradient_checkpointing is not False
+    return to_come + _needed(unet, config, device, recompute=recompute) > free_bytes(device)
+
+
+def recomputes(unet: UNet2DConditionModel, config: TrainingConfig) -> bool:
+    """Whether to recompute activations, for a UNet that has its LoRA: as requested, else only if they would not fit."""
+    if config.gradient_checkpointing is not None:
+        return config.gradient_checkpointing
+    return _needed(unet, config, unet.device, recompute=False) > free_bytes(unet.device)
+
+
+def _needed(
+    unet: UNet2DConditionModel, config: TrainingConfig, device: torch.device, *, recompute: bool
+) -> int:
+    """Bytes for the activations, and for the LoRA if it is there."""
+    weights = sum(parameter.numel() for parameter in unet.parameters())
+    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    bf16 = device.type != "cuda" or computes_bf16(capability_of(device))
+    return _TRAINED_BYTES * trained + activation_bytes(
+        weights,
+        batch=config.train_batch_size,
+        resolution=config.resolution,
+        checkpointing=recompute,
+        bf16=bf16,
+    )
