@@ -17,6 +17,7 @@ from coglet import server
 
 from sdxl import settings
 from sdxl.command_line import run_command_line
+from sdxl.data.config import PreprocessConfig
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
 from sdxl.files.archives import require_archive
 from sdxl.files.fetching import fetch
@@ -362,18 +363,21 @@ def run(
     for told in without_effect(inputs.options):
         log.warning("%s", told)
     archive = _fetched(inputs.input_images, workspace / "fetched" / "pictures")
+    from preprocess import open_pictures, prepare_dataset
 
-    # Here, after the inputs are checked: importing these takes seconds.
+    # The base may decide the size of the pictures. What is checked here does not depend on it.
+    config = inputs.preprocess_config(inputs.resolution or PreprocessConfig.target_size)
+    pictures = open_pictures(archive, workspace / "fetched" / "unpacked", config)
+
+    # Here, after the inputs, pictures and captions are checked: importing this takes seconds.
     configure_logging()
-    from preprocess import prepare_dataset
-    from sdxl.training_run import train_on_archive
+    from sdxl.training_run import train_on_pictures
 
     recorder = Recorder(History(), workspace / OUTPUT, asked=inputs.asked, described=_descriptions())
-    return train_on_archive(
-        archive,
+    return train_on_pictures(
         inputs,
         workspace,
-        prepare_dataset=prepare_dataset,
+        prepare_dataset=functools.partial(prepare_dataset, pictures),
         recorder=recorder,
         on_step=recorder.before(on_step or _record_metrics),
     )
