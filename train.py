@@ -9,7 +9,7 @@ torch and diffusers only when a run starts, so that `--help` and wrong inputs ar
 import functools
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
 from cog import CancelationException, Input, Path, current_scope
@@ -325,11 +325,7 @@ def train(
 ) -> Path:
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
     settings.set_behind_server(server.active)
-    given = as_declared(train, with_config(locals(), declared_inputs(train)))
-    given["base"] = allowed_fine_tune(given["base"], "base")
-    given["resume"] = allowed_state(given["resume"], "resume")
-    given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
-    inputs = train_inputs(given)
+    inputs = checked_inputs(locals())
     if inputs.push_to:
         require_pushable(inputs.push_to, "push_to")
     repeat_on_cpu()
@@ -342,6 +338,19 @@ def train(
 
 
 leave_downloads_to_us(train)
+
+
+def checked_inputs(given: Mapping[str, Any]) -> TrainInputs:
+    """The inputs of `train` as it gets them, completed by those of `config`, and checked.
+
+    Raises:
+        UserInputError: one is wrong, or two contradict each other.
+    """
+    given = as_declared(train, with_config(given, declared_inputs(train)))
+    given["base"] = allowed_fine_tune(given["base"], "base")
+    given["resume"] = allowed_state(given["resume"], "resume")
+    given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
+    return train_inputs(given)
 
 
 def _delivered(tar: pathlib.Path, inputs: TrainInputs) -> Path:
