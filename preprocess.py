@@ -38,11 +38,34 @@ from sdxl.workspace import workspace_of_run
 
 log = logging.getLogger(__name__)
 
-__all__ = ["PreprocessConfig", "Preprocessor", "prepare_dataset"]
+__all__ = ["PreprocessConfig", "Preprocessor", "open_pictures", "prepare_dataset"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenedPictures:
+    """The files of a data set and the captions that come with them; None if there are none."""
+
+    files: Source
+    given: GivenCaptions | None
+
+
+def open_pictures(source: pathlib.Path, folder: pathlib.Path, config: PreprocessConfig) -> OpenedPictures:
+    """Find the pictures and captions of `source`, a zip or a tar to unpack into `folder`, or a folder.
+
+    Needs neither models nor torch, so what is wrong here is told before either is fetched or imported.
+
+    Raises:
+        ArchiveError, ContractError, DatasetError: the archive, its table of captions or a caption is wrong, or there is no
+            picture.
+    """
+    files = open_source(source, folder)
+    given = find_captions(files, global_caption=config.global_caption)
+    _require_tokens(given, config)
+    return OpenedPictures(files=files, given=given)
 
 
 def prepare_dataset(
-    source: pathlib.Path,
+    source: pathlib.Path | OpenedPictures,
     folder: pathlib.Path,
     *,
     config: PreprocessConfig,
@@ -50,7 +73,7 @@ def prepare_dataset(
     check: Callable[[Mapping[str, str]], object] = lambda captions: None,
     on_advice: Callable[[list[str]], object] = lambda advice: None,
 ) -> pathlib.Path:
-    """Prepare the pictures of `source`, a zip, a tar or a folder, in the dataset folder `folder`; return `folder`.
+    """Prepare the pictures of `source`, a zip, a tar, a folder or opened ones, in the dataset folder `folder`; return `folder`.
 
     A picture that comes from a dataset folder and already has a wanted size stays as it is, byte by byte, with its
     mask, caption and size conditioning. Advice goes to the log.
@@ -67,9 +90,9 @@ def prepare_dataset(
     for told in config.without_effect():
         log.warning("%s", told)
     with tempfile.TemporaryDirectory(prefix="unpacked-", dir=folder.parent) as unpacked:
-        files = open_source(source, pathlib.Path(unpacked))
-        given = find_captions(files, global_caption=config.global_caption)
-        _require_tokens(given, config)  # before the models run
+        if not isinstance(source, OpenedPictures):
+            source = open_pictures(source, pathlib.Path(unpacked), config)
+        files, given = source.files, source.given
         beginnings = _beginnings(files, given, config)
         check({files.relative(image): text for image, text in beginnings.items()})
         earlier = {} if given is None else earlier_framings(given.rows)
@@ -188,10 +211,11 @@ class Preprocessor(BaseRunner):
         ):
             source = fetch(str(archive), workspace / "fetched")
             require_archive(source)
+            pictures = open_pictures(source, workspace / "fetched" / "unpacked", config)
             configure_logging()
             if size is None:
                 config = dataclasses.replace(config, target_size=_base_size())
-            folder = prepare_dataset(source, workspace / "dataset", config=config, report=workspace)
+            folder = prepare_dataset(pictures, workspace / "dataset", config=config, report=workspace)
             shutil.rmtree(workspace / "fetched", ignore_errors=True)
             members = {path.name: path for path in (*folder.iterdir(), workspace / SHEET, workspace / ADVICE)}
             pack_tar(members, workspace / "data.tar")

@@ -9,7 +9,7 @@ torch and diffusers only when a run starts, so that `--help` and wrong inputs ar
 import functools
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
 from cog import CancelationException, Input, Path, current_scope
@@ -17,6 +17,7 @@ from coglet import server
 
 from sdxl import settings
 from sdxl.command_line import run_command_line
+from sdxl.data.config import PreprocessConfig
 from sdxl.declared_inputs import as_declared, declared_inputs, leave_downloads_to_us
 from sdxl.files.archives import require_archive
 from sdxl.files.fetching import fetch
@@ -324,11 +325,7 @@ def train(
 ) -> Path:
     """Fine-tune SDXL on your pictures; returns trained_model.tar."""
     settings.set_behind_server(server.active)
-    given = as_declared(train, with_config(locals(), declared_inputs(train)))
-    given["base"] = allowed_fine_tune(given["base"], "base")
-    given["resume"] = allowed_state(given["resume"], "resume")
-    given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
-    inputs = train_inputs(given)
+    inputs = checked_inputs(locals())
     if inputs.push_to:
         require_pushable(inputs.push_to, "push_to")
     repeat_on_cpu()
@@ -341,6 +338,19 @@ def train(
 
 
 leave_downloads_to_us(train)
+
+
+def checked_inputs(given: Mapping[str, Any]) -> TrainInputs:
+    """The inputs of `train` as it gets them, completed by those of `config`, and checked.
+
+    Raises:
+        UserInputError: one is wrong, or two contradict each other.
+    """
+    given = as_declared(train, with_config(given, declared_inputs(train)))
+    given["base"] = allowed_fine_tune(given["base"], "base")
+    given["resume"] = allowed_state(given["resume"], "resume")
+    given["init_from"] = allowed_fine_tune(given["init_from"], "init_from")
+    return train_inputs(given)
 
 
 def _delivered(tar: pathlib.Path, inputs: TrainInputs) -> Path:
@@ -362,18 +372,21 @@ def run(
     for told in without_effect(inputs.options):
         log.warning("%s", told)
     archive = _fetched(inputs.input_images, workspace / "fetched" / "pictures")
+    from preprocess import open_pictures, prepare_dataset
 
-    # Here, after the inputs are checked: importing these takes seconds.
+    # The base may decide the size of the pictures. What is checked here does not depend on it.
+    config = inputs.preprocess_config(inputs.resolution or PreprocessConfig.target_size)
+    pictures = open_pictures(archive, workspace / "fetched" / "unpacked", config)
+
+    # Here, after the inputs, pictures and captions are checked: importing this takes seconds.
     configure_logging()
-    from preprocess import prepare_dataset
-    from sdxl.training_run import train_on_archive
+    from sdxl.training_run import train_on_pictures
 
     recorder = Recorder(History(), workspace / OUTPUT, asked=inputs.asked, described=_descriptions())
-    return train_on_archive(
-        archive,
+    return train_on_pictures(
         inputs,
         workspace,
-        prepare_dataset=prepare_dataset,
+        prepare_dataset=functools.partial(prepare_dataset, pictures),
         recorder=recorder,
         on_step=recorder.before(on_step or _record_metrics),
     )

@@ -23,7 +23,7 @@ from sdxl.command_line import deliver, parse_inputs, run_into
 from sdxl.declared_inputs import declared_inputs
 from sdxl.errors import UserInputError
 from sdxl.workspace import RESULT
-from train import train, train_with_report
+from train import checked_inputs, train, train_with_report
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 LOG = "train.log"
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         subjects = subjects_in(args.pictures)
-        for archive in subjects.values():
-            inputs_for(archive, args.input)
+        inputs_for(next(iter(subjects.values())), args.input)  # the other inputs are the same for all
     except UserInputError as error:
         print(f"{error} See --help.", file=sys.stderr)
         return 2
@@ -89,12 +88,14 @@ def inputs_for(archive: Path, items: Sequence[str]) -> dict[str, Any]:
     items: inputs of all trainings, such as "token_map=TOK:2".
 
     Raises:
-        UserInputError: an input is wrong, or one that differs between the trainings.
+        UserInputError: an input is wrong, contradicts another one, or differs between the trainings.
     """
     for item in items:
         if (name := item.partition("=")[0]) in OURS:
             raise UserInputError(f"{name} cannot be the same for many trainings: leave it out.")
-    return parse_inputs([f"input_images={archive}", "resume=auto", *items], declared_inputs(train))
+    given = parse_inputs([f"input_images={archive}", "resume=auto", *items], declared_inputs(train))
+    checked_inputs(given)  # here, because each training would tell it anew
+    return given
 
 
 def train_all(subjects: Mapping[str, Path], output: Path, items: Sequence[str], *, gpus: int) -> None:

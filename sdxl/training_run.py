@@ -1,4 +1,4 @@
-"""The stages of a training, from an archive of pictures to the tar.
+"""The stages of a training, from the user's pictures to the tar.
 
 Knows the order of the stages and what each gets from the others; does not know how a stage works, public inputs or Cog.
 Importing it takes seconds, because it imports torch and diffusers.
@@ -48,8 +48,7 @@ from sdxl.workspace import CHECKPOINTS, OUTPUT, PREVIEWS, RESULT
 log = logging.getLogger(__name__)
 
 
-def train_on_archive(
-    archive: Path,
+def train_on_pictures(
     inputs: TrainInputs,
     workspace: Path,
     *,
@@ -57,9 +56,9 @@ def train_on_archive(
     recorder: Recorder,
     on_step: Callable[[StepReport], None],
 ) -> Path:
-    """Train on the pictures in `archive`. All files of the run are in `workspace`. Returns the tar.
+    """Train on the user's pictures. All files of the run are in `workspace`. Returns the tar.
 
-    prepare_dataset: makes a dataset folder of the archive, as the preprocessor does.
+    prepare_dataset: makes a dataset folder of the pictures, as the preprocessor does.
     recorder: takes what the report tells.
     on_step: takes the report of each step.
     """
@@ -71,7 +70,7 @@ def train_on_archive(
     preprocess_config = inputs.preprocess_config(resolution)
     check = early_check(inputs, base.folder, resolution)
     dataset_folder = prepare_dataset(
-        archive, workspace / "dataset", config=preprocess_config, check=check, on_advice=recorder.take_advice
+        workspace / "dataset", config=preprocess_config, check=check, on_advice=recorder.take_advice
     )
     shutil.rmtree(workspace / "fetched", ignore_errors=True)
 

@@ -119,7 +119,7 @@ def test_a_url_is_fetched_and_converted_once(site: Site, single_file: Path, tmp_
     site.files["base.safetensors"] = single_file.read_bytes()
     url = f"{site.url}/base.safetensors?token=secret"
     found = find_base(url)
-    assert found.name == "http://127.0.0.1/base.safetensors"
+    assert found.name == f"{site.url}/base.safetensors"
     assert find_base(url).folder == found.folder
     assert len(site.fetched) == 1
 

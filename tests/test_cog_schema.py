@@ -43,6 +43,17 @@ def test_cog_can_read_our_inputs(tmp_path: Path, config: str, model: str):
     assert ("TrainingInput" in schemas) == (model == "predict")
 
 
+def test_a_server_that_reads_the_schema_meanwhile_reads_all_of_it(tmp_path: Path):
+    arguments = ["--config", str(REPOSITORY / "cog.yaml"), "--folder", str(tmp_path)]
+    target = tmp_path / TARGET
+    target.parent.mkdir()
+    target.write_text("the old one")
+    with target.open() as reader:
+        assert main(arguments) == 0
+        assert reader.read() == "the old one"
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
 def test_what_cog_cannot_read_is_told_and_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     root = project(tmp_path, "        a: int = 1,")
     assert main(["--config", str(root / "cog.yaml")]) == 1

@@ -10,11 +10,23 @@ from pathlib import Path
 import pytest
 
 from sdxl.errors import DownloadError
-from sdxl.files.fetching import fetch, is_remote, name_of
+from sdxl.files.fetching import fetch, is_remote, name_of, shown
 
 CONTENT = bytes(range(256)) + b"x"
 """Its base64 has every character of the alphabet, and padding."""
 PLAIN = base64.b64encode(CONTENT).decode()
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://host:8099/a.tar?signature=x", "http://host:8099/a.tar"),
+        ("https://me:secret@host/a.tar#x", "https://host/a.tar"),
+        ("http://[::1]:80/a", "http://[::1]:80/a"),
+    ],
+)
+def test_messages_show_where_a_url_leads_and_no_secret(url: str, told: str):
+    assert shown(url) == told
 
 
 @pytest.mark.parametrize(

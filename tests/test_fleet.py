@@ -102,7 +102,7 @@ def test_answers_have_the_form_of_cogs(fleet: Fleet):
     assert "Seed: 1\n" in body["logs"]
     for given, told in (
         ({"replicate_weights": "/etc/passwd"}, "this server takes no paths"),
-        ({"replicate_weights": "http://127.0.0.1:1/a.tar"}, "http://127.0.0.1/a.tar could not be fetched"),
+        ({"replicate_weights": "http://127.0.0.1:1/a.tar"}, "http://127.0.0.1:1/a.tar could not be fetched"),
         ({"width": 65}, "multiple of 8"),
         ({"prompts": 5}, "must be a text"),
     ):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdxl.errors import NotEnoughMemoryError, UserInputError
+from sdxl.speed.memory import NO_LIMIT
 from sdxl.training.memory_plan import (
     BF16_ADAMW_8BIT,
     FP32_ADAFACTOR,
@@ -323,6 +324,14 @@ def test_memory_decides(gib: int, optimizer: str, precision: str, expected: Memo
     assert chosen.tight == tight
     assert f"{gib}.0 GiB free" in chosen.reason
     assert ("should it run out" in chosen.reason) == tight
+
+
+def test_without_a_known_limit_no_free_memory_is_told():
+    size = 1000
+    chosen = choose_plan(
+        free_bytes=NO_LIMIT + size, parameters=size, optimizer="adamw", batch=1, resolution=64
+    )
+    assert "needed" in chosen.reason and "free" not in chosen.reason
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ def test_inputs_are_checked_before_the_first_training(captioned_zip: Path):
     for item, told in (
         ("resume=auto", "resume cannot be the same for many trainings"),
         ("max_train_step=5", "did you mean max_train_steps?"),
+        ("token_map=TOK:0", "token_map 'TOK:0' is wrong"),
+        ("init_from=missing.tar", "init_from is missing.tar, which does not exist"),
     ):
         with pytest.raises(UserInputError) as caught:
             inputs_for(captioned_zip, [item])

@@ -228,7 +228,7 @@ def without_date(path: Path) -> bytes:
         ({"mask_target_prompts": "a dog"}, "set SDXL_SEGMENTER"),
         ({"caption_prefix": "a photo of <s0>"}, "holds <s0>"),
         ({"lr_scheduler": "wave"}, "lr_scheduler"),
-        ({"input_images": "http://127.0.0.1:9/data.zip"}, r"127\.0\.0\.1/data\.zip could not be fetched"),
+        ({"input_images": "http://127.0.0.1:9/data.zip"}, r"127\.0\.0\.1:9/data\.zip could not be fetched"),
         ({"input_images": "data:application/zip;base64,aGVsbG8="}, "is a text file: give a .zip"),
     ],
 )

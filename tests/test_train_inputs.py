@@ -20,7 +20,7 @@ from sdxl.training.inputs import TrainInputs, train_inputs
 from sdxl.training.memory_plan import _PLANS
 from sdxl.training.optimizers import OPTIMIZERS
 from sdxl.training.trainable import LORA_TARGETS
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, png, write_zip
 
 HEAVY = {"torch", "diffusers", "transformers", "pandas"}
 """Packages that take long to import."""
@@ -299,6 +299,31 @@ def test_answers_come_before_heavy_imports(arguments: list[str], code: int, mess
     assert message in done.stdout + done.stderr
     assert not HEAVY & imported(done.stderr)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("entry_point", "name"), [("train.py", "input_images"), ("preprocess.py", "files")])
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"notes.md": b"none"}, "x.zip holds no pictures"),
+        ({"1.png": png(1), "captions.csv": b"image_file,caption\n2.png,TOK\n"}, "names 2.png, but"),
+    ],
+)
+def test_wrong_pictures_are_told_before_heavy_imports_and_before_the_base(
+    entry_point: str, name: str, members: dict[str, bytes], told: str, tmp_path: Path
+):
+    archive = write_zip(tmp_path / "x.zip", members)
+    done = python("-X", "importtime", entry_point, "-i", f"{name}=@{archive}", "-o", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert not HEAVY & imported(done.stderr)
+
+
+def test_a_caption_without_a_token_is_told_before_heavy_imports(tmp_path: Path):
+    archive = write_zip(tmp_path / "x.zip", {"1.png": png(1), "1.txt": b"a photo of a dog"})
+    done = python("-X", "importtime", "train.py", "-i", f"input_images=@{archive}", "-o", str(tmp_path))
+    assert "names no token of token_map" in done.stderr
+    assert not HEAVY & imported(done.stderr)
 
 
 def test_the_entry_point_imports_nothing_heavy():

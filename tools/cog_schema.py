@@ -15,6 +15,7 @@ Knows syntax trees and the layout of Cog's schema; imports neither cog nor the e
 import argparse
 import ast
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -301,7 +302,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     target = (args.folder or args.config.parent) / TARGET
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text)
+    # Another server may read it at this moment; one that reads half a schema checks nothing.
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(target)
     return 0
 
 

@@ -82,7 +82,7 @@ def shown(source: str) -> str:
     if not is_remote(source):
         return shortened(source)
     parts = urllib.parse.urlsplit(source)
-    return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def fetch(source: str, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+NO_LIMIT = 2**62
+"""Bytes that are free where nobody knows a limit."""
+
 
 def peak_gib() -> float:
     """The most memory in GiB that this process has held on its GPU so far; 0 without one."""
@@ -18,7 +21,7 @@ def peak_gib() -> float:
 def free_bytes(device: torch.device) -> int:
     """Memory in bytes that this process can still allocate on a GPU. On a CPU, assume no limit."""
     if device.type != "cuda":
-        return 2**62
+        return NO_LIMIT
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     unused = reserved - torch.cuda.memory_allocated(device)  # the allocator reuses this without asking CUDA
@@ -28,7 +31,7 @@ def free_bytes(device: torch.device) -> int:
 
 def free_host_bytes() -> int:
     """Memory in bytes that this machine can still give, in a container with a limit at most what that leaves."""
-    free = 2**62
+    free = NO_LIMIT
     with contextlib.suppress(OSError, ValueError):
         free = _number_after("MemAvailable:", Path("/proc/meminfo")) * 1024
     with contextlib.suppress(OSError, ValueError):

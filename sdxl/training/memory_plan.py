@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sdxl.errors import NotEnoughMemoryError, UserInputError
+from sdxl.speed.memory import NO_LIMIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +200,12 @@ def _explained(plan: MemoryPlan, requested: str, need: int, free: int, *, tight:
         if tight
         else ""
     )
+    there_are = "" if free >= NO_LIMIT else f", {_gib(free)} free"
     return replace(
         plan,
         tight=tight,
         reason=f"The UNet's weights train in {name_of(plan.weights)}{rounding} with {plan.optimizer}{instead}{shared}: "
-        f"about {_gib(need)} needed, {_gib(free)} free{remedy}.",
+        f"about {_gib(need)} needed{there_are}{remedy}.",
     )
 
 
