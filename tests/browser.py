@@ -86,7 +86,7 @@ class Page:
         deadline = time.monotonic() + seconds
         while not self.run(f"!!({expression})"):
             assert time.monotonic() < deadline, f"never true: {expression}"
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def attach(self, selector: str, files: Sequence[Path]) -> None:
         """Choose files for the file input that `selector` names."""
