@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from benchmarks import full_size
 from benchmarks.quality import about
+from benchmarks.results_file import write_and_print
 from benchmarks.sampling import milliseconds
 from benchmarks.subject_job import BASE, training_pictures
 from sdxl.speed.compiled_blocks import fuse_blocks
@@ -87,8 +86,7 @@ def main() -> None:
     if device == "cuda":
         results["costs"] = costs()
     results |= about(device)
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-    sys.stdout.write(json.dumps(results, indent=2) + "\n")
+    write_and_print(arguments.output, results)
 
 
 if __name__ == "__main__":

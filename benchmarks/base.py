@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import Tensor
 
+from benchmarks.results_file import write_and_print
 from sdxl.data.picture_encoders import cosine_of_different
 from tiny_world.captions import held_out_prompts
 from tiny_world.following import following, shares
@@ -35,9 +34,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="file for a sheet of the pictures that miss an aspect")
     args = parser.parse_args()
     results, failures = measure(args.base, args.prompts, args.device)
-    sys.stdout.write(json.dumps(results, indent=2) + "\n")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    write_and_print(args.output, results)
     if args.sheet and failures:
         images, captions = zip(*failures, strict=True)
         save_grid(torch.stack(images[:48]), args.sheet, columns=8, captions=list(captions[:48]))

@@ -23,6 +23,7 @@ import torch
 from benchmarks.few import DEFAULT, UNTUNED
 from benchmarks.judging import judge
 from benchmarks.quality import about, add_job_arguments
+from benchmarks.results_file import add_to
 from benchmarks.scores import fidelity
 from benchmarks.subject_job import BASE, Method, learn_subject
 from benchmarks.workers import in_processes
@@ -202,11 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         file.with_suffix(".partial").write_text(json.dumps(result))
         file.with_suffix(".partial").replace(file)
     found = summarise([json.loads(file.read_text()) for file in files.values()])
-    target = args.output / "best.json"
-    before = json.loads(target.read_text()) if target.exists() else {}
-    numbers = before | found | {"subjects": subjects, "steps": args.steps} | about(args.device)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(numbers, indent=2) + "\n")
+    add_to(args.output / "best.json", **found, subjects=subjects, steps=args.steps, **about(args.device))
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 

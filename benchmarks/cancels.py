@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import random
@@ -31,6 +30,7 @@ import requests
 from tqdm import tqdm
 
 from benchmarks.hostile_kills import training_set
+from benchmarks.results_file import write_and_print
 from benchmarks.serving import cog_server, settings, wait_for
 from benchmarks.serving_jobs import data_uri, make_fine_tunes
 
@@ -82,8 +82,7 @@ def main() -> None:
         "trainings_stopped_amid_steps": 2 * args.stops,
         "states_of_their_last_step": states,
     }
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    write_and_print(args.output, result)
 
 
 def predictions(folder: Path, stalled: str) -> dict[str, tuple[dict[str, Any], float]]:

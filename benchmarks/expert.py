@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks import full_size
-from benchmarks.sampling import GUIDANCE, PROMPT, STEPS, add_to
+from benchmarks.results_file import add_to
+from benchmarks.sampling import GUIDANCE, PROMPT, STEPS
 from dataset_and_utils import eos_id, pool_at_eos
 
 

@@ -8,9 +8,7 @@ followed, and pictures are compared with the exact ones. The prompts are of comb
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import full_size
 from benchmarks.quality import about
-from benchmarks.sampling import add_to
+from benchmarks.results_file import add_to, write_and_print
 from benchmarks.subject_job import BASE
 from sdxl.data.contact_sheet import Row, contact_sheet
 from sdxl.serving.denoising import course
@@ -166,9 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     results, rows = measure(args.prompts, steps=args.steps, guidance=args.guidance, scheduler=args.scheduler)
     results |= about("cuda" if torch.cuda.is_available() else "cpu")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
-    sys.stdout.write(json.dumps(results, indent=2) + "\n")
+    write_and_print(args.output, results)
     if args.into:
         add_to(args.into, fast_score_loss=results["fast_score_loss"])
     if args.sheet:

@@ -16,7 +16,6 @@ import os
 import platform
 import random
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -32,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from benchmarks.fleet_server import Fleet, running_fleet
+from benchmarks.results_file import write_and_print
 from benchmarks.serving import THREADS, declared_defaults, digest, settings
 from benchmarks.serving_jobs import BASE, random_lora
 from sdxl.files.archives import pack_tar
@@ -96,9 +96,7 @@ def main() -> None:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, shared with other work",
         "versions": {name: importlib.metadata.version(name) for name in ("ray", "torch", "diffusers")},
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    write_and_print(args.output, result)
 
 
 # Fine-tunes and their pictures --------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ Pictures are compared with those of the whole UNet from the same seeds, in level
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 
 from benchmarks import full_size
 from benchmarks.quality import about
+from benchmarks.results_file import write
 from benchmarks.subject_job import BASE
 from dataset_and_utils import TokenMap
 from demo import PROMPTS
@@ -112,7 +112,7 @@ def main() -> None:
         "base_instead_levels_mean": round(float(np.abs(base - whole).mean()), 2),
         "forms": forms,
     } | about("cpu")
-    args.output.write_text(json.dumps(found, indent=2) + "\n")
+    write(args.output, found)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import platform
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.hostile_damage import BASE, Materials
 from benchmarks.hostile_inputs import CONTROL_EVERY, make
+from benchmarks.results_file import write_and_print
 
 if TYPE_CHECKING:
     from benchmarks.hostile_doors import Doors
@@ -55,9 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.stdout.write(f"{run_one(doors, args.seed, args.only, Path(made) / 'one')}\n")
             return
         result = run(doors, range(args.inputs), args.seed, Path(made), kills=args.kills)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    write_and_print(args.output, result)
 
 
 def prepare(folder: Path) -> Doors:

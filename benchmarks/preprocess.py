@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import importlib.metadata
 import io
-import json
 import os
 import platform
 import resource
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.results_file import write_and_print
 from sdxl.data.framing import Salience, crop_box, place_crop
 
 RESULTS = Path(__file__).parent / "results" / "preprocess.json"
@@ -41,9 +41,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     results = {**speed(arguments.photographs), **crops(arguments.scenes), **machine()}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-    sys.stdout.write(json.dumps(results, indent=2) + "\n")
+    write_and_print(arguments.output, results)
 
 
 def speed(count: int) -> dict[str, float | int | bool]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -25,6 +23,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from benchmarks.hostile_kills import TAR, finish, training_set
+from benchmarks.results_file import write_and_print
 from sdxl.command_line import run_command_line
 from sdxl.errors import WeightsError
 from sdxl.files.archives import unpack
@@ -67,8 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             most_kills=args.most_kills,
         ),
     }
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    write_and_print(args.output, result)
 
 
 def prepare(base: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 
 from benchmarks import full_size
 from benchmarks.quality import about
+from benchmarks.results_file import write
 from benchmarks.training import ceiling_tflops
 from dataset_and_utils import TokenMap, eos_id, pool_at_eos
 from sdxl.model.prompt_chunks import States
@@ -211,13 +212,6 @@ def with_defaults(predictor: Any) -> Any:
     return predictor
 
 
-def add_to(file: Path, **found: Any) -> None:
-    """Add figures to a results file, which need not exist."""
-    results = json.loads(file.read_text()) if file.is_file() else {}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results | found, indent=2) + "\n")
-
-
 def main() -> None:
     """Measure, print and write the results."""
     args = _arguments()
@@ -243,8 +237,7 @@ def main() -> None:
 
     def note(**found: Any) -> None:
         results.update(found)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results | about(full_size.DEVICE), indent=2) + "\n")
+        write(args.output, results | about(full_size.DEVICE))
         sys.stdout.write(json.dumps(found) + "\n")
 
     predictor = Predictor()

@@ -36,6 +36,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.results_file import write_and_print
 from benchmarks.serving_jobs import BASE, Job, all_jobs, make_fine_tunes
 from tools import cog_schema
 
@@ -66,9 +67,7 @@ def main() -> None:
         "machine": f"{platform.machine()} CPU, {THREADS} thread",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "cog")},
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    write_and_print(args.output, result)
 
 
 def settings(folder: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
-from benchmarks import full_size, many_gpus
+from benchmarks import full_size, many_gpus, results_file
 from benchmarks.quality import about
 from sdxl.process import keep_compiled_kernels
 from sdxl.training import lora_memory
@@ -291,13 +291,12 @@ def main() -> None:
         "many_gpus_losses": lambda: many_gpus.learns_alike(run, gpus, args.kinds),
         "many_gpus_batches": lambda: many_gpus.largest_batches(run, gpus),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    results = results_file.read(args.output)
     for name in itertools.chain(*(MANY_GPUS if name == "many_gpus" else [name] for name in args.parts)):
         found = parts[name]()
         results.setdefault("table", {})[name] = found.pop("rows", {})
         results |= found | about(full_size.DEVICE)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        results_file.write(args.output, results)
         sys.stdout.write(json.dumps({name: results["table"][name] | found}, indent=1) + "\n")
 
 

@@ -8,8 +8,6 @@ of its four neighbours. 1 means as sharp as the original. Writes `benchmarks/res
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean
@@ -18,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.photographs import photograph
+from benchmarks.results_file import write_and_print
 from preprocess import PreprocessConfig, prepare_dataset
 from sdxl.data.dataset_folder import read_dataset_folder
 from sdxl.training.random_views import View, views_of
@@ -37,8 +36,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     results = {name: measure(share, arguments.crops) for name, share in SHARES.items()}
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-    sys.stdout.write(json.dumps(results, indent=2) + "\n")
+    write_and_print(arguments.output, results)
 
 
 def measure(share: float, crops: int) -> dict[str, float]:

@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import full_size
 from benchmarks.quality import about
+from benchmarks.results_file import add_to
 from benchmarks.training import middle, settings
 from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.process import keep_compiled_kernels
@@ -88,8 +90,7 @@ def _watch(way: str, parts: Any, data: ExampleDataset, config: TrainingConfig, f
 def shares(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
     """What each way costs: the medians of its runs, and the share of 1000 steps that its runs take longer than unwatched."""
     rows = {
-        way: {name: middle([1000 * row[name] for row in found]) / 1000 for name in found[0]}
-        for way, found in runs.items()
+        way: {name: median(row[name] for row in found) for name in found[0]} for way, found in runs.items()
     }
     alone = rows["nothing"]
     for row in rows.values():
@@ -120,11 +121,8 @@ def main() -> None:
         if turn:
             runs[way].append(json.loads(told.splitlines()[-1]))
     rows = shares(runs)
-    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.is_file() else {}
-    results["overhead_share"] = rows[WAYS[-1]]["share_of_1000_steps"]
-    results["watching"] = rows | about(full_size.DEVICE)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    share = rows[WAYS[-1]]["share_of_1000_steps"]
+    add_to(args.output, overhead_share=share, watching=rows | about(full_size.DEVICE))
     sys.stdout.write(json.dumps(rows, indent=1) + "\n")
 
 

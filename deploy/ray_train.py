@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from sdxl import settings
-from sdxl.command_line import deliver, parse_inputs, run_into
+from sdxl.command_line import add_input_option, deliver, parse_inputs, run_into
 from sdxl.declared_inputs import declared_inputs
 from sdxl.errors import UserInputError
 from sdxl.workspace import RESULT
@@ -42,14 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "pictures", type=Path, help="a folder with an archive, or a folder of pictures, for each subject"
     )
-    parser.add_argument(
-        "-i",
-        "--input",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an input of train.py, for all of them",
-    )
+    add_input_option(parser, "an input of train.py, for all of them")
     parser.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder for the results")
     parser.add_argument("--gpus", type=int, choices=(0, 1), default=1, help="of each training; 0: the CPU")
     args = parser.parse_args(argv)

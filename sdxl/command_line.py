@@ -61,14 +61,7 @@ def run_command_line(
         epilog="inputs:\n" + "\n".join(declared.describe() for declared in inputs.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "-i",
-        "--input",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an input; write @ before the path of a file",
-    )
+    add_input_option(parser, "an input; write @ before the path of a file")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(), metavar="DIR", help="folder for the results"
     )
@@ -100,6 +93,11 @@ def run_command_line(
             print(path)
 
     return run_into(arguments.output, work)
+
+
+def add_input_option(parser: argparse.ArgumentParser, told: str) -> None:
+    """Add `-i NAME=VALUE`, which may be given many times and is read by `parse_inputs`. told: its help."""
+    parser.add_argument("-i", "--input", action="append", default=[], metavar="NAME=VALUE", help=told)
 
 
 def run_into(output: Path, work: Callable[[], None]) -> int:

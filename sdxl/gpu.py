@@ -27,6 +27,11 @@ def computes_bf16(capability: Capability | None) -> bool:
     return capability is not None and capability >= _BF16
 
 
+def activations_in_bf16(device: torch.device) -> bool:
+    """Whether activations take the bytes of bf16 while training; a CPU's memory does not count."""
+    return device.type != "cuda" or computes_bf16(capability_of(device))
+
+
 def training_half(device: torch.device) -> torch.dtype:
     """The precision in which training holds and multiplies frozen weights: bf16, or fp32 where there is none.
 

@@ -174,7 +174,6 @@ def _watch(
 
     keep: takes the fine-tunes of all checked moments, if they are wanted.
     """
-
     asked = finish_on_signal()
     if not settings.behind_server():
         log.info("To end this training early, with the best moment so far: kill -USR1 %d", os.getpid())
@@ -223,7 +222,6 @@ def _write(
     tell: Callable[[], None],
 ) -> None:
     """Fine-tune → tar. `tell` adds what is for people."""
-
     output, checkpoint_of = workspace / OUTPUT, base if config.single_file else None
     trained = full_results.in_form(trained, config.full_result, base)
     fine_tune_files.write(trained, output, record)
@@ -236,7 +234,6 @@ def _write(
 
 def _starting_point(source: str, config: TrainingConfig, components: Components) -> StartingPoint:
     """The fine-tune at `source`, to begin with: a path, a URL, a `data:` URI or a name on the hub."""
-
     limits = dataclasses.replace(settings.cache_limits(), memory=0)
     cache = FineTuneCache(settings.cache_folder(), limits, lambda files: load_for(components, files))
     return StartingPoint(fine_tune=cache.get(source), config=config)
@@ -247,7 +244,6 @@ def _prior(config: TrainingConfig, components: Components, base: dict[str, Any])
 
     base: what identifies the base.
     """
-
     wanted = PriorConfig.parse(
         config.prior_prompts, base=json.dumps(base), images=config.prior_images, resolution=config.resolution
     )

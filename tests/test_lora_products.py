@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks import full_size
+from sdxl import gpu
 from sdxl.speed import lora_products
 from sdxl.speed.int8_weights import restored, rounded
 from tests.test_training import CONFIG, run  # noqa: F401 - a fixture
@@ -105,8 +106,7 @@ def test_memory_decides_whether_a_base_is_in_int8(monkeypatch: pytest.MonkeyPatc
         unet = UNet2DConditionModel(**full_size.UNET).bfloat16().requires_grad_(False)
     config = dataclasses.replace(CONFIG, is_lora=True, resolution=1024, train_batch_size=1)
     card = torch.device("cuda")
-    monkeypatch.setattr(lora_memory, "computes_bf16", lambda _: True)
-    monkeypatch.setattr(lora_memory, "capability_of", lambda _: (8, 9))
+    monkeypatch.setattr(gpu, "capability_of", lambda _: (8, 9))
     for gib, waits, eight in ((7.4, True, True), (9.5, True, False), (24, False, False)):
         monkeypatch.setattr(lora_memory, "free_bytes", lambda _, gib=gib: int(gib * 2**30))
         assert lora_memory.waits_on_cpu(config, card) == waits

@@ -101,31 +101,17 @@ def _whole(weights: Sequence[Tensor], scales: Sequence[Tensor], number: int) -> 
     return restored(weights[number], scales[number]) if scales else weights[number]
 
 
-@_products.register_fake
-def _(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    down: Tensor,
-    ups: Sequence[Tensor],
-) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], len(matrix)) for matrix in (*weights, down)]
-
-
-@_gradient.register_fake
-def _(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    low: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    down: Tensor,
-    ups: Sequence[Tensor],
-    of_x: bool,
-) -> list[Tensor]:
-    shapes = [tensor.shape for tensor in ((down, *ups, x) if of_x else (down, *ups))]
-    return [x.new_empty(shape) for shape in shapes]
+# What torch.compile needs to know of the results: their shapes.
+_products.register_fake(
+    lambda x, weights, scales, biases, down, ups: [
+        x.new_empty(*x.shape[:-1], len(matrix)) for matrix in (*weights, down)
+    ]
+)
+_gradient.register_fake(
+    lambda grads, x, low, weights, scales, down, ups, of_x: [
+        x.new_empty(tensor.shape) for tensor in ((down, *ups, x) if of_x else (down, *ups))
+    ]
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

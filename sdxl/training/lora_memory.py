@@ -7,7 +7,7 @@ bytes. Knows bytes and dtypes; does not know how a step works.
 import torch
 from diffusers import UNet2DConditionModel
 
-from sdxl.gpu import capability_of, computes_bf16
+from sdxl.gpu import activations_in_bf16
 from sdxl.speed.memory import free_bytes
 from sdxl.training.config import TrainingConfig
 from sdxl.training.memory_plan import activation_bytes
@@ -47,11 +47,10 @@ def _needed(
     """Bytes for the activations, and for the LoRA if it is there."""
     weights = sum(parameter.numel() for parameter in unet.parameters())
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
-    bf16 = device.type != "cuda" or computes_bf16(capability_of(device))
     return _TRAINED_BYTES * trained + activation_bytes(
         weights,
         batch=config.train_batch_size,
         resolution=config.resolution,
         checkpointing=recompute,
-        bf16=bf16,
+        bf16=activations_in_bf16(device),
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sdxl.errors import UserInputError
-from sdxl.gpu import capability_of, computes_bf16, training_half
+from sdxl.gpu import activations_in_bf16, training_half
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.speed.int8_weights import hold_in_int8
 from sdxl.speed.lean_lora import make_lean
@@ -238,7 +238,7 @@ def _memory_plan(
         resolution=config.resolution,
         precision=config.precision,
         checkpointing=config.gradient_checkpointing,
-        bf16=_in_bf16(unet.device),
+        bf16=activations_in_bf16(unet.device),
     )
 
 
@@ -260,11 +260,6 @@ def _shared_by(unet: UNet2DConditionModel, config: TrainingConfig) -> tuple[int,
     if config.shard:
         log.warning("shard has no effect, because only one process trains: start several with torchrun.")
     return (1,)
-
-
-def _in_bf16(device: torch.device) -> bool:
-    """Whether activations are bf16; a CPU's memory does not count."""
-    return device.type != "cuda" or computes_bf16(capability_of(device))
 
 
 def _prepare(unet: UNet2DConditionModel, config: TrainingConfig, *, checkpointing: bool) -> None:
