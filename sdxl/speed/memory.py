@@ -22,6 +22,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory in bytes that this process can still allocate on a GPU. On a CPU, assume no limit."""
     if device.type != "cuda":
         return NO_LIMIT
+    if device.index is None:  # the allocator's limit is asked for by number
+        device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     unused = reserved - torch.cuda.memory_allocated(device)  # the allocator reuses this without asking CUDA
