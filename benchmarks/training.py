@@ -12,9 +12,6 @@ import dataclasses
 import gc
 import itertools
 import json
-import os
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +23,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
-from benchmarks import full_size, many_gpus, results_file
+from benchmarks import full_size, many_gpus, results_file, whole_runs
 from benchmarks.quality import about
 from sdxl.process import keep_compiled_kernels
 from sdxl.training import lora_memory
@@ -230,34 +227,20 @@ def tier(gib: float, *, is_lora: bool, name: str, **kind: Any) -> dict[str, Any]
     return {"rows": {f"ours, limited to {gib:g} GiB": row}, f"{name}_peak_gib": row["peak_gib"]}
 
 
-def whole_run(folder: Path, *, steps: int, extra: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Run `train.py` from archive to tar on the saved base: a short run to fill the caches, then one of `steps` steps.
-
-    Their logs, with seconds, stay in `folder`.
-    """
-    base = full_size.save_pipeline(folder / "base")
-    environment = os.environ | {"SDXL_BASE": str(base), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    found: dict[str, Any] = {}
-    for name, count in (("cold", 6), ("warm", steps)):
-        command = [sys.executable, "train.py", "-o", str(folder / name), "-i", "is_lora=true"]
-        command += ["-i", "input_images=@example_datasets/crowny_1024.zip", "-i", f"max_train_steps={count}"]
-        command += ["-i", "lora_targets=attention", "-i", f"lora_rank={RANK}", *extra]
-        started = time.perf_counter()
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, bufsize=0)
-        assert process.stderr is not None
-        text, spoke, first = "", None, None
-        while part := process.stderr.read(4096):  # read the log as it arrives
-            spoke = spoke or time.perf_counter() - started  # the first line: all modules are imported
-            text += f"\n[{time.perf_counter() - started:.1f} s] {part.decode(errors='replace').strip()}"
-            if first is None and re.search(rf"\| [1-9]\d*/{count} ", text):
-                first = time.perf_counter() - started
-        (folder / f"{name}.log").write_text(text)
-        if process.wait():
-            raise RuntimeError(text[-3000:])
-        found[f"{name}_imported_s"] = round(spoke or float("nan"), 1)
-        found[f"{name}_first_step_s"] = round(first or float("nan"), 1)
-        found[f"{name}_total_s"] = round(time.perf_counter() - started, 1)
-    return {"whole_run": found, "archive_to_tar_min": round(found["warm_total_s"] / 60, 2)}
+def fp8() -> dict[str, Any]:
+    """Measure the default LoRA with the base's products in bf16 and in fp8, and compare the losses of all steps."""
+    config = settings(1024, **DEFAULT_LORA)
+    curves: dict[str, list[float]] = {"bf16": [], "fp8": []}
+    rows = {
+        f"ours, {name}": ours(dataclasses.replace(config, fp8=name == "fp8"), losses)
+        for name, losses in curves.items()
+    }
+    differences = [abs(ours - theirs) / theirs for theirs, ours in zip(*curves.values(), strict=True)]
+    return {
+        "rows": rows,
+        "lora_fp8_after_pivot_ms": rows["ours, fp8"]["after_pivot_ms"],
+        "lora_fp8_loss_difference": max(differences),
+    }
 
 
 def _forget() -> None:
@@ -286,7 +269,9 @@ def main() -> None:
         "lora_8gb": lambda: tier(7.5, is_lora=True, name="lora_8gb", **DEFAULT_LORA),
         "lora_12gb": lambda: tier(12, is_lora=True, name="lora"),
         "full_24gb": lambda: tier(24, is_lora=False, name="full"),
-        "whole_run": lambda: whole_run(args.workdir, steps=args.steps),
+        "lora_fp8": fp8,
+        "whole_run": lambda: whole_runs.default_run(args.workdir, args.steps),
+        "quick_run": lambda: whole_runs.quick_run(args.workdir),
         "many_gpus_speeds": lambda: many_gpus.speeds(run, gpus, args.kinds),
         "many_gpus_losses": lambda: many_gpus.learns_alike(run, gpus, args.kinds),
         "many_gpus_batches": lambda: many_gpus.largest_batches(run, gpus),
@@ -296,6 +281,7 @@ def main() -> None:
         found = parts[name]()
         results.setdefault("table", {})[name] = found.pop("rows", {})
         results |= found | about(full_size.DEVICE)
+        results.setdefault("machines", {})[name] = results["machine"]
         results_file.write(args.output, results)
         sys.stdout.write(json.dumps({name: results["table"][name] | found}, indent=1) + "\n")
 
@@ -310,7 +296,9 @@ def _arguments() -> argparse.Namespace:
         "lora_8gb",
         "lora_12gb",
         "full_24gb",
+        "lora_fp8",
         "whole_run",
+        "quick_run",
     ]
     parser.add_argument("--parts", nargs="+", choices=[*known, "many_gpus", *MANY_GPUS], default=known)
     parser.add_argument(

@@ -100,7 +100,8 @@ def speed() -> Speed:
     """How a GPU runs the UNet (`SDXL_SPEED`).
 
     - "compiled": CUDA graphs of compiled blocks.
-    - "fp8": as "compiled", and drawing multiplies in fp8 if the GPU supports it.
+    - "fp8": as "compiled", and the base's linear layers multiply in fp8 if the GPU supports it: in drawing and in the
+      training of a LoRA.
     - "graphs": CUDA graphs without compiling.
     - "eager": launches kernels one by one, for debugging.
 

@@ -264,6 +264,46 @@ def test_lora_products_on_cuda_are_those_on_a_cpu():
             assert torch.allclose(ours, theirs, atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize("columns", [64, 320, 10240])
+def test_rows_are_rounded_to_fp8_as_on_a_cpu(columns: int):
+    """Rows of any size, and a row of zeros."""
+    from sdxl.speed.fp8_products import rounded
+
+    torch.manual_seed(0)
+    matrix = torch.randn(48, columns) * torch.logspace(-9, 4, 48)[:, None]
+    matrix[7] = 0
+    ours, plain = rounded(matrix.cuda().bfloat16()), rounded(matrix.bfloat16())
+    assert torch.allclose(ours.scales.cpu(), plain.scales)
+    one, other = (found.values.cpu().float() for found in (ours, plain))
+    assert torch.allclose(one, other, rtol=0.13)  # a last bit, where a quotient is halfway
+    assert (one != other).float().mean() < 1e-3
+
+
+def test_a_lora_in_fp8_on_cuda_computes_nearly_what_it_does_in_bf16():
+    """A layer with and one without LoRA matrices: results, and gradients of any size."""
+    from sdxl.speed import fp8_products
+    from sdxl.speed.fp8_products import give_copies
+    from sdxl.speed.lora_products import lora_products
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(1280, 640).cuda().bfloat16().requires_grad_(False)
+    give_copies(layer)
+    sizes = ((4, 1024, 1280), 1), ((16, 1280), 36), ((640, 16), 4)
+    x, down, up = given = [
+        (torch.randn(size, device="cuda") / by).bfloat16().requires_grad_() for size, by in sizes
+    ]
+    copies = fp8_products.copies_of(layer)
+    for scale in (1.0, 1e-7):
+        found = []
+        for held in ([], copies):
+            [with_lora] = lora_products(x, [layer.weight], [layer.bias], down, [up], (), held)
+            without: Any = fp8_products._product(x, copies, layer.bias) if held else layer(x)
+            loss = scale * (with_lora.float().square().sum() + without.float().square().sum())
+            found.append([with_lora, without, *torch.autograd.grad(loss, given)])
+        for plain, ours in zip(*found, strict=True):
+            assert 0 < (plain.float() - ours.float()).norm() / plain.float().norm() < 0.05
+
+
 def test_fused_geglu_has_torchs_gradient():
     from sdxl.speed.geglu import geglu
 

@@ -5,12 +5,15 @@ import dataclasses
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from benchmarks import full_size
 from sdxl import gpu
-from sdxl.speed import lora_products
+from sdxl.speed import fp8_products, lora_products
 from sdxl.speed.int8_weights import restored, rounded
 from tests.test_training import CONFIG, run  # noqa: F401 - a fixture
+from tests.test_unet_runner import inputs as unet_inputs
+from tests.tiny_helpers import narrow_unet
 
 SHAPES = (24, 16), (4, 16), (24, 4)
 """Of a layer's weight and its LoRA's two matrices."""
@@ -25,7 +28,7 @@ def test_the_operator_of_lora_products_has_torchs_results_and_gradients(layers: 
     weights = [torch.randn(24, 16) for _ in range(layers)]
     biases = [torch.randn(24) for _ in range(layers)] if biased else [None] * layers
     ups = [torch.randn(24, 4, requires_grad=True) for _ in range(layers)]
-    given = x, weights, [], [bias for bias in biases if bias is not None], down, ups
+    given = x, weights, [], [], [bias for bias in biases if bias is not None], down, ups
     torch.library.opcheck(lora_products._products, given)
     results = []
     for outputs in (
@@ -67,7 +70,7 @@ def test_lora_products_of_int8_weights_are_those_of_the_restored_ones():
     torch.manual_seed(0)
     x, down, up = (torch.randn(s, requires_grad=True) for s in ((2, 5, 16), (4, 16), (24, 4)))
     values, scale = rounded(torch.randn(24, 16))
-    given = x, [values], [scale], [], down, [up]
+    given = x, [values], [scale], [], [], down, [up]
     torch.library.opcheck(lora_products._products, given)
     results = []
     for weight, scales in ((values, [scale]), (restored(values, scale), [])):
@@ -75,6 +78,53 @@ def test_lora_products_of_int8_weights_are_those_of_the_restored_ones():
         results.append([output, *torch.autograd.grad(output.square().sum(), [x, down, up])])
     for ours, plain in zip(*results, strict=True):
         assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_lora_products_in_fp8_are_near_those_of_the_weights(layers: int):
+    """CUDA computes them; a CPU can too. Gradients are near whatever their size."""
+    torch.manual_seed(0)
+    x, down = torch.randn(2, 64, 128), torch.randn(16 * layers, 128) / 12
+    ups, modules = [torch.randn(96, 16) / 4 for _ in range(layers)], nn.ModuleList()
+    for _ in range(layers):
+        layer = nn.Linear(128, 96).requires_grad_(False)
+        fp8_products.give_copies(layer)
+        modules.append(layer)
+    x, down, *ups = (tensor.bfloat16().requires_grad_() for tensor in (x, down, *ups))
+    weights = [layer.weight.bfloat16() for layer in modules]
+    biases = [layer.bias.bfloat16() for layer in modules]
+    copies = [copy for layer in modules for copy in fp8_products.copies_of(layer)]
+    given = x, weights, [], copies, biases, down, ups
+    # Its check of schemas cannot compare tensors in fp8.
+    checks = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
+    torch.library.opcheck(lora_products._products, given, test_utils=checks)
+    for size in (1.0, 1e-6):
+        results = []
+        for held in ([], copies):
+            outputs = lora_products.lora_products(x, weights, biases, down, ups, (), held)
+            loss = torch.stack([output.float().square().sum() for output in outputs]).sum() * size
+            results.append([*outputs, *torch.autograd.grad(loss, [x, down, *ups])])
+        for plain, ours in zip(*results, strict=True):
+            error = (ours.float() - plain.float()).norm() / plain.float().norm()
+            assert 0 < error < 0.05
+
+
+def test_linear_layers_in_fp8_are_near_and_have_a_gradient():
+    """Layers without LoRA matrices. The copies are no part of the model on disk."""
+    unet = narrow_unet().requires_grad_(False)
+    given = unet_inputs(unet, 1, 8) | {"timestep": torch.tensor(500)}
+    names = list(unet.state_dict())
+    found = []
+    for fp8 in (False, True):
+        if fp8:
+            fp8_products.multiply_in_fp8(unet)
+        sample = given["sample"].clone().requires_grad_()
+        output = unet(**(given | {"sample": sample})).sample
+        [gradient] = torch.autograd.grad(output.square().sum(), [sample])
+        found.append((output, gradient))
+    for plain, ours in zip(*found, strict=True):
+        assert 0 < (plain - ours).norm() / plain.norm() < 0.05
+    assert list(unet.state_dict()) == names
 
 
 def test_a_lora_learns_nearly_the_same_on_a_base_in_int8(run):  # noqa: F811

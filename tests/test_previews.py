@@ -34,15 +34,22 @@ def pixels(folder: Path, names: list[str]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
-def test_previews_are_what_serving_draws(components: Components, tmp_path: Path, at_once: int):
+def test_previews_are_what_serving_draws(
+    components: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+):
+    shortened = pixels(tmp_path, previews(components, tmp_path, at_once=at_once)(6).pictures)
+    monkeypatch.setattr("sdxl.serving.previews.SHALLOW", ())
     told = previews(components, tmp_path, at_once=at_once)(7)
     assert told.step == 7 and told.pictures == [f"previews/step-000007-{i}.jpg" for i in range(4)]
     draw = drawer(components, TOK)
+    whole = pixels(tmp_path, told.pictures)
     for number, prompt in enumerate(PROMPTS):
         file = tmp_path / f"{number}.jpg"
         draw(prompt, side=64, steps=STEPS, guidance=GUIDANCE, seed=3).save(file, quality=90)
         [ours], [served] = pixels(tmp_path, [told.pictures[number]]), pixels(tmp_path, [file.name])
         assert np.abs(ours - served).mean() < 0.5
+        distances = [np.abs(shortened[number] - other).mean() for other in whole]
+        assert 0.5 < distances[number] == min(distances)
 
 
 def test_frozen_texts_need_no_text_encoders(components: Components, tmp_path: Path):

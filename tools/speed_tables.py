@@ -18,6 +18,7 @@ _TRAINED = {
     "lora_1024": "LoRA, 1024×1024, batch 4",
     "lora_768": "LoRA, 768×768, batch 4",
     "full": "full UNet, 1024×1024, batch 4",
+    "lora_fp8": "default LoRA, 1024×1024, batch 4",
     "lora_8gb": "default LoRA, 1024×1024, batch 1",
     "lora_12gb": "LoRA, 1024×1024, batch 1",
     "full_24gb": "full UNet, 1024×1024, batch 1",
@@ -37,7 +38,6 @@ _SUMMARY = {
     "warm_first_step_s": "LoRA: from process start to the first step, with cached kernels, s",
     "warm_imported_s": "of which Python's imports, s",
     "archive_to_tar_min": "LoRA: 1000 steps at 1024×1024, from archive to tar, min",
-    "two_gpus_speedup": "LoRA on two GPUs: pictures per second, compared with one GPU",
     **{
         f"{kind}_gpus_{count}_speedup": f"{what} on {count} GPUs: pictures per second, compared with one GPU"
         for kind, what in (
@@ -47,7 +47,13 @@ _SUMMARY = {
         )
         for count in (2, 4, 8)
     },
+    **{
+        f"{kind}_gpus_{count}_loss_difference": f"{what} on {count} GPUs: largest relative difference of a step's loss from one GPU"
+        for kind, what in (("lora", "default LoRA"), ("full", "full UNet"))
+        for count in (2, 4, 8)
+    },
     "loss_difference_1024": "largest relative difference of a step's loss from eager mode",
+    "lora_fp8_loss_difference": "`SDXL_SPEED=fp8`: largest relative difference of a step's loss from bf16",
 }
 _DRAWN = {
     "request_speedup": "one picture from prompt to PNG: how many times as fast as diffusers",
@@ -68,8 +74,8 @@ _DRAWN = {
 def training_table(results: dict[str, Any]) -> str:
     """A row for each kind of run in `training.json`, then a table of totals, in Markdown."""
     lines = [
-        "| | before the pivot, ms per step | after the pivot, ms per step | peak memory, GiB | share of the GPU's peak |",
-        "|---|---|---|---|---|",
+        "| | GPU | before the pivot, ms per step | after the pivot, ms per step | peak memory, GiB | share of the GPU's peak |",
+        "|---|---|---|---|---|---|",
     ]
     for part, what in _TRAINED.items():
         runs: dict[str, list[dict[str, float]]] = {}
@@ -81,8 +87,16 @@ def training_table(results: dict[str, Any]) -> str:
             share = _range(
                 [round(100 * row["share_of_ceiling"]) for row in rows if "share_of_ceiling" in row]
             )
-            lines.append(f"| {what}: {name} | {' | '.join(shown)} | {share}{' %' if share != '–' else ''} |")
+            measured = (
+                f"{gpu_of(results, part)} | {' | '.join(shown)} | {share}{' %' if share != '–' else ''}"
+            )
+            lines.append(f"| {what}: {name} | {measured} |")
     return "\n".join(lines) + "\n\n" + _summary(results | results.get("whole_run", {}), _SUMMARY)
+
+
+def gpu_of(results: dict[str, Any], part: str) -> str:
+    """The short name of the GPU that a part of `training.json` was measured on, such as "H100"."""
+    return results["machines"][part].removeprefix("NVIDIA ").split()[0]
 
 
 def sampling_table(results: dict[str, Any], fp8: dict[str, Any], tiers: list[dict[str, Any]]) -> str:

@@ -16,9 +16,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-_FP8 = torch.float8_e4m3fn
-_MAX = torch.finfo(_FP8).max
-_MULTIPLE = 16
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+MULTIPLE = 16
 """Both sides of a weight must be a multiple of this for fp8 products on the GPU."""
 _INPUT_SCALE = 4.0
 """Covers inputs up to 4 · 448 = 1792. Rounding becomes coarser below 4 / 64 = 1/16; normalised inputs are about 1."""
@@ -45,7 +45,7 @@ class Fp8Layers:
             for layer in block.modules()
             if isinstance(layer, nn.Linear)
             and layer not in except_layers
-            and not any(side % _MULTIPLE for side in layer.weight.shape)
+            and not any(side % MULTIPLE for side in layer.weight.shape)
         ]
         for layer in self._layers:
             values, scale = quantise(layer.weight.detach())
@@ -65,13 +65,13 @@ class Fp8Layers:
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return `weight` / scale in fp8, and the scale, a tensor without dimensions."""
-    scale = weight.abs().amax().float().clamp_min(1e-12) / _MAX
+    scale = weight.abs().amax().float().clamp_min(1e-12) / LARGEST
     return _to_fp8(weight.float(), scale), scale
 
 
 def _to_fp8(x: Tensor, scale: Tensor | float) -> Tensor:
     """Divide by `scale`, clip and round; the cast itself would turn large values into NaN."""
-    return (x / scale).clamp(-_MAX, _MAX).to(_FP8)
+    return (x / scale).clamp(-LARGEST, LARGEST).to(FP8)
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 
+from sdxl.speed.fp8_products import copies_of
 from sdxl.speed.int8_weights import product_dtype, scale_of
 from sdxl.speed.lora_products import lora_products
 
@@ -54,7 +55,9 @@ def _linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     # Stack the A matrices [rank, in]: reading x takes longer than these thin products, so read it once for all layers.
     down = torch.cat(downs) if len(downs) > 1 else downs[0]  # cat would copy even a single matrix
     scales = [scale for base in bases if (scale := scale_of(base)) is not None]
-    return lora_products(x, [base.weight for base in bases], [base.bias for base in bases], down, ups, scales)
+    copies = [copy for base in bases for copy in copies_of(base)]
+    weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+    return lora_products(x, weights, biases, down, ups, scales, copies)
 
 
 def _all_lora(attention: Attention) -> bool:

@@ -194,6 +194,8 @@ class TrainingConfig(TrainingOptions):
     """Seed of everything random in the run."""
     compile_blocks: bool = True
     """On CUDA, compile the blocks of a UNet of SDXL's size. This takes half a minute once and is kept between runs."""
+    fp8: bool = False
+    """On GPUs that can, multiply by the linear layers of a LoRA's frozen base in 8-bit floats."""
     cuda_graph: bool = True
     """On CUDA, capture the step as a graph and replay it. Turn it off to launch kernels one by one, for debugging."""
 

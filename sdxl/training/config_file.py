@@ -20,7 +20,7 @@ _LARGEST = 1 << 20
 """Bytes of such a file."""
 _OTHER_NAMES = {"mask_temperature": "clipseg_temperature"}
 """Name in a record → name of the input."""
-_OF_THE_MACHINE = ("cuda_graph", "compile_blocks")
+_OF_THE_MACHINE = ("cuda_graph", "compile_blocks", "fp8")
 """Settings in a record that environment variables decide."""
 _EITHER = ("max_train_steps", "num_train_epochs")
 """Only one of these may be given, so one that was given replaces the other."""

@@ -171,6 +171,7 @@ class TrainInputs:
             seed=(self.seed or 0) if seed is None else seed,
             cuda_graph=speed != "eager",
             compile_blocks=speed in ("compiled", "fp8"),
+            fp8=speed == "fp8" and options.is_lora and not options.use_dora,
         )
 
 

@@ -33,7 +33,7 @@ UNPACKED = "unpacked-state"
 _LIMITS = Limits(files=100, total_bytes=128 << 30)
 _NEVER_MATTER = {"base", "seed", "checkpointing_steps", "single_file", "full_result", "save_every"}
 """Settings that may differ. `base` is only a name; the seed is looked at by itself."""
-_LAST_BITS = {"gradient_checkpointing", "compile_blocks", "cuda_graph", "shard"}
+_LAST_BITS = {"gradient_checkpointing", "compile_blocks", "cuda_graph", "fp8", "shard"}
 """Settings that may differ too, but change how results are rounded."""
 _FACTS = {
     "base_sha256": "another base: give the base of its run",

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from sdxl.errors import UserInputError
 from sdxl.gpu import activations_in_bf16, training_half
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
+from sdxl.speed.fp8 import is_supported
+from sdxl.speed.fp8_products import multiply_in_fp8
 from sdxl.speed.int8_weights import hold_in_int8
 from sdxl.speed.lean_lora import make_lean
 from sdxl.speed.memory import free_bytes
@@ -123,6 +125,9 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig, device: torch.devic
     if in_int8(unet, config, device):
         log.info("The base's linear layers are held in 8 bits: half the memory, and slightly less exact.")
         hold_in_int8(unet)
+    elif config.fp8 and is_supported(device):
+        log.info("Products with the base's linear layers are in fp8.")
+        multiply_in_fp8(unet)
     unet.to(device)  # type: ignore[arg-type]
     add_lora(unet, config, LORA_TARGETS[config.lora_targets])
     _prepare(unet, config, checkpointing=recomputes(unet, config))
