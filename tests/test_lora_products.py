@@ -157,9 +157,16 @@ def test_memory_decides_whether_a_base_is_in_int8(monkeypatch: pytest.MonkeyPatc
     config = dataclasses.replace(CONFIG, is_lora=True, resolution=1024, train_batch_size=1)
     card = torch.device("cuda")
     monkeypatch.setattr(gpu, "capability_of", lambda _: (8, 9))
-    for gib, waits, eight in ((7.4, True, True), (9.5, True, False), (24, False, False)):
+    for gib, waits, eight in (
+        (7.4, True, True),
+        (9.5, True, False),
+        (14.5, False, False),
+        (24, False, False),
+    ):
         monkeypatch.setattr(lora_memory, "free_bytes", lambda _, gib=gib: int(gib * 2**30))
         assert lora_memory.waits_on_cpu(config, card) == waits
+        full = dataclasses.replace(config, is_lora=False)  # its UNet is twice as large
+        assert lora_memory.waits_on_cpu(full, card) == (gib < 16)
         assert lora_memory.in_int8(unet, config, card) == eight
         assert not lora_memory.in_int8(unet, dataclasses.replace(config, use_dora=True), card)
     assert lora_memory.in_int8(unet, dataclasses.replace(config, precision="int8"), card)

@@ -30,6 +30,7 @@ SMALL_RATE, STEPS = 1e-6, 200
 WEIGHT_RATES = {"adamw": 3e-4, "adamw_8bit": 3e-4, "adafactor": 3e-4, "prodigy": 1.0}
 SDXL_WEIGHTS = 2_567_463_684
 PATHS = [FP32_ADAMW, FP32_ADAMW_8BIT, BF16_ADAMW_8BIT, FP32_ADAFACTOR, FP32_PRODIGY]
+"""Where the state lies makes no difference."""
 
 
 def path_name(path: MemoryPlan) -> str:
@@ -112,6 +113,27 @@ def test_8_bit_adamw_gives_weights_of_any_layout_the_same_steps(shape: tuple[int
     assert torch.equal(weights[1].permute(0, 2, 3, 1).reshape(-1), weights[2])
     assert (weights[0] - weights[1]).abs().mean() < 3e-4  # blocks of other neighbours are rounded otherwise
     assert (weights[0] - start).abs().min() > 5e-3
+
+
+def test_8_bit_state_on_the_host_gives_the_same_weights():
+    """Large weights' state visits the device in each update; small weights' state stays there."""
+    found = []
+    for on_host in (False, True):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(shape)) for shape in ((64, 64), (64, 32, 3, 3), (8, 3))]
+        group = Group(params=weights, lr=1e-3, state_on_host=on_host)
+        [optimizer] = make_optimizers("adamw_8bit", group, device=CPU)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        found.append((weights, [optimizer.state[weight]["exp_avg_sq"] for weight in weights]))
+    (plain, states), (ours, on_host_states) = found
+    assert all(map(torch.equal, plain, ours))
+    for one, other in zip(states[:2], on_host_states[:2], strict=True):
+        assert torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale)
+        assert one.codes.any()
+    assert torch.equal(states[2], on_host_states[2])
 
 
 def test_plain_bf16_loses_nearly_all_updates(exact: Tensor):
@@ -326,6 +348,37 @@ def test_memory_decides(gib: int, optimizer: str, precision: str, expected: Memo
     assert ("should it run out" in chosen.reason) == tight
 
 
+@pytest.mark.parametrize(
+    ("gib", "host_gib", "precision", "shared_by", "on_host"),
+    [
+        (14, 16, "auto", (1,), True),
+        (14, 16, "bf16", (1,), True),
+        (22, 16, "auto", (1,), False),  # all fits on the GPU
+        (14, 4, "auto", (1,), False),  # the host has no room
+        (14, 16, "auto", (1, 4), False),  # processes rather share
+    ],
+)
+def test_state_lies_on_the_host_where_nothing_else_fits(
+    gib: int, host_gib: int, precision: str, shared_by: tuple[int, ...], on_host: bool
+):
+    try:
+        chosen = choose_plan(
+            free_bytes=gib * 2**30,
+            host_bytes=host_gib * 2**30,
+            parameters=SDXL_WEIGHTS,
+            optimizer="adamw",
+            batch=1,
+            resolution=1024,
+            precision=precision,
+            shared_by=shared_by,
+        )
+    except NotEnoughMemoryError:
+        assert host_gib == 4
+        return
+    assert chosen.state_on_host == on_host == ("whose state lies in the CPU's memory" in chosen.reason)
+    assert not chosen.tight
+
+
 def test_without_a_known_limit_no_free_memory_is_told():
     size = 1000
     chosen = choose_plan(
@@ -398,6 +451,8 @@ def test_what_cannot_fit_is_said_before_it_starts():
     common = {"parameters": SDXL_WEIGHTS, "batch": 1, "resolution": 1024}
     with pytest.raises(NotEnoughMemoryError, match=r"14\.3 GiB .* 12\.0 GiB are free: train a LoRA"):
         choose_plan(free_bytes=12 * 2**30, optimizer="adamw", **common)
+    with pytest.raises(NotEnoughMemoryError, match=r"preservation=0, which frees 4\.8 GiB"):
+        choose_plan(free_bytes=9 * 2**30, optimizer="adamw", also_shared=2 * SDXL_WEIGHTS, **common)
     with pytest.raises(UserInputError, match="precision is 'fp16'"):
         choose_plan(free_bytes=2**40, optimizer="adamw", precision="fp16", **common)
     for optimizer in ("adafactor", "prodigy"):
@@ -435,3 +490,24 @@ def test_a_captured_step_counts_on_and_sees_new_rates(name: str):
         return parameter.detach().clone()
 
     torch.testing.assert_close(run(captured=True), run(captured=False), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_8_bit_state_on_the_host_gives_the_same_weights_on_cuda():
+    found = []
+    for on_host in (False, True):
+        torch.manual_seed(0)
+        weights = [
+            nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((640, 640), (320, 320, 3, 3))
+        ]
+        group = Group(params=weights, lr=1e-3, state_on_host=on_host)
+        [optimizer] = make_optimizers("adamw_8bit", group, device=torch.device("cuda"))
+        for _ in range(5):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        codes = [optimizer.state[weight]["exp_avg"].codes for weight in weights]
+        assert all(code.is_cuda != on_host and code.is_pinned() == on_host for code in codes)
+        found.append([*weights, *(code.cpu() for code in codes)])
+    assert all(map(torch.equal, *found))

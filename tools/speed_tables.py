@@ -21,6 +21,7 @@ _TRAINED = {
     "lora_fp8": "default LoRA, 1024×1024, batch 4",
     "lora_8gb": "default LoRA, 1024×1024, batch 1",
     "lora_12gb": "LoRA, 1024×1024, batch 1",
+    "full_16gb": "full UNet, 1024×1024, batch 1",
     "full_24gb": "full UNet, 1024×1024, batch 1",
 }
 _RUNS = {

@@ -15,12 +15,14 @@ from sdxl.training.memory_plan import activation_bytes
 _TRAINED_BYTES = 16
 """For each trained number: fp32 weight, gradient, and AdamW's two moments."""
 _ENCODING_BYTES = 11 * 2**30
-"""What encoding pictures needs beside a UNet in bf16: text encoders and autoencoder, and its activations. An estimate."""
+"""What encoding pictures needs, and a UNet in bf16: text encoders and autoencoder, and its activations. An estimate."""
+_IN_FP32 = 5 * 2**30
+"""How much larger SDXL's UNet is in fp32, as full training loads it."""
 
 
 def waits_on_cpu(config: TrainingConfig, device: torch.device) -> bool:
     """Whether the UNet stays on the CPU while pictures are encoded, because the GPU has no room for it beside that."""
-    return config.is_lora and free_bytes(device) < _ENCODING_BYTES
+    return free_bytes(device) < _ENCODING_BYTES + (0 if config.is_lora else _IN_FP32)
 
 
 def in_int8(unet: UNet2DConditionModel, config: TrainingConfig, device: torch.device) -> bool:

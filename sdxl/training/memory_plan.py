@@ -30,7 +30,9 @@ class MemoryPlan:
     optimizer: str
     """A key of `OPTIMIZERS`: the requested one, or the same with smaller state."""
     bytes_per_weight: float
-    """Bytes of a weight, its gradient and its optimizer state together."""
+    """Bytes of a weight, its gradient and its optimizer state together, on the GPU."""
+    state_on_host: bool = False
+    """Whether the optimizer state is in the CPU's memory, and visits the GPU in each update."""
     shared_by: int = 1
     """Among how many processes the weights, gradients and optimizer state are shared; 1: each process has all."""
     checkpointing: bool = True
@@ -58,6 +60,7 @@ FP32_ADAMW_8BIT = MemoryPlan(  # 4 + 2 + 2
 BF16_ADAMW_8BIT = MemoryPlan(  # 2 + 2 + 2
     weights=torch.bfloat16, gradients=torch.bfloat16, optimizer="adamw_8bit", bytes_per_weight=6
 )
+BF16_ADAMW_8BIT_ON_HOST = replace(BF16_ADAMW_8BIT, bytes_per_weight=4, state_on_host=True)
 FP32_ADAFACTOR = MemoryPlan(  # 4 + 2 + 0.4
     weights=torch.float32, gradients=torch.bfloat16, optimizer="adafactor", bytes_per_weight=6.4
 )
@@ -65,8 +68,8 @@ FP32_PRODIGY = MemoryPlan(  # 4 + 4 + 8.7
     weights=torch.float32, gradients=torch.float32, optimizer="prodigy", bytes_per_weight=16.7
 )
 _PLANS = {
-    "adamw": [FP32_ADAMW, FP32_ADAMW_8BIT, BF16_ADAMW_8BIT],
-    "adamw_8bit": [FP32_ADAMW_8BIT, BF16_ADAMW_8BIT],
+    "adamw": [FP32_ADAMW, FP32_ADAMW_8BIT, BF16_ADAMW_8BIT, BF16_ADAMW_8BIT_ON_HOST],
+    "adamw_8bit": [FP32_ADAMW_8BIT, BF16_ADAMW_8BIT, BF16_ADAMW_8BIT_ON_HOST],
     "adafactor": [FP32_ADAFACTOR],
     "prodigy": [FP32_PRODIGY],
 }
@@ -83,6 +86,8 @@ _CHECKPOINTED_BYTES = 2 * 2**30
 _GATHERED = 0.55
 """Share of all weights that a process with shared ones holds whole for a moment: two of SDXL's largest transformers, of 14 %
 each, with their gradients. An estimate."""
+_ON_HOST_BYTES = 2.5
+"""Of the CPU's memory for each weight whose state lies there: two bytes, and room for everything else."""
 _RESERVE_BYTES = 2 * 2**30
 """For the workspaces of CUDA libraries and fragmentation. An estimate."""
 
@@ -99,6 +104,7 @@ def choose_plan(
     bf16: bool = True,
     shared_by: Sequence[int] = (1,),
     also_shared: int = 0,
+    host_bytes: int = 0,
 ) -> MemoryPlan:
     """The best plan that fits in memory, with the reason in one sentence.
 
@@ -116,6 +122,7 @@ def choose_plan(
         bf16: whether the GPU computes in bf16. If not, weights, gradients and activations are fp32.
         shared_by: among how many processes the weights may be shared, best first; 1: each process has all.
         also_shared: bytes that are held already, and will be shared with the weights: the base as teacher.
+        host_bytes: memory of the CPU that may hold optimizer state.
 
     Raises:
         UserInputError: an unknown name, or the optimizer does not support the precision.
@@ -128,6 +135,8 @@ def choose_plan(
     if precision == "bf16" and not bf16:
         raise UserInputError("precision is bf16, which this GPU cannot compute: use fp32, or train a LoRA.")
     plans = [plan for plan in _PLANS[optimizer] if precision in ("auto", name_of(plan.weights))]
+    if host_bytes < _ON_HOST_BYTES * parameters or shared_by != (1,):
+        plans = [plan for plan in plans if not plan.state_on_host]
     if not bf16:
         plans = [_without_bf16(plan) for plan in plans if plan.weights is torch.float32]
     if not plans:
@@ -153,6 +162,8 @@ def choose_plan(
         smaller = (
             ", or precision auto with optimizer adamw_8bit" if plan.bytes_per_weight > 7 and bf16 else ""
         )
+        if also_shared and shared_by == (1,):
+            smaller += f", or preservation=0, which frees {_gib(also_shared)}"
         raise NotEnoughMemoryError(
             f"Full training of {parameters / 1e9:.2f} billion weights needs {_gib(state)} for weights, gradients and "
             f"optimizer state alone, but {_gib(free_bytes)} are free: train a LoRA or use a larger GPU{smaller}."
@@ -195,6 +206,7 @@ def _explained(plan: MemoryPlan, requested: str, need: int, free: int, *, tight:
     rounding = ", rounded stochastically (noisier than fp32)" if plan.weights is torch.bfloat16 else ""
     shared = f", shared by {plan.shared_by} processes and without CUDA graphs" if plan.shared_by > 1 else ""
     instead = f" instead of {requested}" if plan.optimizer != requested else ""
+    where = ", whose state lies in the CPU's memory" if plan.state_on_host else ""
     remedy = (
         ": should it run out of memory, train a LoRA or use a smaller batch or a lower resolution"
         if tight
@@ -204,7 +216,7 @@ def _explained(plan: MemoryPlan, requested: str, need: int, free: int, *, tight:
     return replace(
         plan,
         tight=tight,
-        reason=f"The UNet's weights train in {name_of(plan.weights)}{rounding} with {plan.optimizer}{instead}{shared}: "
+        reason=f"The UNet's weights train in {name_of(plan.weights)}{rounding} with {plan.optimizer}{instead}{where}{shared}: "
         f"about {_gib(need)} needed{there_are}{remedy}.",
     )
 

@@ -21,12 +21,11 @@ import torch
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchao.optim import AdamW8bit
-from torchao.optim.adam import single_param_adam
 from transformers.optimization import Adafactor
 
 from sdxl.errors import UserInputError
 from sdxl.speed.triton_here import triton_runs
+from sdxl.training.optimizer_8bit import EightBitAdamW, UncompiledEightBitAdamW
 from sdxl.training.sharding import Shards
 
 CAPTURABLE = frozenset({"adamw", "adamw_8bit"})
@@ -47,6 +46,9 @@ class Group:
     """Decoupled decay, at least 0: every step shrinks weights by `lr` times this."""
     shards: Shards | None = None
     """If processes share these parameters: what knows it, and `params` are the parts of this process."""
+    state_on_host: bool = False
+    """Whether what the optimizer remembers of them lies in the CPU's memory, and visits the GPU in each update. Only for
+    "adamw_8bit"."""
 
 
 class Optimizers:
@@ -63,7 +65,7 @@ class Optimizers:
         """See `make_optimizers` for the arguments and errors."""
         self.shards = weights.shards
         """Not None if several processes share the weights."""
-        self.capturable = name in CAPTURABLE and self.shards is None
+        self.capturable = name in CAPTURABLE and self.shards is None and not weights.state_on_host
         """Whether a CUDA graph may contain `step`."""
         text = [rows, encoders] if encoders and encoders.params else [rows]
         self._optimizers = make_optimizers(name, weights, *text, device=device)
@@ -180,9 +182,10 @@ def adamw_8bit(groups: Iterable[Group], device: torch.device) -> Optimizer:
     dtype. Capturable once a first step has compiled its few kernels, which needs a C compiler. On a CPU, and
     where Triton does not run, the same operations run uncompiled, several times slower than AdamW.
     """
-    return (_AdamW8bit if device.type == "cuda" and triton_runs() else _UncompiledAdamW8bit)(
-        _as_dicts(groups, device), bf16_stochastic_round=True
-    )
+    groups = list(groups)
+    made = EightBitAdamW if device.type == "cuda" and triton_runs() else UncompiledEightBitAdamW
+    on_host = any(group.state_on_host for group in groups)
+    return made(_as_dicts(groups, device), bf16_stochastic_round=True, state_on_host=on_host)
 
 
 def adafactor(groups: Iterable[Group], device: torch.device) -> Optimizer:
@@ -219,66 +222,6 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Group], torch.device], Optimizer]] = {
     "prodigy": prodigy,
 }
 """Public name → function that makes it from groups and the device of their parameters."""
-
-
-class _AdamW8bit(AdamW8bit):
-    """torchao's arithmetic with fewer compiled kernels.
-
-    torchao compiles its step for each shape, 44 of them in SDXL's UNet, again in every run. This class views every weight
-    as rows of one block each, and small weights as one row, so that a few kernels serve all shapes.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], *, bf16_stochastic_round: bool) -> None:
-        super().__init__(groups, bf16_stochastic_round=bf16_stochastic_round)
-        # torchao makes the state in the first step and counts steps on the CPU, where a captured graph would not see
-        # the count grow. So make the state here, with the count on the device.
-        for group in self.param_groups:
-            for p in group["params"]:
-                seen = self._seen(p, p)
-                self.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": self._new_buffer(seen, True),
-                    "exp_avg_sq": self._new_buffer(seen, False),
-                }
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update all weights that have a gradient."""
-        update: Callable[..., None] = torch.compile(single_param_adam, fullgraph=True, dynamic=True)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                state["step"] += 1
-                update(
-                    self._seen(p.detach(), p),
-                    self._seen(p.grad, p),
-                    state["step"],
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    None,
-                    group["lr"],
-                    *group["betas"],
-                    group["weight_decay"],
-                    group["eps"],
-                    True,
-                    p.dtype is torch.bfloat16,
-                )
-
-    def _seen(self, values: Tensor, p: nn.Parameter) -> Tensor:
-        """`values` of the weight `p` in its memory order: [blocks, 256], or [n] if it is not made of whole blocks."""
-        row = values.permute(sorted(range(p.dim()), key=p.stride, reverse=True))
-        # The weight itself must be a view, never a copy: the step writes into it.
-        row = row.view(-1) if values.data_ptr() == p.data_ptr() else row.reshape(-1)
-        whole = row.numel() >= 4096 and row.numel() % self.block_size == 0
-        return row.view(-1, self.block_size) if whole else row
-
-
-class _UncompiledAdamW8bit(_AdamW8bit):
-    """The same, without compiling."""
-
-    step = torch.compiler.set_stance("force_eager")(_AdamW8bit.step)
 
 
 def _as_dicts(groups: Iterable[Group], rates_on: torch.device | None = None) -> list[dict[str, Any]]:

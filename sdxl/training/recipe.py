@@ -156,7 +156,7 @@ def _trainable(
 ) -> Trainable:
     """What trains beside the token rows."""
     if not config.is_lora:
-        return full_unet(components.unet, config, base_unet)
+        return full_unet(components.unet, config, base_unet, components.device)
     trainable = lora(components.unet, config, components.device)
     return with_encoder_lora(trainable, components, config) if config.text_encoder_lora else trainable
 
@@ -209,7 +209,8 @@ def _teacher(
 ) -> tuple[Callable[..., Any] | None, bool]:
     """The base's UNet if it teaches anything, and whether it teaches outside masks: if any leaves something out."""
     outside = config.mask_base_target and any(bool((e.mask < 1).any()) for e in dataset.examples)
-    return as_base(components.unet, config) if outside or config.preservation else None, outside
+    teaches = outside or config.preservation
+    return as_base(components.unet, config, components.device) if teaches else None, outside
 
 
 def _snapshot(trainable: Trainable, tokens: NewTokens) -> TrainedFineTune:

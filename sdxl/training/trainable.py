@@ -24,7 +24,7 @@ from sdxl.speed.fp8 import is_supported
 from sdxl.speed.fp8_products import multiply_in_fp8
 from sdxl.speed.int8_weights import hold_in_int8
 from sdxl.speed.lean_lora import make_lean
-from sdxl.speed.memory import free_bytes
+from sdxl.speed.memory import free_bytes, free_host_bytes
 from sdxl.speed.triton_here import triton_runs
 from sdxl.training.config import TrainingConfig
 from sdxl.training.data_parallel import gathered, rank, world_size
@@ -71,23 +71,30 @@ class Trainable:
 
 
 def full_unet(
-    unet: UNet2DConditionModel, config: TrainingConfig, base_unet: Callable[..., Any] | None = None
+    unet: UNet2DConditionModel,
+    config: TrainingConfig,
+    base_unet: Callable[..., Any] | None = None,
+    device: torch.device | None = None,
 ) -> Trainable:
     """Every parameter of the UNet, exported in half precision as inference uses it.
 
     Several processes share the UNet if memory requires it or `shard` says so, and `base_unet`, the teacher, with it. Only the
     first of them then gets what is exported.
 
+    device: where to train; by default where the UNet is.
+
     Raises:
         NotEnoughMemoryError: the weights fit on the device neither in fp32 nor in bf16.
         UserInputError: `shard` asks for what cannot be shared.
     """
     teacher = base_unet if isinstance(base_unet, UNet2DConditionModel) else None
-    plan = _memory_plan(unet, config, teacher)
-    if unet.device.type == "cuda" or plan.shared_by > 1:
+    device = device or unet.device
+    plan = _memory_plan(unet, config, teacher, device)
+    if device.type == "cuda" or plan.shared_by > 1:
         log.log(logging.WARNING if plan.tight else logging.INFO, plan.reason)
     unet.requires_grad_(True)
     plan.apply(unet)
+    unet.to(device)  # type: ignore[arg-type]
     _prepare(unet, config, checkpointing=plan.checkpointing)
     shards = None
     if plan.shared_by > 1:
@@ -106,7 +113,9 @@ def full_unet(
     params = list(unet.parameters()) if shards is None else shards.parameters
     return Trainable(
         kind="unet",
-        weights=Group(params=params, lr=config.unet_learning_rate, shards=shards),
+        weights=Group(
+            params=params, lr=config.unet_learning_rate, shards=shards, state_on_host=plan.state_on_host
+        ),
         optimizer=plan.optimizer,
         mixed_precision=True,
         export=export,
@@ -200,18 +209,23 @@ def _lent_lora(
                 parameter.copy_(before)
 
 
-def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[..., Any]:
+def as_base(
+    unet: UNet2DConditionModel, config: TrainingConfig, device: torch.device | None = None
+) -> Callable[..., Any]:
     """The UNet as it is before it trains, to be called like it.
 
     For LoRA it is the same UNet with its adapter turned off. Otherwise it is a copy, on CUDA in half precision.
+
+    device: where it is called; by default where the UNet is.
     """
+    device = device or unet.device
     if not config.is_lora:
-        half = training_half(unet.device) if unet.device.type == "cuda" else unet.dtype
+        half = training_half(device) if device.type == "cuda" else unet.dtype
         with torch.device("meta"):
             copy = UNet2DConditionModel.from_config(unet.config)
         assert isinstance(copy, UNet2DConditionModel)
         # Cast each tensor while it is copied: a second UNet in fp32 might not fit.
-        weights = {name: value.to(half, copy=True) for name, value in unet.state_dict().items()}
+        weights = {name: value.to(device, half, copy=True) for name, value in unet.state_dict().items()}
         copy.load_state_dict(weights, assign=True)
         if config.cuda_graph:
             fuse_blocks(copy)
@@ -228,13 +242,17 @@ def as_base(unet: UNet2DConditionModel, config: TrainingConfig) -> Callable[...,
 
 
 def _memory_plan(
-    unet: UNet2DConditionModel, config: TrainingConfig, teacher: UNet2DConditionModel | None
+    unet: UNet2DConditionModel,
+    config: TrainingConfig,
+    teacher: UNet2DConditionModel | None,
+    device: torch.device,
 ) -> MemoryPlan:
-    """How to hold the weights while they train. A CPU always counts as having enough memory."""
-    size = sum(parameter.nbytes for parameter in unet.parameters())
+    """How to hold the weights while they train on `device`. A CPU always counts as having enough memory."""
+    size = sum(parameter.nbytes for parameter in unet.parameters()) if unet.device == device else 0
     held = 0 if teacher is None else sum(parameter.nbytes for parameter in teacher.parameters())
     return choose_plan(
-        free_bytes=min(gathered(free_bytes(unet.device))) + size,  # all processes must choose alike
+        free_bytes=min(gathered(free_bytes(device))) + size,  # all processes must choose alike
+        host_bytes=free_host_bytes() if device.type == "cuda" else 0,
         shared_by=_shared_by(unet, config),
         also_shared=held,
         parameters=sum(parameter.numel() for parameter in unet.parameters()),
@@ -243,7 +261,7 @@ def _memory_plan(
         resolution=config.resolution,
         precision=config.precision,
         checkpointing=config.gradient_checkpointing,
-        bf16=activations_in_bf16(unet.device),
+        bf16=activations_in_bf16(device),
     )
 
 
