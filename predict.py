@@ -25,6 +25,7 @@ from sdxl.process import (
     leave_at_once,
     repeat_on_cpu,
     return_free_memory,
+    share_cores,
     start_logging,
 )
 from sdxl.serving.canvas import lay_out
@@ -55,6 +56,7 @@ class Predictor(BaseRunner):
     def setup(self, weights: Optional[Path] = None) -> None:  # type: ignore[override]
         """Load the base. `weights` (`COG_WEIGHTS`) is the fine-tune for requests without `replicate_weights`."""
         repeat_on_cpu()
+        share_cores()
         if self.serves_strangers:
             keep_memory_small()
         if server.active:

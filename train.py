@@ -29,6 +29,7 @@ from sdxl.process import (
     exit_with,
     leave_at_once,
     repeat_on_cpu,
+    share_cores,
     start_logging,
 )
 from sdxl.report.recorder import Recorder
@@ -329,6 +330,7 @@ def train(
     if inputs.push_to:
         require_pushable(inputs.push_to, "push_to")
     repeat_on_cpu()
+    share_cores()
     if server.active:
         leave_at_once()
     start_logging()

@@ -21,6 +21,7 @@ from sdxl.serving.pipeline import load_pipeline
 from sdxl.serving.previews import drawer
 from sdxl.serving.tuned_pipeline import TunedPipeline
 from sdxl.settings import cache_folder
+from sdxl.speed import lean_lora
 from sdxl.training.batches import Batches
 from sdxl.training.diffusion import sample_noise
 from sdxl.training.examples import cache_examples
@@ -307,8 +308,11 @@ def test_a_prior_without_prompts_is_refused():
         PriorConfig.parse("a", base="b", images=0, resolution=64)
 
 
+@pytest.mark.parametrize("thin_costs", [0, lean_lora._THIN_COSTS, 1e6])
 @pytest.mark.parametrize("targets", ["attention", "all"])
-def test_lean_layers_compute_what_pefts_do(run, targets: str):  # noqa: F811
+def test_lean_layers_compute_what_pefts_do(run, targets: str, thin_costs: float, monkeypatch):  # noqa: F811
+    """Whether no layer adds its matrices to its weight, some do, or all."""
+    monkeypatch.setattr(lean_lora, "_THIN_COSTS", thin_costs)
     components, dataset, _ = run(is_lora=True, lora_targets=targets, lora_rank=4, lora_alpha=8, lora_lr=1e-2)
     example, unet = dataset.collate([0, 1]), components.unet
     hidden = torch.randn(

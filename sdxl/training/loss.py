@@ -7,6 +7,7 @@ Shape suffixes: b pictures, c latent channels, h w latent pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ class DenoisingLoss:
         encoders."""
         return self.base_unet is not None and self.config.text_encoder_lora
 
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """The UNet's. diffusers looks through all weights for it, which takes milliseconds."""
+        return self.components.unet.dtype
+
     def __call__(self, *parts: Part) -> list[Tensor]:
         """The loss of each part, a scalar. Parts of one shape go through the UNet together."""
         noised = [self._noised(part) for part in parts]
@@ -86,7 +92,7 @@ class DenoisingLoss:
     def _noised(self, part: Part) -> Noised:
         """What the UNet is shown of a part, and what it should predict."""
         components, config, generator, batch = self.components, self.config, self.generator, part.batch
-        scheduler, dtype = components.noise_scheduler, components.unet.dtype
+        scheduler, dtype = components.noise_scheduler, self._dtype
         teaches = part.taught_by_base or self.base_outside_masks
 
         # The captions. Dropping some trains the unconditional branch of classifier-free guidance (arXiv:2207.12598).
@@ -126,7 +132,7 @@ class DenoisingLoss:
             return [self._predictions([one])[0] for one in parts]
         unet = self.components.unet
         text = TextConditioning.joined([replace(one.text, of_base=None) for one in parts])
-        given = _condition(text, torch.cat([one.time_ids for one in parts]), unet.dtype)
+        given = _condition(text, torch.cat([one.time_ids for one in parts]), self._dtype)
         hidden = given["encoder_hidden_states"]
         if hidden.is_cuda and not hidden.requires_grad:
             # Encoded captions need no gradient. But one without would compile all blocks again at the pivot;

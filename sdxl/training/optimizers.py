@@ -55,7 +55,7 @@ class Optimizers:
     """The optimizers of a run, addressed by what they train: `weights` (the UNet's or LoRA's), token `rows`, and the LoRA
     matrices of the text `encoders`.
 
-    "adamw" trains all in one optimizer, so that the whole update is one fused kernel. Every other name trains the
+    "adamw" trains all in one optimizer, so that on CUDA the whole update is one fused kernel. Every other name trains the
     weights, and a second optimizer, AdamW, trains the rest.
     """
 
@@ -167,12 +167,12 @@ def make_optimizers(name: str, weights: Group, *text: Group, device: torch.devic
 
 
 def adamw(groups: Iterable[Group], device: torch.device) -> Optimizer:
-    """AdamW with fp32 state. Capturable: on CUDA it is one fused kernel, with its step count and rates on the device.
+    """AdamW with fp32 state, fused. Capturable: on CUDA it is one kernel, with its step count and rates on the device.
 
     Its kernels require gradients of the weights' dtype.
     """
     cuda = device.type == "cuda"
-    return torch.optim.AdamW(_as_dicts(groups, device if cuda else None), fused=cuda, capturable=cuda)
+    return torch.optim.AdamW(_as_dicts(groups, device if cuda else None), fused=True, capturable=cuda)
 
 
 def adamw_8bit(groups: Iterable[Group], device: torch.device) -> Optimizer:
