@@ -26,4 +26,4 @@ class Box:
 
 
 def _slider(label: str, value: int, name: str) -> gr.Slider:
-    return gr.Slider(0, 100, value=value, step=1, label=f"{label}, in percent", min_width=160, elem_id=name)
+    return gr.Slider(0, 100, value=value, step=1, label=label, min_width=160, elem_id=name)

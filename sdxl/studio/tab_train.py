@@ -149,6 +149,8 @@ class TrainTab:
             _, resolved = self._asked(project, *values)
         except UserInputError as error:
             return [views.sentences([str(error)]), ""]
+        if not PictureSet(project).pictures:  # they tell the size of the base
+            return [views.sentences(["First add pictures in step 1."], class_="soft"), ""]
         known = trainings.seconds_of_a_step(trainings.all_of(project), resolved)
         text = forecast(resolved, known, has_gpu=gpu_is_here())
         return [views.sentences([text], class_="soft"), views.settings_table(resolved, names=_SHOWN)]
