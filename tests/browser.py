@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,7 @@ class Page:
     """One open page. `errors` collects script errors, blocked parts and failed requests."""
 
     def __init__(
-        self, to: IO[bytes], back: IO[bytes], numbers: Iterator[int], beside: "Page | None" = None
+        self, to: IO[bytes], back: BufferedReader, numbers: Iterator[int], beside: "Page | None" = None
     ) -> None:
         """beside: another page of the same browser. Each hears what both tell, so they have one list of errors."""
         self._to, self._back, self._numbers = to, back, numbers
@@ -54,10 +55,11 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         message = bytearray()
-        while (byte := self._back.read(1)) not in (b"\0", b""):
-            message += byte
-        assert message, "the browser has ended"
-        told = json.loads(message)
+        while not message.endswith(b"\0"):
+            there = self._back.peek()
+            assert there, "the browser has ended"
+            message += self._back.read(there.find(b"\0") + 1 or len(there))
+        told = json.loads(message[:-1])
         method, about = told.get("method"), told.get("params", {})
         if method == "Runtime.exceptionThrown":
             self.errors.append(str(about["exceptionDetails"]))

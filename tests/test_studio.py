@@ -21,7 +21,7 @@ from sdxl.errors import UserInputError
 from sdxl.files.archives import unpack
 from sdxl.studio import doors, trainings
 from sdxl.studio.choices import Choice, as_texts, forecast
-from sdxl.studio.crops import forget_mask, move_crop, paint_mask, painted_in, room
+from sdxl.studio.crops import box, forget_mask, move_crop, paint_mask, painted_in, room
 from sdxl.studio.drawing import Drawer
 from sdxl.studio.drops import add
 from sdxl.studio.picture_set import PictureSet
@@ -82,9 +82,7 @@ def test_a_zip_becomes_a_set_and_a_set_the_archive_that_training_takes(pictures:
     [one] = read_dataset_folder(tmp_path / "set")
     assert one.caption == "REX on a beach" and one.mask is not None
     assert one.framing == pictures.find(wide).framing
-    assert pictures.problems() == [
-        "There are only 1 pictures: 5 to 20 varied ones teach a subject far better."
-    ]
+    assert pictures.problems() == ["There is only 1 picture: 5 to 20 varied ones teach a subject far better."]
     with pytest.raises(UserInputError, match="<s0>, a placeholder token"):
         pictures.change(wide, caption="a photo of <s0>")
     with pytest.raises(UserInputError, match="not in the set any more"):
@@ -112,6 +110,15 @@ def test_the_mask_moves_with_the_crop(pictures: PictureSet):
     forget_mask(pictures, pictures.find(key))
 
 
+def test_a_box_is_a_mask():
+    mask = np.asarray(box((200, 100), (10, 20, 50, 101)))
+    assert mask.shape == (100, 200) and mask[20:, 20:100].min() == 255
+    assert int(np.count_nonzero(mask)) == 80 * 80
+    for edges in ((50, 0, 50, 100), (0, 90, 100, 10)):
+        with pytest.raises(UserInputError, match="Nothing is in the box"):
+            box((200, 100), edges)
+
+
 def test_the_word_reaches_every_caption(pictures: PictureSet):
     wide, other = by_name(pictures, "wide.png"), by_name(pictures, HOSTILE)
     pictures.change(wide, caption="a photo of TOK, TOKens")
@@ -119,6 +126,8 @@ def test_the_word_reaches_every_caption(pictures: PictureSet):
     assert pictures.insert_word() == 1
     assert pictures.find(wide).caption == "a photo of REX, TOKens"
     pictures.change(wide, caption="on a beach")
+    with pytest.raises(UserInputError, match="1 caption is without REX, and a picture without it"):
+        pictures.require_word()
     assert pictures.insert_word() == 1
     assert pictures.find(wide).caption == "a photo of REX, on a beach"
     before = pictures.project.about
@@ -127,6 +136,7 @@ def test_the_word_reaches_every_caption(pictures: PictureSet):
     assert pictures.find(other).caption == "GROER_HUND asleep"
     pictures.project.tell(before)
     pictures.insert_word(instead_of="GROER_HUND")
+    pictures.require_word()
 
 
 def test_a_picture_to_start_from_and_what_is_painted_over_it(tmp_path: Path):
@@ -271,10 +281,14 @@ def test_a_training_that_died_can_go_on_and_one_without_result_is_not_taken_away
         "Training UNet:  33%|███  | 3/9 [00:01<00:02,  1.83step/s, loss=0.1]\n"
     )
     now = training.progress
-    assert (now.state, now.step, now.steps) == ("failed", 3, 9)
+    assert (now.state, now.step, now.steps) == ("failed", 3, 9) and training.can_go_on
     assert training.stop() == "It does not run."
     with pytest.raises(UserInputError, match="no result yet"):
         file_for(training, "kohya")
+    (training.folder / doors.LOG).write_text("Error: x.zip is empty: add files.\n")
+    assert not training.can_go_on, "it would be refused again"
+    (training.folder / "sdxl-train-1").mkdir()
+    assert training.can_go_on, "it has a state"
 
 
 def test_nothing_is_trained_without_pictures(tmp_path: Path):

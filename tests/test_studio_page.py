@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from sdxl.files.archives import unpack
 from sdxl.studio import doors
@@ -77,13 +78,30 @@ def captions(page: Page) -> None:
     shows(page, ".card p.caption", "in <b>the</b> snow")
     shows(page, ".card p.caption mark", "REX")
     write(page, ".card textarea", "a photo in the snow")
-    shows(page, "#notes", "1 captions do not name REX")
+    shows(page, "#notes", "1 caption is without REX")
     click(page, "#put-word")
     shows(page, ".card p.caption", "a photo of REX, a photo in the snow")
     require_accessible(page)
 
 
-def crop_by_keys_and_mask_by_mouse(page: Page, pictures: Path) -> None:
+def paint(page: Page, editor: str, folder: Path) -> None:
+    """Paint over the middle of the picture in an editor, until the paint is seen: a new picture takes it only after a moment."""
+    # The picture is there when it is shown enlarged.
+    page.until(f"parseInt(document.querySelector('{editor}').textContent.match(/([0-9]+)%/)?.[1]) > 100")
+    seen = folder / "seen.png"
+
+    def is_painted() -> bool:
+        page.drag(f"{editor} canvas", (0.48, 0.5), (0.52, 0.5))
+        box = page.run(f"document.querySelector('{editor} canvas').getBoundingClientRect().toJSON()")
+        page.screenshot(seen)
+        with Image.open(seen) as screen:
+            middle = (round(box["x"] + box["width"] / 2), round(box["y"] + box["height"] / 2))
+            return screen.convert("RGB").getpixel(middle) == (255, 120, 40)
+
+    wait(is_painted)
+
+
+def crop_and_mask_by_keys_and_mouse(page: Page, pictures: Path) -> None:
     """The editor of the second card, a picture of 300×256 that is cut to 256×256. Late, because chromium draws it on the
     processor from then on."""
 
@@ -103,9 +121,7 @@ def crop_by_keys_and_mask_by_mouse(page: Page, pictures: Path) -> None:
     page.press("Enter")
     shows(page, "#editor", f"Crop and mask of {entry()['name']}")
     page.until("document.activeElement.id == 'editor'")
-    # The picture is there when it is shown enlarged.
-    page.until("parseInt(document.querySelector('#editor').textContent.match(/([0-9]+)%/)?.[1]) > 100")
-    page.drag("#editor canvas", (0.48, 0.5), (0.52, 0.5))
+    paint(page, "#editor", pictures)
     click(page, "#keep-mask")
     page.until("document.querySelectorAll('.card .mask').length == 2")
     assert mask_at(128, 128) == 255 and mask_at(5, 5) == 0
@@ -120,7 +136,20 @@ def crop_by_keys_and_mask_by_mouse(page: Page, pictures: Path) -> None:
     wait(lambda: mask_at(painted + 22, 128) == 255)
     assert mask_at(painted + 23, 128) == 0, "the mask moves with the crop"
 
-    page.run("document.querySelector('#keep-mask').focus()")
+    page.run("document.querySelector('#mask-box button').focus()")
+    page.press("Enter")
+    page.until("document.querySelector('#mask-left')")
+    for _ in range(3):
+        page.press("Tab")
+    assert page.run("document.activeElement.matches('#mask-left input[type=range]')")
+    page.press("End")  # nothing would be in this box
+    page.press("ArrowLeft")
+    page.press("Home")
+    page.run("document.querySelector('#mask-use-box').focus()")
+    page.press("Enter")
+    wait(lambda: [mask_at(x, 128) for x in (0, 229, 231)] == [255, 255, 0])
+    assert [mask_at(128, y) for y in (25, 26, 229, 230)] == [0, 255, 255, 0]
+    shows(page, "#kept", "The mask is kept")
     page.press("Escape")
     page.until("!document.querySelector('#editor').offsetWidth")
     page.until("document.activeElement.textContent.trim() == 'Crop and mask'")
@@ -158,11 +187,13 @@ def trained(page: Page, server: Server, key: str) -> None:
 
 
 def drawn(page: Page) -> None:
-    """Step 3, next to the base. The editor for a picture to start from is that of masks; it would take another 5 seconds."""
+    """Step 3, next to the base."""
     choose(page, "3 Try")
     page.until("document.querySelector('#tuned input')?.value.includes('Rex, training 1')")
     click(page, "#word")
     page.until("document.querySelector('#prompt textarea').value == 'a photo of REX REX'")
+    choose(page, "2 Train")
+    choose(page, "3 Try")
     page.run(
         "document.querySelector('#beside input').dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))"
     )
@@ -173,7 +204,36 @@ def drawn(page: Page) -> None:
     )
     click(page, "#draw")
     page.until("document.querySelectorAll('#drawn img').length == 2", seconds=300)
+    assert page.run("document.querySelector('#prompt textarea').value") == "a photo of REX REX"
     require_accessible(page)
+
+
+def drawn_in_a_part(page: Page, server: Server, key: str) -> None:
+    """Step 3 from a picture, painted over in its middle: the rest of it stays. The page is loaded anew, which ends the editor
+    of step 1."""
+    start = server.folder / key / "pictures" / "1" / "prepared" / "2.src.png"
+    folder = server.folder / key / "drawn"
+    opened(page, server, key)
+    choose(page, "3 Try")
+    click(page, "#start-from button")
+    page.until("document.querySelector('#start-picture')")
+    page.attach("#start-from input[type=file]", [start])
+    paint(page, "#start-from", folder)
+    click(page, "#draw")
+    page.until("document.querySelectorAll('#drawn img').length == 1", seconds=300)
+    [result] = folder.glob("2/0/*.png")
+    with Image.open(folder / "2" / "mask.png") as opened_mask:
+        left, top, right, bottom = opened_mask.getbbox() or (0, 0, 0, 0)
+    assert 0 < left < right < 256 and 0 < top < bottom < 256
+    with Image.open(start) as before, Image.open(result) as after:
+        changed = ImageChops.difference(before.convert("RGB"), after.convert("RGB"))
+    painted = changed.crop((left, top, right, bottom))
+    blurred = 16  # pixels around the mask, whose edge is soft
+    changed.paste((0, 0, 0), (left - blurred, top - blurred, right + blurred, bottom + blurred))
+    assert np.asarray(changed).max() <= 2
+    assert np.asarray(painted).max() > 30
+    require_accessible(page)
+    page.call("Page.navigate", url="about:blank")  # or chromium would go on to draw the editors
 
 
 def taken_away(page: Page, folder: Path) -> str:
@@ -249,7 +309,8 @@ def test_a_person_makes_a_fine_tune(page: Page, server: Server, tmp_path: Path):
     drawn(page)
     address = taken_away(page, tmp_path)
     fits_a_phone(page)
-    crop_by_keys_and_mask_by_mouse(page, server.folder / key / "pictures")
+    crop_and_mask_by_keys_and_mouse(page, server.folder / key / "pictures")
+    drawn_in_a_part(page, server, key)
     a_second_tab(page, server, key, tmp_path)
     only_for_pages_of_its_own(server, address, key)
     told = [error for error in page.errors if "WebGL" not in error]

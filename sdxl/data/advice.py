@@ -112,7 +112,8 @@ def advise(facts: Sequence[Facts], captions: Sequence[str], tokens: Sequence[str
 def on_number(pictures: int) -> list[str]:
     """A sentence about few or many pictures."""
     if pictures < FEW:
-        return [f"There are only {pictures} pictures: 5 to 20 varied ones teach a subject far better."]
+        there = "is only 1 picture" if pictures == 1 else f"are only {pictures} pictures"
+        return [f"There {there}: 5 to 20 varied ones teach a subject far better."]
     if pictures > MANY:
         return [
             f"There are {pictures} pictures: for one subject the best 20 work as well; "

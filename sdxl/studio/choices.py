@@ -46,7 +46,7 @@ class Choice:
         Raises:
             UserInputError: a line of `more` is no input, or names a file.
         """
-        given: dict[str, Any] = {"token_map": f"{about.word}:2", "preset": self.preset}
+        given: dict[str, Any] = {"token_map": token_map(about), "preset": self.preset}
         if side < SMALLEST_REAL_BASE:
             given |= miniature.TRAINING | {"max_train_steps": _MINIATURE_STEPS[self.preset]}
         if about.kind and about.kind != STYLE and about.kind.isascii() and about.kind.isalpha():
@@ -70,6 +70,11 @@ class Choice:
         if "preservation" in more:
             given.pop("preservation_prompts", None)  # of the miniature; without preservation it has no effect
         return given | more
+
+
+def token_map(about: About) -> str:
+    """The word of the captions, as an input of `train`."""
+    return f"{about.word}:2"
 
 
 def _parsed(lines: str) -> dict[str, str]:

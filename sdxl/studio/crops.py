@@ -3,12 +3,17 @@
 The mask is kept for the whole picture, so that it moves with the crop. Knows pixels of a picture set; does not know the page.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from PIL import Image, ImageChops
 
 from sdxl.data.dataset_folder import large_file, mask_file
 from sdxl.data.framing import Framing, cut
 from sdxl.data.large_pictures import write_large
 from sdxl.data.picture_reader import read_image
+from sdxl.errors import UserInputError
+from sdxl.files.archives import atomic_path
 from sdxl.studio.picture_set import Picture, PictureSet
 
 
@@ -42,7 +47,7 @@ def move_crop(pictures: PictureSet, key: str, *, down: float, across: float) -> 
     )
     prepared = pictures.prepared(picture)
     large_file(prepared).unlink(missing_ok=True)
-    cut(image, framing).save(prepared)
+    _save(cut(image, framing), prepared)
     write_large(image, framing, framing, prepared)
     picture = pictures.change(key, crop_top_left=place)
     if whole_mask is not None:
@@ -82,6 +87,26 @@ def painted_in(layers: list[Image.Image]) -> Image.Image:
     return grey
 
 
+def box(size: tuple[int, int], edges: Sequence[float]) -> Image.Image:
+    """A box in a picture of this size, in pixels: grey, white in the box.
+
+    edges: left, top, right and bottom, in percent of the width and the height.
+
+    Raises:
+        UserInputError: nothing is in the box.
+    """
+    grey = Image.new("L", size)
+    left, top, right, bottom = (
+        round(length * min(max(edge, 0), 100) / 100) for length, edge in zip(size * 2, edges, strict=True)
+    )
+    if left >= right or top >= bottom:
+        raise UserInputError(
+            "Nothing is in the box: its right edge must be right of its left one, and its lower edge below its upper one."
+        )
+    grey.paste(255, (left, top, right, bottom))
+    return grey
+
+
 def _black(picture: Picture) -> Image.Image:
     height, width = picture.framing.covered_size
     return Image.new("L", (width, height))
@@ -107,9 +132,15 @@ def _cut_mask(pictures: PictureSet, picture: Picture, whole: Image.Image) -> Non
     height, width = picture.target_size
     top, left = picture.crop_top_left
     mask = whole.crop((left, top, left + width, top + height))
-    whole.save(pictures.whole_mask_file(picture))
+    _save(whole, pictures.whole_mask_file(picture))
     target = mask_file(pictures.prepared(picture))
     if mask.getbbox() is None:
         target.unlink(missing_ok=True)
     else:
-        mask.save(target)
+        _save(mask, target)
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all: a card may be drawn meanwhile."""
+    with atomic_path(path) as partial:
+        image.save(partial, "PNG")

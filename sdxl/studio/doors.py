@@ -106,14 +106,21 @@ def note_stop(folder: Path) -> None:
         log.write(f"\n{_STOPPED}\n")
 
 
-def last_words(log: str) -> str:
-    """The sentence with which a failed process ended, for people."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for line in reversed(lines):
+def refusal(log: str) -> str | None:
+    """The sentence with which an entry point refused its inputs; None if it did not."""
+    for line in map(str.strip, reversed(log.splitlines())):
         if line.startswith("Error: "):
             return line.removeprefix("Error: ")
         if line.endswith(" See --help."):
             return line.removesuffix(" See --help.")
+    return None
+
+
+def last_words(log: str) -> str:
+    """The sentence with which a failed process ended, for people."""
+    if refused := refusal(log):
+        return refused
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     end = lines[-1] if lines else "it says nothing"
     if end == _STOPPED:
         return "It was stopped."

@@ -96,7 +96,7 @@ def build(studio: Studio) -> gr.Blocks:
         ).then(None, key, None, js="(key) => studio.remember(key)")
         for step, inputs, tab in (
             (train_step, train.inputs, train),
-            (try_step, key, tries),
+            (try_step, tries.inputs, tries),
             (take_step, key, take),
         ):
             step.select(_once_open(tab), inputs, tab.outputs, api_visibility=PRIVATE, show_progress="hidden")

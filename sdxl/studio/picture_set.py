@@ -25,6 +25,7 @@ from sdxl.data.dataset_folder import (
 from sdxl.data.framing import Framing
 from sdxl.errors import DatasetError, UserInputError
 from sdxl.files.archives import pack_tar
+from sdxl.report.overview import counted
 from sdxl.studio.projects import Project, read_json, write_json
 
 PREPARED = "prepared"
@@ -195,9 +196,27 @@ class PictureSet:
         """What keeps the set from being trained on, or is worth a remark."""
         used, word = self.used, self.project.about.word
         told = on_number(len(used)) if used else []
-        if without := [one.name for one in used if not count_token(one.caption, word)]:
-            told.append(f"{len(without)} captions do not name {word}: press “Put {word} into every caption”.")
+        if without := self._without_word():
+            told.append(f"{without} without {word}: press “Put the word into every caption”.")
         return told + on_equal_captions([one.caption for one in used])
+
+    def _without_word(self) -> str:
+        """How many captions do not name the word, with the noun; empty if all do."""
+        word = self.project.about.word
+        number = sum(not count_token(one.caption, word) for one in self.used)
+        return counted(number, "caption") + (" is" if number == 1 else " are") if number else ""
+
+    def require_word(self) -> None:
+        """Refuse captions that do not name the word.
+
+        Raises:
+            DatasetError: there are some.
+        """
+        if without := self._without_word():
+            raise DatasetError(
+                f"{without} without {self.project.about.word}, and a picture without it teaches it nothing: in step 1 press "
+                "“Put the word into every caption”, or leave these pictures out."
+            )
 
     def pack(self, target: Path) -> Path:
         """Write the pictures that are used as the archive that `train` takes.

@@ -26,13 +26,19 @@ def opened(path: Path) -> Image.Image:
     return picture
 
 
+def in_editor(value: dict[str, Any] | None) -> Image.Image | None:
+    """The picture in an editor; None if there is none."""
+    background: Image.Image | None = (value or {}).get("background")
+    return None if background is None or background.getbbox() is None else background
+
+
 def inputs_for(value: dict[str, Any] | None, change: float, folder: Path) -> dict[str, Any]:
     """The inputs of `predict` for what an editor holds; none if it holds no picture. Files go into `folder`.
 
     value: "background" and "layers", as pictures. change: how much to change, 0 to 1.
     """
-    background: Image.Image | None = (value or {}).get("background")
-    if value is None or background is None or background.getbbox() is None:
+    background = in_editor(value)
+    if value is None or background is None:
         return {}
     picture = folder / "start.png"
     background.convert("RGB").save(picture)

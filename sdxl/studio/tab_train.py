@@ -10,7 +10,7 @@ import gradio as gr
 
 from sdxl.errors import UserInputError
 from sdxl.studio import trainings, views
-from sdxl.studio.choices import Choice, as_texts, forecast, gpu_is_here
+from sdxl.studio.choices import Choice, as_texts, forecast, gpu_is_here, token_map
 from sdxl.studio.picture_set import PictureSet
 from sdxl.studio.projects import Project
 from sdxl.studio.shared import PRIVATE, Studio, told
@@ -149,6 +149,8 @@ class TrainTab:
             _, resolved = self._asked(project, *values)
         except UserInputError as error:
             return [views.sentences([str(error)]), ""]
+        if not PictureSet(project).pictures:  # they tell the size of the base
+            return [views.sentences(["First add pictures in step 1."], class_="soft"), ""]
         known = trainings.seconds_of_a_step(trainings.all_of(project), resolved)
         text = forecast(resolved, known, has_gpu=gpu_is_here())
         return [views.sentences([text], class_="soft"), views.settings_table(resolved, names=_SHOWN)]
@@ -158,6 +160,8 @@ class TrainTab:
         """Start a training, and show it."""
         project = self._studio.project(key)
         inputs, resolved = self._asked(project, *values)
+        if inputs["token_map"] == token_map(project.about):  # other words are not the studio's
+            PictureSet(project).require_word()
         self._studio.drawer.free()
         return self._seen(trainings.begin(project, inputs, resolved), "")
 
@@ -207,6 +211,6 @@ class TrainTab:
             training.log_end,
             gr.update(visible=not running),
             gr.update(visible=running),
-            gr.update(visible=now.state == "failed"),
+            gr.update(visible=training.can_go_on),
             seen,
         ]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from sdxl import miniature
 from sdxl.errors import UserInputError
-from sdxl.studio import starting_picture
-from sdxl.studio.projects import Project
+from sdxl.studio import crops, starting_picture, views
+from sdxl.studio.box import Box
+from sdxl.studio.projects import Project, read_json, write_json
 from sdxl.studio.shared import PRIVATE, Studio, told
 
 _SCENES = ("on a beach", "in the snow", "in a forest at sunset", "as a pencil drawing")
@@ -23,6 +25,8 @@ _DRAWING = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """The defaults of `predict`."""
 _SEEDS = 100_000
 """Random seeds are below: few digits are easy to write down."""
+_LABELS = "labels.json"
+"""The file of a request that says how each of its pictures was drawn."""
 _MOST_BEFORE = 40
 """Pictures of earlier requests that are shown."""
 
@@ -44,7 +48,9 @@ class TryTab:
                 0, 1.5, value=1, step=0.05, label="Strength", info="1: as it was trained"
             )
             self.count = gr.Slider(1, 4, value=1, step=1, label="Pictures")
-            self.seed = gr.Textbox(label="Seed", info="Empty: a new one each time", max_length=10)
+            self.seed = gr.Textbox(
+                label="Seed", info="Empty: a new one each time", max_length=10, elem_id="seed"
+            )
         self._picture()
         with gr.Accordion("More", open=False):
             self.negative = gr.Textbox(label="What to keep out of the picture")
@@ -59,7 +65,11 @@ class TryTab:
                 )
         self.draw = gr.Button("Draw", variant="primary", size="lg", elem_id="draw")
         self.drawn, self.before = _gallery("New pictures", "drawn"), _gallery("Earlier pictures", "before")
+        self.filled = gr.State("")
+        """For what the fields were filled: they keep what was written as long as that is so."""
+        self.inputs = [key, self.filled]
         self.outputs = [
+            self.filled,
             self.word,
             self.tuned,
             self.beside,
@@ -85,18 +95,21 @@ class TryTab:
             gr.Markdown("It changes the picture. Paint over a part, and only that part is drawn anew.")
             with gr.Row():
                 choose = gr.UploadButton("Choose a picture", size="md", elem_id="start-picture")
-                forget = gr.Button("No picture", size="md")
+                forget = gr.Button("No picture", size="md", elem_id="start-none")
             self.picture = gr.ImageEditor(
                 label="The picture to start from",
                 type="pil",
                 sources=(),
                 transforms=(),
+                format="png",  # webp would lose detail
                 layers=False,
                 brush=gr.Brush(colors=["#ff7828"], color_mode="fixed", default_size=24),
                 height=420,
             )
+            box = Box("Draw only this box anew", "start")
             self.change = gr.Slider(0.05, 1, value=0.8, step=0.05, label="How much to change")
         choose.upload(_opened, choose, self.picture, api_visibility=PRIVATE)
+        box.use.click(_boxed, [self.picture, *box.edges], self.picture, api_visibility=PRIVATE)
         forget.click(lambda: None, None, self.picture, api_visibility=PRIVATE, show_progress="hidden")
 
     def _connect(self) -> None:
@@ -113,15 +126,19 @@ class TryTab:
             )
 
     @told
-    def shown(self, key: str) -> list[Any]:
+    def shown(self, key: str, filled: str) -> list[Any]:
         """The fine-tunes and pictures of a project, for the components of `outputs`."""
         project = self._studio.project(key)
         own = self._studio.finished(project)
+        others = self._studio.everything_else(project)
+        if filled == (now := str((project.key, project.about, own, others))):
+            return [gr.skip()] * len(self.outputs)
         drawing = miniature.DRAWING if self._studio.is_miniature(project) else _DRAWING
         return [
+            now,
             gr.update(value=project.about.word),
             gr.update(choices=[*own, _BASE], value=own[0][1] if own else ""),
-            gr.update(choices=[_BASE, *own, *self._studio.everything_else(project)], value=[]),
+            gr.update(choices=[_BASE, *own, *others], value=[]),
             gr.update(value=drawing["num_inference_steps"]),
             gr.update(value=drawing["guidance_scale"]),
             project.about.plain_caption,
@@ -165,6 +182,7 @@ class TryTab:
             files = self._studio.drawer.draw(inputs | weights, folder / str(place))
             label = names[path] if path else "the base"
             pictures += [(str(file), f"{label}, seed {first + i}") for i, file in enumerate(files)]
+            write_json(folder / _LABELS, {one: f"{label}: {prompt.strip()}" for one, label in pictures})
             yield [gr.update(value=pictures, visible=True), gr.skip()]
         yield [gr.skip(), _earlier(project)]
 
@@ -178,8 +196,22 @@ def _gallery(label: str, name: str) -> gr.Gallery:
 @told
 def _opened(file: str) -> Any:
     """The editor with the picture in a file, in its size."""
-    picture = starting_picture.opened(Path(file))
-    return gr.update(value={"background": picture, "layers": [], "composite": None}, canvas_size=picture.size)
+    return _in_editor(starting_picture.opened(Path(file)), [])
+
+
+@told
+def _boxed(value: dict[str, Any] | None, *edges: float) -> Any:
+    """The editor with a box painted instead of what was."""
+    background = starting_picture.in_editor(value)
+    if background is None:
+        raise UserInputError("Choose a picture first.")
+    return _in_editor(background, [views.painted(crops.box(background.size, edges))])
+
+
+def _in_editor(picture: Image.Image, layers: list[Image.Image]) -> Any:
+    return gr.update(
+        value={"background": picture, "layers": layers, "composite": None}, canvas_size=picture.size
+    )
 
 
 def _with_word(prompt: str, word: str) -> str:
@@ -199,4 +231,8 @@ def _earlier(project: Project) -> Any:
     """The gallery of the pictures of earlier requests, the newest first."""
     files = [path for path in project.drawn.glob("*/*/*") if path.suffix in (".png", ".webp", ".jpg")]
     newest = sorted(files, key=lambda path: (-int(path.parent.parent.name), path.parent.name, path.name))
-    return gr.update(value=[str(path) for path in newest[:_MOST_BEFORE]], visible=bool(newest))
+    shown = newest[:_MOST_BEFORE]
+    labels: dict[str, str] = {}
+    for folder in {path.parent.parent for path in shown}:
+        labels |= read_json(folder / _LABELS, {})
+    return gr.update(value=[(str(path), labels.get(str(path))) for path in shown], visible=bool(newest))

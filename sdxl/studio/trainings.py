@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,16 @@ class Training:
     @property
     def is_running(self) -> bool:
         return doors.is_running(self.folder)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether it ended without a result, and may end otherwise: what refused its inputs at the start will do so again."""
+        if self.is_running or self.result.is_file():
+            return False
+        return any(self._workspaces()) or doors.refusal(doors.log_of(self.folder)) is None
+
+    def _workspaces(self) -> Iterator[Path]:
+        return self.folder.glob("sdxl-train-*")
 
     @property
     def log_end(self) -> str:
@@ -146,7 +156,7 @@ class Training:
         """What has happened, and the folder in which its previews are."""
         if self.result.is_file() and not (self.folder / _SEEN).is_dir():
             _look_into(self.result, self.folder / _SEEN)
-        running = [path.parent for path in self.folder.glob(f"sdxl-train-*/{OUTPUT}/{FILE}")]
+        running = [folder / OUTPUT for folder in self._workspaces()]
         for folder in [self.folder / _SEEN, *running]:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 return History.read(folder), folder

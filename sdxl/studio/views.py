@@ -139,10 +139,9 @@ def as_message(text: str) -> str:
     return str(escaped(text))
 
 
-def painted(mask: Path) -> Image.Image:
-    """A mask as paint for the editor: orange where it is white."""
-    with Image.open(mask) as opened:
-        grey = opened.convert("L")
+def painted(mask: Image.Image) -> Image.Image:
+    """A mask as paint for an editor: orange where it is white."""
+    grey = mask.convert("L")
     layer = Image.new("RGBA", grey.size, (255, 120, 40, 255))
     layer.putalpha(grey)
     return layer
