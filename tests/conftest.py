@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()  # until the tests are collected: looking through all that is imported takes two seconds
 
 LONGEST = (
+    "test_studio_page",
     "test_fleet",
     "test_cog_server",
     "test_data_parallel",

@@ -75,7 +75,7 @@ def fp8_range(setup: Setup, notes: Notes) -> None:
         nonlocal count, clipped, coarse, largest
         size = x.detach().abs()
         count += size.numel()
-        clipped += int((size > fp8._INPUT_SCALE * fp8._MAX).sum())
+        clipped += int((size > fp8._INPUT_SCALE * fp8.LARGEST).sum())
         coarse += int((size < fp8._INPUT_SCALE / 64).sum())
         largest = max(largest, float(size.max()))
         return F.linear(x, layer.weight, layer.bias)
