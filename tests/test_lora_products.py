@@ -170,3 +170,23 @@ def test_memory_decides_whether_a_base_is_in_int8(monkeypatch: pytest.MonkeyPatc
         assert lora_memory.in_int8(unet, config, card) == eight
         assert not lora_memory.in_int8(unet, dataclasses.replace(config, use_dora=True), card)
     assert lora_memory.in_int8(unet, dataclasses.replace(config, precision="int8"), card)
+
+
+def test_memory_decides_whether_a_base_gets_copies_in_fp8(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from sdxl.training import lora_memory
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**full_size.UNET).bfloat16().requires_grad_(False)
+    config = dataclasses.replace(CONFIG, is_lora=True, resolution=1024, train_batch_size=1, fp8=True)
+    card = torch.device("cuda")
+    assert 3.5e9 < fp8_products.copies_bytes(unet) < 5.1e9
+    monkeypatch.setattr(gpu, "capability_of", lambda _: (8, 9))
+    for able, gib, fits in ((True, 24, True), (True, 10, False), (False, 24, False)):
+        monkeypatch.setattr(lora_memory, "is_supported", lambda _, able=able: able)
+        monkeypatch.setattr(lora_memory, "free_bytes", lambda _, gib=gib: gib * 2**30)
+        caplog.clear()
+        assert lora_memory.in_fp8(unet, config, card) == fits
+        assert ("stay in bf16" in caplog.text) == (able and not fits)
+    assert not lora_memory.in_fp8(unet, dataclasses.replace(config, fp8=False), card)

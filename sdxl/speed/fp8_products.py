@@ -8,7 +8,7 @@ The layers keep their weights too: eager calls and everything outside a training
 what trains.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -36,6 +36,17 @@ def multiply_in_fp8(unet: UNet2DConditionModel) -> None:
 
     Keys and values of prompts are left out: a prompt has few tokens, so these products take no time.
     """
+    for layer in _layers(unet):
+        give_copies(layer)
+        layer.forward = MethodType(_forward, layer)
+
+
+def copies_bytes(unet: UNet2DConditionModel) -> int:
+    """The memory that `multiply_in_fp8` takes: two bytes for each weight, beside the scales."""
+    return sum(2 * layer.weight.numel() for layer in _layers(unet))
+
+
+def _layers(unet: UNet2DConditionModel) -> Iterator[nn.Linear]:
     for block in unet.modules():
         if not isinstance(block, BasicTransformerBlock):
             continue
@@ -43,10 +54,8 @@ def multiply_in_fp8(unet: UNet2DConditionModel) -> None:
         for layer in block.modules():
             if not isinstance(layer, nn.Linear) or layer in prompts:
                 continue
-            if any(side % MULTIPLE for side in layer.weight.shape):
-                continue
-            give_copies(layer)
-            layer.forward = MethodType(_forward, layer)
+            if not any(side % MULTIPLE for side in layer.weight.shape):
+                yield layer
 
 
 def give_copies(layer: nn.Linear) -> None:

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from sdxl.errors import UserInputError
 from sdxl.gpu import activations_in_bf16, training_half
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
-from sdxl.speed.fp8 import is_supported
 from sdxl.speed.fp8_products import multiply_in_fp8
 from sdxl.speed.int8_weights import hold_in_int8
 from sdxl.speed.lean_lora import make_lean
@@ -28,7 +27,7 @@ from sdxl.speed.memory import free_bytes, free_host_bytes
 from sdxl.speed.triton_here import triton_runs
 from sdxl.training.config import TrainingConfig
 from sdxl.training.data_parallel import gathered, rank, world_size
-from sdxl.training.lora_memory import in_int8, recomputes
+from sdxl.training.lora_memory import in_fp8, in_int8, recomputes
 from sdxl.training.memory_plan import MemoryPlan, choose_plan
 from sdxl.training.optimizers import SHAREABLE, Group
 from sdxl.training.sharding import can_share, share, whole
@@ -134,7 +133,7 @@ def lora(unet: UNet2DConditionModel, config: TrainingConfig, device: torch.devic
     if in_int8(unet, config, device):
         log.info("The base's linear layers are held in 8 bits: half the memory, and slightly less exact.")
         hold_in_int8(unet)
-    elif config.fp8 and is_supported(device):
+    elif in_fp8(unet, config, device):
         log.info("Products with the base's linear layers are in fp8.")
         multiply_in_fp8(unet)
     unet.to(device)  # type: ignore[arg-type]
