@@ -13,12 +13,13 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
+
+from sdxl.speed.linear_layers import linear_layers
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
-MULTIPLE = 16
+_MULTIPLE = 16
 """Both sides of a weight must be a multiple of this for fp8 products on the GPU."""
 _INPUT_SCALE = 4.0
 """Covers inputs up to 4 · 448 = 1792. Rounding becomes coarser below 4 / 64 = 1/16; normalised inputs are about 1."""
@@ -27,6 +28,15 @@ _INPUT_SCALE = 4.0
 def is_supported(device: torch.device) -> bool:
     """Whether the GPU can multiply in fp8, as compute capability 8.9 and higher can."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def layers_for_fp8(unet: UNet2DConditionModel, except_layers: Collection[nn.Module]) -> list[nn.Linear]:
+    """The linear layers in transformer blocks whose sizes allow fp8, except `except_layers`."""
+    return [
+        layer
+        for layer in linear_layers(unet)
+        if layer not in except_layers and not any(side % _MULTIPLE for side in layer.weight.shape)
+    ]
 
 
 class Fp8Layers:
@@ -38,15 +48,7 @@ class Fp8Layers:
 
     def __init__(self, unet: UNet2DConditionModel, *, except_layers: Collection[nn.Module] = ()) -> None:
         """Replace the forward of all linear layers in transformer blocks except `except_layers`."""
-        self._layers = [
-            layer
-            for block in unet.modules()
-            if isinstance(block, BasicTransformerBlock)
-            for layer in block.modules()
-            if isinstance(layer, nn.Linear)
-            and layer not in except_layers
-            and not any(side % MULTIPLE for side in layer.weight.shape)
-        ]
+        self._layers = layers_for_fp8(unet, except_layers)
         for layer in self._layers:
             values, scale = quantise(layer.weight.detach())
             layer.register_buffer("fp8_weight", values, persistent=False)

@@ -4,20 +4,20 @@ The numbers are e4m3 (arXiv:2209.05433), and sums are in higher precision. Each 
 has a scale of its own, so gradients of any size are rounded alike. The backward pass multiplies by the weight's columns: these
 are rounded once more, because a scale must not vary along a sum.
 
-The layers keep their weights too: eager calls and everything outside a training step use those. Knows layers; does not know
-what trains.
+The layers keep their weights too, because everything else that reads a weight expects it in its own precision. Knows layers;
+does not know what trains.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from sdxl.speed.fp8 import FP8, LARGEST, MULTIPLE
+from sdxl.speed.fp8 import FP8, LARGEST, layers_for_fp8
+from sdxl.speed.linear_layers import transformer_blocks
 
 _NAMES = "fp8_rows", "fp8_row_scales", "fp8_columns", "fp8_column_scales"
 
@@ -46,16 +46,11 @@ def copies_bytes(unet: UNet2DConditionModel) -> int:
     return sum(2 * layer.weight.numel() for layer in _layers(unet))
 
 
-def _layers(unet: UNet2DConditionModel) -> Iterator[nn.Linear]:
-    for block in unet.modules():
-        if not isinstance(block, BasicTransformerBlock):
-            continue
-        prompts = [] if block.attn2 is None else [block.attn2.to_k, block.attn2.to_v]
-        for layer in block.modules():
-            if not isinstance(layer, nn.Linear) or layer in prompts:
-                continue
-            if not any(side % MULTIPLE for side in layer.weight.shape):
-                yield layer
+def _layers(unet: UNet2DConditionModel) -> list[nn.Linear]:
+    """All but the keys and values of prompts."""
+    attentions = [block.attn2 for block in transformer_blocks(unet) if block.attn2 is not None]
+    prompts = [layer for one in attentions for layer in (one.to_k, one.to_v) if layer is not None]
+    return layers_for_fp8(unet, set(prompts))
 
 
 def give_copies(layer: nn.Linear) -> None:

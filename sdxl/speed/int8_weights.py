@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
+
+from sdxl.speed.linear_layers import linear_layers
 
 _LARGEST = 127
 
@@ -21,14 +22,11 @@ def hold_in_int8(unet: UNet2DConditionModel) -> None:
 
     The layers keep their names and their forward's dtype. Nothing in them takes gradients any longer.
     """
-    for block in unet.modules():
-        if isinstance(block, BasicTransformerBlock):
-            for layer in block.modules():
-                if isinstance(layer, nn.Linear):
-                    values, scale = rounded(layer.weight.detach())
-                    layer.weight = nn.Parameter(values, requires_grad=False)
-                    layer.register_buffer("int8_scale", scale, persistent=False)
-                    layer.forward = MethodType(_forward, layer)
+    for layer in linear_layers(unet):
+        values, scale = rounded(layer.weight.detach())
+        layer.weight = nn.Parameter(values, requires_grad=False)
+        layer.register_buffer("int8_scale", scale, persistent=False)
+        layer.forward = MethodType(_forward, layer)
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,26 @@
-"""Four sliders for a box in a picture, so that a part of it can be chosen without a mouse.
+"""How people choose a part of a picture: by painting over it, or without a mouse by four sliders for a box.
 
-Knows components; does not know what becomes of the box.
+Knows components; does not know what becomes of the part.
 """
 
 import gradio as gr
 
 _MARGIN = 10
 """Percent of the picture around the box that the sliders begin with."""
+
+
+def painted(label: str, height: int) -> gr.ImageEditor:
+    """A picture to paint over, `height` CSS pixels high."""
+    return gr.ImageEditor(
+        label=label,
+        type="pil",
+        sources=(),
+        transforms=(),
+        format="png",  # webp would lose detail
+        layers=False,
+        brush=gr.Brush(colors=["#ff7828"], color_mode="fixed", default_size=24),
+        height=height,
+    )
 
 
 class Box:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdxl.errors import UserInputError
 from sdxl.studio import crops, views
-from sdxl.studio.box import Box
+from sdxl.studio.box import Box, painted
 from sdxl.studio.picture_set import Picture, PictureSet
 from sdxl.studio.shared import PRIVATE, Studio, told
 
@@ -28,16 +28,7 @@ class Editor:
                 0, 100, label="Move the crop from left to right", step=1, elem_id="across"
             )
             self.down = gr.Slider(0, 100, label="Move the crop from top to bottom", step=1, elem_id="down")
-            self.paint = gr.ImageEditor(
-                label="Mask",
-                type="pil",
-                sources=(),
-                transforms=(),
-                format="png",  # webp would lose detail
-                layers=False,
-                brush=gr.Brush(colors=["#ff7828"], color_mode="fixed", default_size=24),
-                height=460,
-            )
+            self.paint = painted("Mask", 460)
             self.box = Box("Let only this box matter", "mask")
             self.done = gr.HTML(elem_id="kept", html_template="<div role='status'>${value}</div>")
             with gr.Row():

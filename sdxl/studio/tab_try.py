@@ -14,7 +14,7 @@ from PIL import Image
 from sdxl import miniature
 from sdxl.errors import UserInputError
 from sdxl.studio import crops, starting_picture, views
-from sdxl.studio.box import Box
+from sdxl.studio.box import Box, painted
 from sdxl.studio.projects import Project, read_json, write_json
 from sdxl.studio.shared import PRIVATE, Studio, told
 
@@ -96,16 +96,7 @@ class TryTab:
             with gr.Row():
                 choose = gr.UploadButton("Choose a picture", size="md", elem_id="start-picture")
                 forget = gr.Button("No picture", size="md", elem_id="start-none")
-            self.picture = gr.ImageEditor(
-                label="The picture to start from",
-                type="pil",
-                sources=(),
-                transforms=(),
-                format="png",  # webp would lose detail
-                layers=False,
-                brush=gr.Brush(colors=["#ff7828"], color_mode="fixed", default_size=24),
-                height=420,
-            )
+            self.picture = painted("The picture to start from", 420)
             box = Box("Draw only this box anew", "start")
             self.change = gr.Slider(0.05, 1, value=0.8, step=0.05, label="How much to change")
         choose.upload(_opened, choose, self.picture, api_visibility=PRIVATE)

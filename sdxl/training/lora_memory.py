@@ -60,7 +60,9 @@ def recomputes(unet: UNet2DConditionModel, config: TrainingConfig) -> bool:
 
 def _least(unet: UNet2DConditionModel, config: TrainingConfig, device: torch.device) -> int:
     """Bytes that are still to be allocated on `device`, with as few activations as the settings allow."""
-    to_come = 0 if unet.device == device else sum(parameter.nbytes for parameter in unet.parameters())
+    to_come = (
+        0 if unet.device.type == device.type else sum(parameter.nbytes for parameter in unet.parameters())
+    )
     recompute = config.gradient_checkpointing is not False
     return to_come + _needed(unet, config, device, recompute=recompute)
 

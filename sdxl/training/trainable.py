@@ -247,7 +247,8 @@ def _memory_plan(
     device: torch.device,
 ) -> MemoryPlan:
     """How to hold the weights while they train on `device`. A CPU always counts as having enough memory."""
-    size = sum(parameter.nbytes for parameter in unet.parameters()) if unet.device == device else 0
+    is_there = unet.device.type == device.type  # a device may be named with or without its number
+    size = sum(parameter.nbytes for parameter in unet.parameters()) if is_there else 0
     held = 0 if teacher is None else sum(parameter.nbytes for parameter in teacher.parameters())
     return choose_plan(
         free_bytes=min(gathered(free_bytes(device))) + size,  # all processes must choose alike
