@@ -222,6 +222,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     pipeline = load_teacher("cuda" if cuda else "cpu")
     bank = scenes(pipeline, args.scenes)
     work = Distillation(pipeline, rank=args.rank, guidance=args.guidance)

@@ -15,6 +15,7 @@ from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from sdxl.files.weight_files import pin
+from sdxl.training.half_copies import as_rows
 
 _MOMENTS = "exp_avg", "exp_avg_sq"
 
@@ -80,11 +81,8 @@ class EightBitAdamW(AdamW8bit):
 
     def _seen(self, values: Tensor, p: nn.Parameter) -> Tensor:
         """`values` of the weight `p` in its memory order: [blocks, 256], or [n] if it is not made of whole blocks."""
-        row = values.permute(sorted(range(p.dim()), key=p.stride, reverse=True))
-        # The weight itself must be a view, never a copy: the step writes into it.
-        row = row.view(-1) if values.data_ptr() == p.data_ptr() else row.reshape(-1)
-        whole = row.numel() >= 4096 and row.numel() % self.block_size == 0
-        return row.view(-1, self.block_size) if whole else row
+        rows = as_rows(values, p)
+        return rows if rows.numel() >= 4096 else rows.view(-1)
 
 
 class UncompiledEightBitAdamW(EightBitAdamW):

@@ -25,7 +25,9 @@ from transformers.optimization import Adafactor
 
 from sdxl.errors import UserInputError
 from sdxl.speed.triton_here import triton_runs
+from sdxl.training.half_copies import HalfCopies
 from sdxl.training.optimizer_8bit import EightBitAdamW, UncompiledEightBitAdamW
+from sdxl.training.optimizer_with_copies import AdamWWithCopies, UncompiledAdamWWithCopies
 from sdxl.training.sharding import Shards
 
 CAPTURABLE = frozenset({"adamw", "adamw_8bit"})
@@ -46,6 +48,8 @@ class Group:
     """Decoupled decay, at least 0: every step shrinks weights by `lr` times this."""
     shards: Shards | None = None
     """If processes share these parameters: what knows it, and `params` are the parts of this process."""
+    copies: HalfCopies | None = None
+    """If the UNet computes with bf16 copies of these parameters: what knows the copies. Only for "adamw"."""
     state_on_host: bool = False
     """Whether what the optimizer remembers of them lies in the CPU's memory, and visits the GPU in each update. Only for
     "adamw_8bit"."""
@@ -65,6 +69,8 @@ class Optimizers:
         """See `make_optimizers` for the arguments and errors."""
         self.shards = weights.shards
         """Not None if several processes share the weights."""
+        self.copies = weights.copies
+        """Not None if the UNet computes with bf16 copies of the weights."""
         self.capturable = name in CAPTURABLE and self.shards is None and not weights.state_on_host
         """Whether a CUDA graph may contain `step`."""
         text = [rows, encoders] if encoders and encoders.params else [rows]
@@ -97,10 +103,18 @@ class Optimizers:
         for optimizer in self._optimizers:
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if id(group) not in frozen]
 
+    @property
+    def held(self) -> list[nn.Parameter]:
+        """The parameters that modules hold: where the backward pass leaves gradients. Copies, where weights have them."""
+        copies = self.copies
+        return [*self.parameters] if copies is None else [copies.of(p) for p in self.parameters]
+
     def to_average(self) -> list[Tensor]:
         """After the backward pass: the gradients that are still to be averaged over all processes."""
         groups = self._groups()
         collected = []
+        if self.copies is not None:
+            self.copies.collect()
         if self.shards is not None:
             collected = self.shards.collect()
             groups = [group for group in groups if group is not self._weights]
@@ -112,9 +126,10 @@ class Optimizers:
 
         Each kind is clipped on its own: large gradients of the rows must not shrink the UNet's step, or the reverse.
         """
+        special = self.shards or self.copies
         return [
-            self.shards.clip(max_norm)
-            if self.shards is not None and group is self._weights
+            special.clip(max_norm)
+            if special is not None and group is self._weights
             else nn.utils.clip_grad_norm_(group["params"], max_norm)
             for group in self._groups()
         ]
@@ -169,9 +184,12 @@ def make_optimizers(name: str, weights: Group, *text: Group, device: torch.devic
 def adamw(groups: Iterable[Group], device: torch.device) -> Optimizer:
     """AdamW with fp32 state, fused. Capturable: on CUDA it is one kernel, with its step count and rates on the device.
 
-    Its kernels require gradients of the weights' dtype.
+    Its kernels require gradients of the weights' dtype. With `copies` gradients are bf16, and each weight has a kernel of its own.
     """
-    cuda = device.type == "cuda"
+    cuda, groups = device.type == "cuda", list(groups)
+    for copies in (group.copies for group in groups if group.copies is not None):
+        made = AdamWWithCopies if cuda and triton_runs() else UncompiledAdamWWithCopies
+        return made(_as_dicts(groups, device if cuda else None), copies)
     return torch.optim.AdamW(_as_dicts(groups, device if cuda else None), fused=True, capturable=cuda)
 
 

@@ -134,6 +134,8 @@ class RunState:
                     best[name.removeprefix(_BEST)] = tensor.cpu()
                 elif name in own:
                     own[name].copy_(part_of(tensor) if self._is_part(name, own[name]) else tensor)
+        if self._optimizers.copies is not None:
+            self._optimizers.copies.renew()
         numbers = [*self._entries(), *self._of_groups()]
         for where, key, name in numbers:
             if name in scalars and _is_number(where[key]):

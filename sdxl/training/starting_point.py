@@ -17,7 +17,8 @@ from sdxl.errors import WeightsError
 from sdxl.model.loaded_fine_tune import LoadedFineTune
 from sdxl.model.weight_changes import LowRank, Rescaled, WeightChange
 from sdxl.training.config import TrainingConfig
-from sdxl.training.sharding import set_whole, whole
+from sdxl.training.half_copies import exact, set_exactly
+from sdxl.training.sharding import whole
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import LORA_TARGETS
 
@@ -80,12 +81,12 @@ class StartingPoint:
         parameters = dict(unet.named_parameters())
         for key, value in self.fine_tune.whole.items():
             if key.startswith(_UNET):
-                set_whole(parameters[key.removeprefix(_UNET)], value)
+                set_exactly(parameters[key.removeprefix(_UNET)], value)
         for key, change in self.fine_tune.lora.items():
             if key.startswith(_UNET):
                 weight = parameters[key.removeprefix(_UNET)]
-                before = whole(weight).float()
-                set_whole(weight, change.added(before, before, 1.0))
+                before = whole(exact(weight)).float()
+                set_exactly(weight, change.added(before, before, 1.0))
 
     @property
     def _rows(self) -> list[tuple[list[int], list[int]]]:

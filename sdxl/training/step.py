@@ -55,7 +55,7 @@ class TrainingStep:
         graphs = config.cuda_graph and optimizers.shards is None
         self._graphed = GraphedWork(self._device, generator, enabled=graphs)
         self._taught_in_batch = config.learned_at_once + config.taught_at_once <= config.train_batch_size
-        self._average = GradientAverage([] if optimizers.shards is not None else optimizers.parameters)
+        self._average = GradientAverage([] if optimizers.shards is not None else optimizers.held)
         self._one_graph = all(len(batches.buckets) == 1 for batches in sources)
 
     def gradients(self, drawn: tuple[int, ...]) -> tuple[float, list[float]]:

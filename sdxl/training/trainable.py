@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sdxl.errors import UserInputError
-from sdxl.gpu import activations_in_bf16, training_half
+from sdxl.gpu import activations_in_bf16, capability_of, computes_bf16, training_half
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.speed.fp8_products import multiply_in_fp8
 from sdxl.speed.int8_weights import hold_in_int8
@@ -27,6 +27,7 @@ from sdxl.speed.memory import free_bytes, free_host_bytes
 from sdxl.speed.triton_here import triton_runs
 from sdxl.training.config import TrainingConfig
 from sdxl.training.data_parallel import gathered, rank, world_size
+from sdxl.training.half_copies import HalfCopies, exact
 from sdxl.training.lora_memory import in_fp8, in_int8, recomputes
 from sdxl.training.memory_plan import MemoryPlan, choose_plan
 from sdxl.training.optimizers import SHAREABLE, Group
@@ -95,7 +96,9 @@ def full_unet(
     plan.apply(unet)
     unet.to(device)  # type: ignore[arg-type]
     _prepare(unet, config, checkpointing=plan.checkpointing)
-    shards = None
+    shards = copies = None
+    if _takes_copies(plan, config, device):
+        copies = HalfCopies(unet)
     if plan.shared_by > 1:
         shards = share(unet)
         if teacher is not None:
@@ -103,17 +106,22 @@ def full_unet(
 
     def export() -> dict[str, Tensor]:
         found = {}
-        for name, value in unet.state_dict().items():
-            complete = whole(value.detach())  # by all processes together
+        for name, value in unet.named_parameters():
+            complete = whole(exact(value).detach())  # by all processes together
             if shards is None or rank() == 0:
                 found[name] = complete.to("cpu", torch.float16).contiguous()
         return found
 
-    params = list(unet.parameters()) if shards is None else shards.parameters
+    special = shards or copies
+    params = list(unet.parameters()) if special is None else special.parameters
     return Trainable(
         kind="unet",
         weights=Group(
-            params=params, lr=config.unet_learning_rate, shards=shards, state_on_host=plan.state_on_host
+            params=params,
+            lr=config.unet_learning_rate,
+            shards=shards,
+            copies=copies,
+            state_on_host=plan.state_on_host,
         ),
         optimizer=plan.optimizer,
         mixed_precision=True,
@@ -262,6 +270,20 @@ def _memory_plan(
         precision=config.precision,
         checkpointing=config.gradient_checkpointing,
         bf16=activations_in_bf16(device),
+    )
+
+
+def _takes_copies(plan: MemoryPlan, config: TrainingConfig, device: torch.device) -> bool:
+    """Whether the UNet computes with bf16 copies of its fp32 weights: where that is as exact as autocast, and kernels compile.
+
+    Micro-batches add up their gradients, which takes fp32.
+    """
+    return (
+        (plan.weights, plan.optimizer, plan.shared_by) == (torch.float32, "adamw", 1)
+        and config.gradient_accumulation_steps == 1
+        and device.type == "cuda"
+        and computes_bf16(capability_of(device))
+        and triton_runs()
     )
 
 
