@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.many_gpus import KINDS, compared, largest_difference, losses_together
 from dataset_and_utils import TokenMap
 from sdxl.errors import UserInputError
 from sdxl.model.components import load_components
 from sdxl.model.fine_tune_files import TrainedFineTune
-from sdxl.training import data_parallel
+from sdxl.training import data_parallel, gradient_average
 from sdxl.training.config import TrainingConfig
 from sdxl.training.examples import cache_examples
+from sdxl.training.gradient_average import GradientAverage
 from sdxl.training.recipe import fine_tune
 from sdxl.training.resuming import digest, require_one_run
 from sdxl.training.sharding import set_whole, whole
@@ -89,6 +91,37 @@ def share(folder: Path) -> dict[str, float]:
     return found
 
 
+def average_on_the_way(rank: int) -> None:
+    """Gradients are averaged while the backward pass goes on, in any layout and dtype, in messages of several."""
+    for in_place in (False, True):
+        weights = [nn.Parameter(torch.full((8, 4, 3, 3), 1.0)) for _ in range(3)]
+        weights[1].data = weights[1].data.to(memory_format=torch.channels_last)
+        weights.append(nn.Parameter(torch.ones(8, 4, 3, 3, dtype=torch.bfloat16)))
+        weights.append(nn.Parameter(torch.ones(2)))  # too small for a message on the way
+        scale = torch.arange(288.0).view(8, 4, 3, 3)
+        averaged = GradientAverage(weights, in_place=in_place)
+        for step in range(2):
+            before = [weight.grad for weight in weights]
+            for weight in weights:
+                if weight.grad is not None:
+                    weight.grad.zero_()
+            for last in (False, True):  # two backward passes add up, and only the second is sent
+                with averaged.during(last=last):
+                    sum((weight.float() * scale * rank).sum() for weight in weights[:-1]).add(
+                        weights[-1].sum() * rank
+                    ).backward()
+            received = averaged.receive()
+            assert len(received) == 4
+            rest = [weight.grad for weight in weights if weight.grad is not None]
+            averaged.finish(rest, received=received)
+            for weight in weights[:-1]:  # the mean of 0 and 2 · scale
+                assert weight.grad is not None and weight.grad.stride() == weight.stride()
+                torch.testing.assert_close(weight.grad.float(), scale, rtol=1e-2, atol=0)
+            assert rest[-1].tolist() == [1.0, 1.0]
+            if in_place and step:
+                assert [id(weight.grad) for weight in weights] == [id(gradient) for gradient in before]
+
+
 def compared_runs() -> dict[str, TrainingConfig]:
     """Kind of training → a short one, whose losses are compared with those of one process."""
     return {
@@ -123,6 +156,8 @@ def work(folder: Path) -> None:
         with pytest.raises(UserInputError, match=f"was given other {what} than"):
             require_one_run(record, captions)
     require_one_run({"settings": {}}, ["equal"])
+    gradient_average.LARGE_BYTES, gradient_average.MESSAGE_BYTES = 256, 2048  # as small as the weights here
+    average_on_the_way(rank)
     learn(folder, str(rank), Path(os.environ["SDXL_BASE"]))
     go_on(folder / "state", SMALL)
     measured = {"shared": share(folder), "losses": losses_of_each()}

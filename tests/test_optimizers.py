@@ -497,15 +497,16 @@ def test_a_captured_step_counts_on_and_sees_new_rates(name: str):
 def test_8_bit_state_on_the_host_gives_the_same_weights_on_cuda():
     found = []
     for on_host in (False, True):
-        torch.manual_seed(0)
+        generator = torch.Generator("cuda").manual_seed(0)  # compiling may draw from torch's own
         weights = [
-            nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((640, 640), (320, 320, 3, 3))
+            nn.Parameter(torch.randn(shape, device="cuda", generator=generator))
+            for shape in ((640, 640), (320, 320, 3, 3))
         ]
         group = Group(params=weights, lr=1e-3, state_on_host=on_host)
         [optimizer] = make_optimizers("adamw_8bit", group, device=torch.device("cuda"))
         for _ in range(5):
             for weight in weights:
-                weight.grad = torch.randn_like(weight)
+                weight.grad = torch.randn(weight.shape, device="cuda", generator=generator)
             optimizer.step()
         codes = [optimizer.state[weight]["exp_avg"].codes for weight in weights]
         assert all(code.is_cuda != on_host and code.is_pinned() == on_host for code in codes)

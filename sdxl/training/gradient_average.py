@@ -5,6 +5,8 @@ Knows gradients and the group of processes; does not know what trains. In a sing
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,53 +14,125 @@ from torch import Tensor, nn
 
 from sdxl.training.data_parallel import average, world_size
 
-LARGE_BYTES = 2**20
-"""A gradient of this size has a message of its own, sent as soon as it is known. Smaller ones share one at the end: each
-message takes some time, however short it is."""
+LARGE_BYTES = 2**19
+"""Gradients of this size are sent while the backward pass goes on. Smaller ones share one message at the end."""
+MESSAGE_BYTES = 2**26
+"""A message is sent when it has this size: each takes some time, however short it is."""
+
+
+@dataclass(kw_only=True)
+class _Message:
+    """Gradients that are sent together."""
+
+    parameters: list[nn.Parameter]
+    missing: int = 0
+    """How many of them the backward pass has not computed yet."""
+    sent: list[Tensor] = field(default_factory=list)
+    """The parameters whose gradients are on their way."""
+    flat: Tensor | None = None
+    """Their gradients one after the other, in memory order; the means, once `work` is done."""
+    work: dist.Work | None = None
 
 
 class GradientAverage:
     """Averages the gradients of some parameters, again and again."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        """All processes give the same parameters, and their backward passes have the same order."""
-        self._is_last = False
-        self._sent: list[tuple[Tensor, dist.Work]] = []
+    def __init__(self, parameters: Iterable[nn.Parameter], *, in_place: bool) -> None:
+        """All processes give the same parameters.
+
+        in_place: gradients keep their place in memory. Otherwise they become parts of messages, which saves a copy.
+        """
+        self._is_last, self._in_place = False, in_place
+        self._messages: list[_Message] = []
+        """In the order in which they are sent: the backward pass may compute gradients in another order in each process."""
+        self._next = 0
         if world_size() == 1:
             return
         self._means = dist.get_backend() == "nccl"  # others only add
-        for parameter in parameters:
-            if parameter.nbytes >= LARGE_BYTES:
-                parameter.register_post_accumulate_grad_hook(self._send)
+        for message in _messages([one for one in parameters if one.nbytes >= LARGE_BYTES]):
+            self._messages.append(message)
+            for parameter in message.parameters:
+                parameter.register_post_accumulate_grad_hook(partial(self._complete, message))
 
     @contextmanager
     def during(self, *, last: bool) -> Iterator[None]:
         """While the context lasts, a backward pass runs. It is the `last` one of a step if no other adds to its gradients."""
-        self._is_last = last
+        self._is_last, self._next = last, 0
+        for message in self._messages:
+            message.missing = len(message.parameters)
         try:
             yield
         finally:
             self._is_last = False
 
     @torch.no_grad()
-    def finish(self, tensors: Sequence[Tensor]) -> None:
-        """Replace `tensors` by their means: the gradients, most of which are sent already, and other numbers."""
-        sent = {id(gradient) for gradient, _ in self._sent}
-        average([tensor for tensor in tensors if id(tensor) not in sent])
-        for gradient, work in self._sent:
-            work.wait()
+    def receive(self) -> list[Tensor]:
+        """After the backward pass: wait for what was sent. The parameters have the mean gradients then, which are returned."""
+        for message in self._messages[self._next :]:  # not complete: some parameters have no gradient
+            self._send(message)
+        received = []
+        for message in self._messages:
+            if message.work is None or message.flat is None:
+                continue
+            message.work.wait()
             if not self._means:
-                gradient.div_(world_size())
-        self._sent.clear()
+                message.flat.div_(world_size())
+            parts = message.flat.split([parameter.numel() for parameter in message.sent])
+            for parameter, part in zip(message.sent, parts, strict=True):
+                mean = part.as_strided(parameter.shape, _gradient(parameter).stride())
+                if self._in_place:
+                    _gradient(parameter).copy_(mean)
+                else:
+                    parameter.grad = mean
+                received.append(_gradient(parameter))
+            message.flat = message.work = None
+        return received
 
-    def _send(self, parameter: Tensor) -> None:
-        """Send the gradient of `parameter`, which is complete."""
-        gradient = parameter.grad
-        if self._is_last and gradient is not None and _is_dense(gradient):
-            operation = dist.ReduceOp.AVG if self._means else dist.ReduceOp.SUM
-            work = dist.all_reduce(gradient, operation, async_op=True)
-            assert work is not None
-            self._sent.append((gradient, work))
+    @torch.no_grad()
+    def finish(self, tensors: Sequence[Tensor], *, received: Sequence[Tensor]) -> None:
+        """Replace `tensors` by their means, except those that were `received`."""
+        done = {id(tensor) for tensor in received}
+        average([tensor for tensor in tensors if id(tensor) not in done])
+
+    def _complete(self, message: _Message, _: Tensor) -> None:
+        """One more gradient of `message` is complete: send what is next, as far as it is complete."""
+        message.missing -= 1
+        while self._is_last and self._next < len(self._messages) and not self._messages[self._next].missing:
+            self._send(self._messages[self._next])
+            self._next += 1
+
+    @torch.no_grad()
+    def _send(self, message: _Message) -> None:
+        message.sent = [one for one in message.parameters if one.grad is not None and _is_dense(one.grad)]
+        if not message.sent:
+            return
+        message.flat = torch.cat([_flat(_gradient(parameter)) for parameter in message.sent])
+        operation = dist.ReduceOp.AVG if self._means else dist.ReduceOp.SUM
+        message.work = dist.all_reduce(message.flat, operation, async_op=True)
+
+
+def _messages(parameters: Sequence[nn.Parameter]) -> Iterator[_Message]:
+    """The parameters, the last first as in a backward pass, in messages of one dtype and about `MESSAGE_BYTES`."""
+    some: list[nn.Parameter] = []
+    for parameter in reversed(parameters):
+        if some and (
+            _dtype(some[0]) is not _dtype(parameter) or sum(one.nbytes for one in some) >= MESSAGE_BYTES
+        ):
+            yield _Message(parameters=some)
+            some = []
+        some.append(parameter)
+    if some:
+        yield _Message(parameters=some)
+
+
+def _dtype(parameter: nn.Parameter) -> torch.dtype:
+    """Of its gradient."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -66,3 +140,8 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (
         tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A dense tensor [n] in memory order."""
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -55,8 +55,9 @@ class TrainingStep:
         graphs = config.cuda_graph and optimizers.shards is None
         self._graphed = GraphedWork(self._device, generator, enabled=graphs)
         self._taught_in_batch = config.learned_at_once + config.taught_at_once <= config.train_batch_size
-        self._average = GradientAverage([] if optimizers.shards is not None else optimizers.held)
         self._one_graph = all(len(batches.buckets) == 1 for batches in sources)
+        averaged = [] if optimizers.shards is not None else optimizers.held
+        self._average = GradientAverage(averaged, in_place=not self._one_graph)
 
     def gradients(self, drawn: tuple[int, ...]) -> tuple[float, list[float]]:
         """Compute clipped gradients of the batches in the buckets `drawn`, one number for each source.
@@ -102,7 +103,8 @@ class TrainingStep:
             total += weighted.detach().sum()
 
         # Average over all processes. The loss too: if one process must stop, all must.
-        self._average.finish([*self._optimizers.to_average(), total])
+        received = self._average.receive()
+        self._average.finish([*self._optimizers.to_average(), total], received=received)
         return torch.stack([total, *self._optimizers.clip(MAX_GRAD_NORM)])
 
     def _groups(self, drawn: tuple[int, ...]) -> Iterator[list[tuple[Part, float]]]:
