@@ -29,16 +29,17 @@ def whole_run(folder: Path, *inputs: str) -> dict[str, Any]:
         started = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, bufsize=0)
         assert process.stderr is not None
-        text, spoke, first = "", None, None
+        text, imported, first = "", None, None
         while part := process.stderr.read(4096):  # read the log as it arrives
-            spoke = spoke or time.perf_counter() - started  # the first line: all modules are imported
             text += f"\n[{time.perf_counter() - started:.1f} s] {part.decode(errors='replace').strip()}"
+            if imported is None and "Preparing pictures" in text:  # what comes first and needs all modules
+                imported = time.perf_counter() - started
             if first is None and re.search(r"Training.*\| [1-9]\d*/\d+ ", text):
                 first = time.perf_counter() - started
         (folder / f"{name}.log").write_text(text)
         if process.wait():
             raise RuntimeError(text[-3000:])
-        found[f"{name}_imported_s"] = round(spoke or float("nan"), 1)
+        found[f"{name}_imported_s"] = round(imported or float("nan"), 1)
         found[f"{name}_first_step_s"] = round(first or float("nan"), 1)
         found[f"{name}_total_s"] = round(time.perf_counter() - started, 1)
     return found
