@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sdxl.training.data_parallel import average, world_size
+from sdxl.training.data_parallel import agreed, average, world_size
 
 LARGE_BYTES = 2**19
 """Gradients of this size are sent while the backward pass goes on. Smaller ones share one message at the end."""
@@ -42,17 +42,19 @@ class GradientAverage:
 
         in_place: gradients keep their place in memory. Otherwise they become parts of messages, which saves a copy.
         """
-        self._is_last, self._in_place = False, in_place
+        self._is_last, self._in_place, self._next = False, in_place, 0
         self._messages: list[_Message] = []
-        """In the order in which they are sent: the backward pass may compute gradients in another order in each process."""
-        self._next = 0
+        """In the order in which they are sent."""
+        self._message_of: dict[int, _Message] = {}
+        """The number of a parameter → its message."""
+        self._arrived: list[int] = []
+        """The numbers of the parameters in the order of the first backward pass."""
         if world_size() == 1:
             return
         self._means = dist.get_backend() == "nccl"  # others only add
-        for message in _messages([one for one in parameters if one.nbytes >= LARGE_BYTES]):
-            self._messages.append(message)
-            for parameter in message.parameters:
-                parameter.register_post_accumulate_grad_hook(partial(self._complete, message))
+        self._parameters = [one for one in parameters if one.nbytes >= LARGE_BYTES]
+        for number, parameter in enumerate(self._parameters):
+            parameter.register_post_accumulate_grad_hook(partial(self._complete, number))
 
     @contextmanager
     def during(self, *, last: bool) -> Iterator[None]:
@@ -68,6 +70,8 @@ class GradientAverage:
     @torch.no_grad()
     def receive(self) -> list[Tensor]:
         """After the backward pass: wait for what was sent. The parameters have the mean gradients then, which are returned."""
+        if self._arrived and not self._messages:
+            self._plan()
         for message in self._messages[self._next :]:  # not complete: some parameters have no gradient
             self._send(message)
         received = []
@@ -94,9 +98,23 @@ class GradientAverage:
         done = {id(tensor) for tensor in received}
         average([tensor for tensor in tensors if id(tensor) not in done])
 
-    def _complete(self, message: _Message, _: Tensor) -> None:
-        """One more gradient of `message` is complete: send what is next, as far as it is complete."""
-        message.missing -= 1
+    def _plan(self) -> None:
+        """Make the messages, in the order of the first process's first backward pass: others may compute in another order."""
+        order = agreed(self._arrived)
+        self._messages = list(_messages([self._parameters[number] for number in order]))
+        numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
+        self._message_of = {
+            numbers[id(one)]: message for message in self._messages for one in message.parameters
+        }
+
+    def _complete(self, number: int, _: Tensor) -> None:
+        """The gradient of a parameter is complete: send the messages that are next, as far as they are complete."""
+        if not self._messages:
+            if self._is_last:
+                self._arrived.append(number)
+            return
+        if number in self._message_of:
+            self._message_of[number].missing -= 1
         while self._is_last and self._next < len(self._messages) and not self._messages[self._next].missing:
             self._send(self._messages[self._next])
             self._next += 1
@@ -112,9 +130,9 @@ class GradientAverage:
 
 
 def _messages(parameters: Sequence[nn.Parameter]) -> Iterator[_Message]:
-    """The parameters, the last first as in a backward pass, in messages of one dtype and about `MESSAGE_BYTES`."""
+    """The parameters in messages of one dtype and about `MESSAGE_BYTES`."""
     some: list[nn.Parameter] = []
-    for parameter in reversed(parameters):
+    for parameter in parameters:
         if some and (
             _dtype(some[0]) is not _dtype(parameter) or sum(one.nbytes for one in some) >= MESSAGE_BYTES
         ):
