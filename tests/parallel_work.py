@@ -93,17 +93,19 @@ def share(folder: Path) -> dict[str, float]:
 
 def average_on_the_way(rank: int) -> None:
     """Gradients are averaged while the backward pass goes on, in any layout and dtype, in messages of several."""
-    for in_place in (False, True):
+    for anew in (False, True):
         weights = [nn.Parameter(torch.full((8, 4, 3, 3), 1.0)) for _ in range(3)]
         weights[1].data = weights[1].data.to(memory_format=torch.channels_last)
         weights.append(nn.Parameter(torch.ones(8, 4, 3, 3, dtype=torch.bfloat16)))
         weights.append(nn.Parameter(torch.ones(2)))  # too small for a message on the way
         scale = torch.arange(288.0).view(8, 4, 3, 3)
-        averaged = GradientAverage(weights, in_place=in_place)
+        averaged = GradientAverage(weights)
         for step in range(2):
             before = [weight.grad for weight in weights]
             for weight in weights:
-                if weight.grad is not None:
+                if anew or weight.grad is None:
+                    weight.grad = None
+                else:
                     weight.grad.zero_()
             for last in (False, True):  # two backward passes add up, and only the second is sent
                 with averaged.during(last=last):
@@ -118,8 +120,13 @@ def average_on_the_way(rank: int) -> None:
                 assert weight.grad is not None and weight.grad.stride() == weight.stride()
                 torch.testing.assert_close(weight.grad.float(), scale, rtol=1e-2, atol=0)
             assert rest[-1].tolist() == [1.0, 1.0]
-            if in_place and step:
+            if step and not anew:
                 assert [id(weight.grad) for weight in weights] == [id(gradient) for gradient in before]
+        # A frozen parameter is left out, whatever gradient it still has.
+        weights[0].requires_grad_(False)
+        with averaged.during(last=True):
+            weights[1].sum().backward()
+        assert len(averaged.receive()) == 3
 
 
 def compared_runs() -> dict[str, TrainingConfig]:

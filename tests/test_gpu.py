@@ -176,7 +176,7 @@ def test_a_captured_step_is_the_eager_step(
     """
     if not rounded:
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        monkeypatch.setattr("sdxl.training.trainable._takes_copies", lambda *_: False)
+        monkeypatch.setattr("sdxl.training.trainable.takes_copies", lambda *_: False)
         for module in ("step", "caption_encoding"):
             monkeypatch.setattr(
                 f"sdxl.training.{module}.autocast", lambda device, enabled=True: contextlib.nullcontext()

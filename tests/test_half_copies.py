@@ -1,6 +1,7 @@
 """bf16 copies of fp32 weights: a step is what it is under autocast, and who sets weights sets both."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from sdxl.training.half_copies import HalfCopies, exact, set_exactly
+from sdxl.training.loss import DenoisingLoss
 from sdxl.training.memory_plan import FP32_ADAMW
 from sdxl.training.optimizers import Group, Optimizers
+from tests.test_resume import SMALL as TINY
+from tests.test_resume import narrow_components
 from tests.tiny_helpers import narrow_unet
 
 CPU = torch.device("cpu")
@@ -118,3 +122,14 @@ def test_who_sets_a_weight_sets_its_copy():
         copies.parameters[0].zero_()
     copies.renew()
     assert not layer.weight.any()
+
+
+def test_gradients_of_captions_add_up_in_fp32():
+    """Every attention layer adds to them, so the captions go to the UNet in fp32, whatever its copies are."""
+    config = {**narrow_unet().config, "block_out_channels": [64, 64]}
+    unet: Any = UNet2DConditionModel.from_config(config)
+    HalfCopies(unet)
+    assert unet.dtype is torch.bfloat16
+    parts = dataclasses.replace(narrow_components(CPU), unet=unet)
+    loss = DenoisingLoss(parts, TINY, torch.Generator(), None)
+    assert loss._dtype is torch.float32

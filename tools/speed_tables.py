@@ -36,9 +36,10 @@ _SUMMARY = {
     "speedup_default": "default LoRA at 1024×1024: how many times as fast as the plain loop",
     "speedup_1024": "LoRA at 1024×1024: how many times as fast as the plain loop",
     "speedup_768": "LoRA at 768×768: how many times as fast as the plain loop",
-    "warm_first_step_s": "LoRA: from process start to the first step, with cached kernels, s",
+    "warm_first_step_s": "default LoRA: from process start to the first step, with cached kernels, s",
     "warm_imported_s": "of which Python's imports, s",
-    "archive_to_tar_min": "LoRA: 1000 steps at 1024×1024, from archive to tar, min",
+    "archive_to_tar_min": "default LoRA: 1000 steps at 1024×1024, from archive to tar, min",
+    "quick_archive_to_tar_s": "`preset=quick`: 300 steps, from archive to tar, s",
     **{
         f"{kind}_gpus_{count}_speedup": f"{what} on {count} GPUs: pictures per second, compared with one GPU"
         for kind, what in (

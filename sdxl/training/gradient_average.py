@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sdxl.training.data_parallel import agreed, average, world_size
+from sdxl.training.memory_plan import gradient_dtype
 
 LARGE_BYTES = 2**19
 """Gradients of this size are sent while the backward pass goes on. Smaller ones share one message at the end."""
 MESSAGE_BYTES = 2**26
-"""A message is sent when it has this size: each takes some time, however short it is."""
+"""Gradients are collected until a message has this size, because every message costs time."""
 
 
 @dataclass(kw_only=True)
@@ -27,22 +28,19 @@ class _Message:
     parameters: list[nn.Parameter]
     missing: int = 0
     """How many of them the backward pass has not computed yet."""
-    sent: list[Tensor] = field(default_factory=list)
+    sent: list[nn.Parameter] = field(default_factory=list)
     """The parameters whose gradients are on their way."""
-    flat: Tensor | None = None
-    """Their gradients one after the other, in memory order; the means, once `work` is done."""
+    flat: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Their gradients one after the other, in memory order. The gradients of the parameters are views of it."""
     work: dist.Work | None = None
 
 
 class GradientAverage:
     """Averages the gradients of some parameters, again and again."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, in_place: bool) -> None:
-        """All processes give the same parameters.
-
-        in_place: gradients keep their place in memory. Otherwise they become parts of messages, which saves a copy.
-        """
-        self._is_last, self._in_place, self._next = False, in_place, 0
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        """All processes give the same parameters."""
+        self._is_last, self._next = False, 0
         self._messages: list[_Message] = []
         """In the order in which they are sent."""
         self._message_of: dict[int, _Message] = {}
@@ -52,7 +50,7 @@ class GradientAverage:
         if world_size() == 1:
             return
         self._means = dist.get_backend() == "nccl"  # others only add
-        self._parameters = [one for one in parameters if one.nbytes >= LARGE_BYTES]
+        self._parameters = [one for one in parameters if _bytes(one) >= LARGE_BYTES]
         for number, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(partial(self._complete, number))
 
@@ -61,7 +59,7 @@ class GradientAverage:
         """While the context lasts, a backward pass runs. It is the `last` one of a step if no other adds to its gradients."""
         self._is_last, self._next = last, 0
         for message in self._messages:
-            message.missing = len(message.parameters)
+            message.missing = sum(one.requires_grad for one in message.parameters)
         try:
             yield
         finally:
@@ -72,24 +70,19 @@ class GradientAverage:
         """After the backward pass: wait for what was sent. The parameters have the mean gradients then, which are returned."""
         if self._arrived and not self._messages:
             self._plan()
-        for message in self._messages[self._next :]:  # not complete: some parameters have no gradient
+        for message in self._messages[
+            self._next :
+        ]:  # those of the first step, and those that miss a gradient
             self._send(message)
         received = []
         for message in self._messages:
-            if message.work is None or message.flat is None:
+            if message.work is None:
                 continue
             message.work.wait()
             if not self._means:
                 message.flat.div_(world_size())
-            parts = message.flat.split([parameter.numel() for parameter in message.sent])
-            for parameter, part in zip(message.sent, parts, strict=True):
-                mean = part.as_strided(parameter.shape, _gradient(parameter).stride())
-                if self._in_place:
-                    _gradient(parameter).copy_(mean)
-                else:
-                    parameter.grad = mean
-                received.append(_gradient(parameter))
-            message.flat = message.work = None
+            received += map(_gradient, message.sent)
+            message.work = None
         return received
 
     @torch.no_grad()
@@ -121,12 +114,32 @@ class GradientAverage:
 
     @torch.no_grad()
     def _send(self, message: _Message) -> None:
-        message.sent = [one for one in message.parameters if one.grad is not None and _is_dense(one.grad)]
+        message.sent = [
+            one
+            for one in message.parameters
+            if one.requires_grad and one.grad is not None and _is_dense(one.grad)
+        ]
         if not message.sent:
             return
-        message.flat = torch.cat([_flat(_gradient(parameter)) for parameter in message.sent])
+        if not _holds(message):
+            message.flat = torch.cat([_flat(_gradient(parameter)) for parameter in message.sent])
+            for parameter, part in _parts(message):  # frees the gradients that were computed
+                parameter.grad = part.as_strided(parameter.shape, _gradient(parameter).stride())
         operation = dist.ReduceOp.AVG if self._means else dist.ReduceOp.SUM
         message.work = dist.all_reduce(message.flat, operation, async_op=True)
+
+
+def _holds(message: _Message) -> bool:
+    """Whether the gradients still are views of the last message: then a backward pass has added to them in place."""
+    return message.flat.numel() == sum(one.numel() for one in message.sent) and all(
+        _gradient(one).data_ptr() == part.data_ptr() for one, part in _parts(message)
+    )
+
+
+def _parts(message: _Message) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter with its part [n] of the message."""
+    parts = message.flat.split([parameter.numel() for parameter in message.sent])
+    return zip(message.sent, parts, strict=True)
 
 
 def _messages(parameters: Sequence[nn.Parameter]) -> Iterator[_Message]:
@@ -134,7 +147,8 @@ def _messages(parameters: Sequence[nn.Parameter]) -> Iterator[_Message]:
     some: list[nn.Parameter] = []
     for parameter in parameters:
         if some and (
-            _dtype(some[0]) is not _dtype(parameter) or sum(one.nbytes for one in some) >= MESSAGE_BYTES
+            gradient_dtype(some[0]) is not gradient_dtype(parameter)
+            or sum(map(_bytes, some)) >= MESSAGE_BYTES
         ):
             yield _Message(parameters=some)
             some = []
@@ -143,9 +157,9 @@ def _messages(parameters: Sequence[nn.Parameter]) -> Iterator[_Message]:
         yield _Message(parameters=some)
 
 
-def _dtype(parameter: nn.Parameter) -> torch.dtype:
+def _bytes(parameter: nn.Parameter) -> int:
     """Of its gradient."""
-    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+    return parameter.numel() * gradient_dtype(parameter).itemsize
 
 
 def _gradient(parameter: Tensor) -> Tensor:

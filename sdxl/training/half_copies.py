@@ -1,8 +1,9 @@
 """bf16 copies of fp32 weights: a UNet computes with the copies, while the weights train.
 
-Autocast casts every weight to bf16 in each step, and every gradient from bf16. With copies neither is needed: the update writes
-the copies in the same pass over memory, and reads gradients in bf16, in which autocast computes them anyway. The numbers are
-the same. This is mixed precision with master weights (arXiv:1710.03740).
+Autocast casts every weight to bf16 in each step, and every gradient back to fp32. Copies save both: the update writes them
+together with the weights, and reads gradients in bf16, as they are computed. In one backward pass on one GPU the numbers are
+those of autocast. Gradients of several passes or processes would be added in bf16. This is mixed precision with master weights
+(arXiv:1710.03740).
 
 Knows parameters; does not know optimizers or what the module computes.
 """
@@ -12,18 +13,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sdxl.training.memory_order import ROW
 from sdxl.training.sharding import set_whole
-
-ROW = 256
-"""Numbers in a row, where kernels see a tensor as rows: it can be read without looking for its end."""
 
 
 class HalfCopies:
     """The fp32 weights of a module whose matrices and convolutions are bf16 copies of them."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Replace the fp32 matrices and convolutions of `module` by copies. Biases and norms stay: autocast computes norms in
-        fp32, and they are small."""
+        """Replace the matrices and convolutions of `module`, which is fp32, by copies, if they make whole rows of 256 numbers.
+
+        Biases and norms stay: they are small, and autocast computes norms in fp32.
+        """
         held = list(module.parameters())
         self.parameters = [_with_copy(p) if p.dim() > 1 and p.numel() % ROW == 0 else p for p in held]
         """What trains, fp32, in the order of the module's parameters."""
@@ -50,12 +51,18 @@ class HalfCopies:
     def clip(self, max_norm: float) -> Tensor:
         """Clip all gradients together to `max_norm`, and return their norm before. Those of copies are scaled by `share` in the
         update, which saves two passes over memory."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        # As torch's get_total_norm does, but in fp32: the norm of bf16 gradients would be rounded to bf16.
-        norm = torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).norm()
-        self.share.copy_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        nn.utils.clip_grads_with_norm_([p for p in self.parameters if p not in self._copies], max_norm, norm)
-        return norm
+        others = [p for p in self.parameters if p not in self._copies]
+        # As torch's get_total_norm does, but in fp32: it would round the norms of bf16 gradients to bf16.
+        norms = [
+            norm
+            for some in (self._copies, others)
+            if (gradients := [p.grad for p in some if p.grad is not None])
+            for norm in torch._foreach_norm(gradients, 2, torch.float32)
+        ]
+        total = torch.stack(norms).norm()
+        self.share.copy_((max_norm / (total + 1e-6)).clamp(max=1.0))
+        nn.utils.clip_grads_with_norm_(others, max_norm, total)
+        return total
 
     @torch.no_grad()
     def renew(self) -> None:
@@ -76,14 +83,6 @@ def set_exactly(parameter: Tensor, value: Tensor) -> None:
     set_whole(weight, value)
     if weight is not parameter:
         parameter.copy_(weight)
-
-
-def as_rows(values: Tensor, weight: nn.Parameter) -> Tensor:
-    """`values`, of the shape of `weight`, in its memory order: [rows, 256], or [n] if they do not make whole rows."""
-    row = values.permute(sorted(range(weight.dim()), key=weight.stride, reverse=True))
-    # The weight itself must be a view, never a copy: an update writes into it.
-    row = row.view(-1) if values.data_ptr() == weight.data_ptr() else row.reshape(-1)
-    return row.view(-1, ROW) if row.numel() % ROW == 0 else row
 
 
 def _with_copy(parameter: nn.Parameter) -> nn.Parameter:

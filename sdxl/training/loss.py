@@ -24,6 +24,7 @@ from sdxl.training.diffusion import (
     sample_timesteps,
     training_target,
 )
+from sdxl.training.half_copies import exact
 from sdxl.training.text_conditioning import TextConditioning, read_captions
 
 
@@ -76,8 +77,8 @@ class DenoisingLoss:
 
     @cached_property
     def _dtype(self) -> torch.dtype:
-        """The UNet's. diffusers looks through all weights for it, which takes milliseconds."""
-        return self.components.unet.dtype
+        """Of the UNet's weights: fp32 also where it computes with copies, so that gradients of captions add up in fp32."""
+        return exact(next(self.components.unet.parameters())).dtype
 
     def __call__(self, *parts: Part) -> list[Tensor]:
         """The loss of each part, a scalar. Parts of one shape go through the UNet together."""

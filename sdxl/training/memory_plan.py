@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdxl.errors import NotEnoughMemoryError, UserInputError
 from sdxl.speed.memory import NO_LIMIT
@@ -50,8 +50,13 @@ class MemoryPlan:
             parameter.grad_dtype = self.gradients
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype in which a parameter accumulates its gradient."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
 # Bytes per weight: the weight, its gradient, and the state that the optimizer keeps of it.
-FP32_ADAMW = MemoryPlan(  # 4 + 4 + 8
+FP32_ADAMW = MemoryPlan(  # 4 + 4 + 8; with bf16 copies (half_copies.py) 4 + 2 + 2 + 8
     weights=torch.float32, gradients=torch.float32, optimizer="adamw", bytes_per_weight=16
 )
 FP32_ADAMW_8BIT = MemoryPlan(  # 4 + 2 + 2

@@ -15,7 +15,7 @@ from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from sdxl.files.weight_files import pin
-from sdxl.training.half_copies import as_rows
+from sdxl.training.memory_order import ROW, as_rows
 
 _MOMENTS = "exp_avg", "exp_avg_sq"
 
@@ -56,7 +56,7 @@ class EightBitAdamW(AdamW8bit):
                 moments = [self._visiting(state[name], p.device) for name in _MOMENTS]
                 update(
                     self._seen(p.detach(), p),
-                    self._seen(p.grad, p),
+                    self._seen(p.grad, p, written=False),
                     state["step"],
                     *moments,
                     None,
@@ -79,9 +79,10 @@ class EightBitAdamW(AdamW8bit):
             return state
         return _with_codes(state, state.codes.to(device, non_blocking=True, copy=True))
 
-    def _seen(self, values: Tensor, p: nn.Parameter) -> Tensor:
+    def _seen(self, values: Tensor, p: nn.Parameter, *, written: bool = True) -> Tensor:
         """`values` of the weight `p` in its memory order: [blocks, 256], or [n] if it is not made of whole blocks."""
-        rows = as_rows(values, p)
+        assert self.block_size == ROW
+        rows = as_rows(values, p, written=written)
         return rows if rows.numel() >= 4096 else rows.view(-1)
 
 

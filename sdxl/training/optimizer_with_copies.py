@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdxl.training.half_copies import HalfCopies, as_rows
+from sdxl.training.half_copies import HalfCopies
+from sdxl.training.memory_order import as_rows
 
 
 class AdamWWithCopies(torch.optim.AdamW):
-    """torch's fused AdamW, but weights with copies are updated by a compiled kernel. Their state has the names and types of
+    """torch's fused AdamW, but a kernel for each weight with a copy, compiled on CUDA. The state has the names and types of
     torch's, so that either can go on where the other stopped. Capturable once a first step has compiled the kernel."""
-
-    compiled = True
 
     def __init__(self, groups: list[dict[str, Any]], copies: HalfCopies) -> None:
         """groups: as torch takes them, with rates that are tensors on CUDA. The weights are `copies.parameters`."""
@@ -64,26 +63,22 @@ class AdamWWithCopies(torch.optim.AdamW):
         size = group["lr"] / (1 - first ** steps[0])
         root = (1 - second ** steps[0]).sqrt()
         kept = 1 - group["lr"] * group["weight_decay"]
-        update: Callable[..., None] = torch.compile(_update, fullgraph=True) if self.compiled else _update
+        compiled = self._copies.share.is_cuda
+        update: Callable[..., None] = torch.compile(_update, fullgraph=True) if compiled else _update
         for weight, gradient in gradients.items():
             state = self.state[weight]
-            seen = (weight.detach(), self._copies.of(weight).detach(), gradient)
-            rows = [as_rows(one, weight) for one in (*seen, state["exp_avg"], state["exp_avg_sq"])]
-            update(*rows, self._copies.share, size, root, kept, first, second, group["eps"])
-
-
-class UncompiledAdamWWithCopies(AdamWWithCopies):
-    """The same, without compiling."""
-
-    compiled = False
+            held = (weight.detach(), self._copies.of(weight).detach(), state["exp_avg"], state["exp_avg_sq"])
+            rows = [as_rows(one, weight) for one in held]
+            read = as_rows(gradient, weight, written=False)
+            update(*rows, read, self._copies.share, size, root, kept, first, second, group["eps"])
 
 
 def _update(
     weight: Tensor,
     copy: Tensor,
-    gradient: Tensor,
     mean: Tensor,
     square: Tensor,
+    gradient: Tensor,
     share: Tensor,
     size: Tensor,
     root: Tensor,

@@ -4,7 +4,7 @@ Knows parameters, learning rates and state; does not know models, losses or sche
 
 | name         | weights         | state, bytes a weight   | in a captured CUDA graph                          |
 |--------------|-----------------|-------------------------|---------------------------------------------------|
-| adamw        | fp32            | 8                       | yes                                               |
+| adamw        | fp32            | 8                       | yes; with bf16 copies, after one step             |
 | adamw_8bit   | fp32 or bf16    | 2                       | yes, after one step has compiled its kernels      |
 | adafactor    | fp32            | 0.4 (SDXL's UNet)       | no: counts its steps on the CPU                   |
 | prodigy      | fp32            | 8.7                     | no: copies its statistics to the CPU in each step |
@@ -27,7 +27,7 @@ from sdxl.errors import UserInputError
 from sdxl.speed.triton_here import triton_runs
 from sdxl.training.half_copies import HalfCopies
 from sdxl.training.optimizer_8bit import EightBitAdamW, UncompiledEightBitAdamW
-from sdxl.training.optimizer_with_copies import AdamWWithCopies, UncompiledAdamWWithCopies
+from sdxl.training.optimizer_with_copies import AdamWWithCopies
 from sdxl.training.sharding import Shards
 
 CAPTURABLE = frozenset({"adamw", "adamw_8bit"})
@@ -59,8 +59,8 @@ class Optimizers:
     """The optimizers of a run, addressed by what they train: `weights` (the UNet's or LoRA's), token `rows`, and the LoRA
     matrices of the text `encoders`.
 
-    "adamw" trains all in one optimizer, so that on CUDA the whole update is one fused kernel. Every other name trains the
-    weights, and a second optimizer, AdamW, trains the rest.
+    "adamw" trains all in one optimizer, so that on CUDA the whole update is one fused kernel, if weights have no copies.
+    Every other name trains the weights, and a second optimizer, AdamW, trains the rest.
     """
 
     def __init__(
@@ -184,12 +184,12 @@ def make_optimizers(name: str, weights: Group, *text: Group, device: torch.devic
 def adamw(groups: Iterable[Group], device: torch.device) -> Optimizer:
     """AdamW with fp32 state, fused. Capturable: on CUDA it is one kernel, with its step count and rates on the device.
 
-    Its kernels require gradients of the weights' dtype. With `copies` gradients are bf16, and each weight has a kernel of its own.
+    Its kernel requires gradients of the weights' dtype. Weights with `copies` have bf16 gradients and a kernel each.
     """
     cuda, groups = device.type == "cuda", list(groups)
-    for copies in (group.copies for group in groups if group.copies is not None):
-        made = AdamWWithCopies if cuda and triton_runs() else UncompiledAdamWWithCopies
-        return made(_as_dicts(groups, device if cuda else None), copies)
+    copies = next((group.copies for group in groups if group.copies is not None), None)
+    if copies is not None:
+        return AdamWWithCopies(_as_dicts(groups, device if cuda else None), copies)
     return torch.optim.AdamW(_as_dicts(groups, device if cuda else None), fused=True, capturable=cuda)
 
 

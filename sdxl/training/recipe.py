@@ -71,7 +71,8 @@ def fine_tune(
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_checkpoint: Callable[[int, TrainedFineTune], None] = lambda step, model: None,
 ) -> TrainedFineTune:
-    """Train `components` on `dataset`. Full training changes their UNet in place; a LoRA stays in it as an adapter.
+    """Train `components` on `dataset`. Full training changes their UNet in place, and may leave it in bf16; a LoRA stays in it
+    as an adapter. Only what is returned is exact.
 
     prior: pictures that the base drew. They are learned together with the subject's, so that the base's skills remain.
     begin_with: a fine-tune to start from. states: saves the run's state on the way, and may hold one to go on from.

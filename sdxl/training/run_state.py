@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from sdxl.errors import WeightsError
 from sdxl.training.batches import Batches
 from sdxl.training.data_parallel import world_size
+from sdxl.training.memory_plan import gradient_dtype
 from sdxl.training.optimizers import Optimizers
 from sdxl.training.sharding import joined, part_of
 from sdxl.training.watch import Watch
@@ -228,7 +229,7 @@ def _step_for_nothing(optimizer: Optimizer) -> None:
     """A step with rates and gradients of 0."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            p.grad = torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None) or p.dtype)
+            p.grad = torch.zeros_like(p, dtype=gradient_dtype(p))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -57,7 +57,7 @@ class TrainingStep:
         self._taught_in_batch = config.learned_at_once + config.taught_at_once <= config.train_batch_size
         self._one_graph = all(len(batches.buckets) == 1 for batches in sources)
         averaged = [] if optimizers.shards is not None else optimizers.held
-        self._average = GradientAverage(averaged, in_place=not self._one_graph)
+        self._average = GradientAverage(averaged)
 
     def gradients(self, drawn: tuple[int, ...]) -> tuple[float, list[float]]:
         """Compute clipped gradients of the batches in the buckets `drawn`, one number for each source.

@@ -17,21 +17,19 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sdxl.errors import UserInputError
-from sdxl.gpu import activations_in_bf16, capability_of, computes_bf16, training_half
+from sdxl.gpu import training_half
 from sdxl.speed.compiled_blocks import compile_blocks, fuse_blocks
 from sdxl.speed.fp8_products import multiply_in_fp8
 from sdxl.speed.int8_weights import hold_in_int8
 from sdxl.speed.lean_lora import make_lean
-from sdxl.speed.memory import free_bytes, free_host_bytes
 from sdxl.speed.triton_here import triton_runs
 from sdxl.training.config import TrainingConfig
-from sdxl.training.data_parallel import gathered, rank, world_size
+from sdxl.training.data_parallel import rank
+from sdxl.training.full_memory import plan_for, takes_copies
 from sdxl.training.half_copies import HalfCopies, exact
 from sdxl.training.lora_memory import in_fp8, in_int8, recomputes
-from sdxl.training.memory_plan import MemoryPlan, choose_plan
-from sdxl.training.optimizers import SHAREABLE, Group
-from sdxl.training.sharding import can_share, share, whole
+from sdxl.training.optimizers import Group
+from sdxl.training.sharding import share, whole
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +87,7 @@ def full_unet(
     """
     teacher = base_unet if isinstance(base_unet, UNet2DConditionModel) else None
     device = device or unet.device
-    plan = _memory_plan(unet, config, teacher, device)
+    plan = plan_for(unet, config, teacher, device)
     if device.type == "cuda" or plan.shared_by > 1:
         log.log(logging.WARNING if plan.tight else logging.INFO, plan.reason)
     unet.requires_grad_(True)
@@ -97,7 +95,7 @@ def full_unet(
     unet.to(device)  # type: ignore[arg-type]
     _prepare(unet, config, checkpointing=plan.checkpointing)
     shards = copies = None
-    if _takes_copies(plan, config, device):
+    if takes_copies(plan, config, device):
         copies = HalfCopies(unet)
     if plan.shared_by > 1:
         shards = share(unet)
@@ -246,65 +244,6 @@ def as_base(
             unet.enable_adapters()
 
     return without_adapter
-
-
-def _memory_plan(
-    unet: UNet2DConditionModel,
-    config: TrainingConfig,
-    teacher: UNet2DConditionModel | None,
-    device: torch.device,
-) -> MemoryPlan:
-    """How to hold the weights while they train on `device`. A CPU always counts as having enough memory."""
-    is_there = unet.device.type == device.type  # a device may be named with or without its number
-    size = sum(parameter.nbytes for parameter in unet.parameters()) if is_there else 0
-    held = 0 if teacher is None else sum(parameter.nbytes for parameter in teacher.parameters())
-    return choose_plan(
-        free_bytes=min(gathered(free_bytes(device))) + size,  # all processes must choose alike
-        host_bytes=free_host_bytes() if device.type == "cuda" else 0,
-        shared_by=_shared_by(unet, config),
-        also_shared=held,
-        parameters=sum(parameter.numel() for parameter in unet.parameters()),
-        optimizer=config.optimizer,
-        batch=config.train_batch_size,
-        resolution=config.resolution,
-        precision=config.precision,
-        checkpointing=config.gradient_checkpointing,
-        bf16=activations_in_bf16(device),
-    )
-
-
-def _takes_copies(plan: MemoryPlan, config: TrainingConfig, device: torch.device) -> bool:
-    """Whether the UNet computes with bf16 copies of its fp32 weights: where that is as exact as autocast, and kernels compile.
-
-    Micro-batches add up their gradients, which takes fp32.
-    """
-    return (
-        (plan.weights, plan.optimizer, plan.shared_by) == (torch.float32, "adamw", 1)
-        and config.gradient_accumulation_steps == 1
-        and device.type == "cuda"
-        and computes_bf16(capability_of(device))
-        and triton_runs()
-    )
-
-
-def _shared_by(unet: UNet2DConditionModel, config: TrainingConfig) -> tuple[int, ...]:
-    """Among how many processes the UNet may be shared, best first; 1 is a copy for each.
-
-    Raises:
-        UserInputError: `shard` asks for it, but they cannot share it equally.
-    """
-    if config.shard is False or config.optimizer not in SHAREABLE:
-        return (1,)
-    if can_share(unet):
-        return (world_size(),) if config.shard else (1, world_size())
-    if config.shard and world_size() > 1:
-        raise UserInputError(
-            f"shard is true, but {world_size()} processes cannot share SDXL's layers equally: start 2, 4, 8 or 16, or leave "
-            "out shard."
-        )
-    if config.shard:
-        log.warning("shard has no effect, because only one process trains: start several with torchrun.")
-    return (1,)
 
 
 def _prepare(unet: UNet2DConditionModel, config: TrainingConfig, *, checkpointing: bool) -> None:
