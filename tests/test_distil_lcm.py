@@ -10,10 +10,13 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from benchmarks.distil_lcm import Batch, Distillation, distil, load_teacher, scenes
+from benchmarks.distil_lcm import Batch, Distillation, distil, grain, load_teacher, scenes, sharpness
 from predict import Predictor
-from tests.conftest import call
+from tests.conftest import REPOSITORY, call
 from tiny_world.base import Latents
+from tiny_world.captions import held_out_prompts
+
+LORA = REPOSITORY / "base_models" / "tiny-sdxl-lcm.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +86,30 @@ def test_the_teacher_goes_a_step_of_ddim_with_guidance(pipeline, work: Distillat
         assert torch.allclose(nearer[i], expected, atol=1e-4)
     # At the end of the schedule the student's prediction is what it is given.
     assert torch.allclose(work._consistent(nearer, torch.zeros_like(earlier), batch.prompt), nearer)
+
+
+def test_the_lora_of_the_miniature_draws_sharp_pictures_in_four_steps(predictor: Predictor):
+    prompts = [text for text, _ in held_out_prompts(4, seed=1)]
+
+    def drawn(**settings: Any) -> list[Image.Image]:
+        shape = {"width": 256, "height": 256}
+        return [
+            Image.open(call(predictor.run, prompt=prompt, seed=seed, **shape, **settings)[0])
+            for seed, prompt in enumerate(prompts)
+        ]
+
+    few = {"scheduler": "LCM", "guidance_scale": 1.0, "num_inference_steps": 4}
+    without, with_it = drawn(**few), drawn(**few, extra_lora=[str(LORA)])
+    assert sharpness(with_it) > 1.15 * sharpness(without)
+    assert grain(with_it) < 1
+
+
+def test_grain_and_sharpness_are_measured_in_levels():
+    plain = Image.new("RGB", (32, 32), (100, 100, 100))
+    checkered = np.full((32, 32, 3), 100, np.uint8)
+    checkered[::4, ::4] = 116  # one pixel of 16
+    noisy = Image.fromarray(checkered)
+    assert grain([plain]) == 0 and grain([noisy]) == pytest.approx(1)
+    edge = np.full((32, 32, 3), 100, np.uint8)
+    edge[:, 16:, 1] = 140
+    assert sharpness([plain]) == 0 and sharpness([Image.fromarray(edge)]) == 40
