@@ -161,6 +161,11 @@ class TrainingOptions:
         """How many pictures of a batch show the subject: the rest of it, at least one."""
         return max(self.train_batch_size - self.taught_at_once, 1)
 
+    @property
+    def taught_in_batch(self) -> bool:
+        """Whether what the base teaches has room in the subject's batch. Otherwise it is a batch of its own."""
+        return self.learned_at_once + self.taught_at_once <= self.train_batch_size
+
 
 def words_of(token_init: str) -> str:
     """The words that `token_init` itself names, "" for `AUTO` and `NO_WORD`."""

@@ -51,11 +51,7 @@ def takes_copies(plan: MemoryPlan, config: TrainingConfig, device: torch.device)
 
     Several backward passes add up their gradients, which takes fp32.
     """
-    one_pass = (
-        config.gradient_accumulation_steps == 1
-        and not config.prior_prompts
-        and config.learned_at_once + config.taught_at_once <= config.train_batch_size
-    )
+    one_pass = config.gradient_accumulation_steps == 1 and not config.prior_prompts and config.taught_in_batch
     return (
         (plan.weights, plan.optimizer, plan.shared_by) == (torch.float32, "adamw", 1)
         and one_pass

@@ -6,7 +6,6 @@ Knows gradients and the group of processes; does not know what trains. In a sing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -44,15 +43,15 @@ class GradientAverage:
         self._messages: list[_Message] = []
         """In the order in which they are sent."""
         self._message_of: dict[int, _Message] = {}
-        """The number of a parameter → its message."""
-        self._arrived: list[int] = []
-        """The numbers of the parameters in the order of the first backward pass."""
+        """The id of a parameter → its message."""
+        self._arrived: list[Tensor] = []
+        """The parameters in the order of the first backward pass."""
         if world_size() == 1:
             return
         self._means = dist.get_backend() == "nccl"  # others only add
         self._parameters = [one for one in parameters if _bytes(one) >= LARGE_BYTES]
-        for number, parameter in enumerate(self._parameters):
-            parameter.register_post_accumulate_grad_hook(partial(self._complete, number))
+        for parameter in self._parameters:
+            parameter.register_post_accumulate_grad_hook(self._complete)
 
     @contextmanager
     def during(self, *, last: bool) -> Iterator[None]:
@@ -70,9 +69,8 @@ class GradientAverage:
         """After the backward pass: wait for what was sent. The parameters have the mean gradients then, which are returned."""
         if self._arrived and not self._messages:
             self._plan()
-        for message in self._messages[
-            self._next :
-        ]:  # those of the first step, and those that miss a gradient
+        # What was not sent on the way: all messages of the first step, and those that miss a gradient.
+        for message in self._messages[self._next :]:
             self._send(message)
         received = []
         for message in self._messages:
@@ -93,21 +91,19 @@ class GradientAverage:
 
     def _plan(self) -> None:
         """Make the messages, in the order of the first process's first backward pass: others may compute in another order."""
-        order = agreed(self._arrived)
-        self._messages = list(_messages([self._parameters[number] for number in order]))
         numbers = {id(parameter): number for number, parameter in enumerate(self._parameters)}
-        self._message_of = {
-            numbers[id(one)]: message for message in self._messages for one in message.parameters
-        }
+        order = agreed([numbers[id(parameter)] for parameter in self._arrived])
+        self._messages = list(_messages([self._parameters[number] for number in order]))
+        self._message_of = {id(one): message for message in self._messages for one in message.parameters}
 
-    def _complete(self, number: int, _: Tensor) -> None:
+    def _complete(self, parameter: Tensor) -> None:
         """The gradient of a parameter is complete: send the messages that are next, as far as they are complete."""
         if not self._messages:
             if self._is_last:
-                self._arrived.append(number)
+                self._arrived.append(parameter)
             return
-        if number in self._message_of:
-            self._message_of[number].missing -= 1
+        if id(parameter) in self._message_of:
+            self._message_of[id(parameter)].missing -= 1
         while self._is_last and self._next < len(self._messages) and not self._messages[self._next].missing:
             self._send(self._messages[self._next])
             self._next += 1

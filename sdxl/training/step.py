@@ -54,10 +54,9 @@ class TrainingStep:
         # FSDP gathers shared weights by hooks that wait for each other, which a graph does not record.
         graphs = config.cuda_graph and optimizers.shards is None
         self._graphed = GraphedWork(self._device, generator, enabled=graphs)
-        self._taught_in_batch = config.learned_at_once + config.taught_at_once <= config.train_batch_size
+        self._taught_in_batch = config.taught_in_batch
         self._one_graph = all(len(batches.buckets) == 1 for batches in sources)
-        averaged = [] if optimizers.shards is not None else optimizers.held
-        self._average = GradientAverage(averaged)
+        self._average = GradientAverage([] if optimizers.shards is not None else optimizers.held)
 
     def gradients(self, drawn: tuple[int, ...]) -> tuple[float, list[float]]:
         """Compute clipped gradients of the batches in the buckets `drawn`, one number for each source.
