@@ -229,7 +229,7 @@ def train(
     ),
     preservation: float = Input(
         default=1.0,
-        description="Keep what the base draws for other prompts: the weight of that in the loss, where your pictures have 1. The base then teaches a quarter of each batch. Full training keeps a second UNet in memory for it. 0: off.",
+        description="Keep what the base draws for other prompts: the weight of that in the loss, where your pictures have 1. The base then teaches a quarter of each batch. 0: off.",
         ge=0,
     ),
     preservation_prompts: str = Input(

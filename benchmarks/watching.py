@@ -30,7 +30,8 @@ from sdxl.serving.previews import PreviewDrawer, preview_prompts, preview_side
 from sdxl.training.config import TrainingConfig, TrainingOptions
 from sdxl.training.presets import PRESETS
 from sdxl.training.recipe import StepReport, fine_tune
-from sdxl.training.watch import AT_ONCE, Watch
+from sdxl.training.memory_plan import WITHOUT_GRADIENTS
+from sdxl.training.watch import Watch
 
 SIDE, PICTURES = 1024, 8
 STEPS, SETTLED = 48, 24
@@ -82,7 +83,7 @@ def _watch(way: str, parts: Any, data: ExampleDataset, config: TrainingConfig, f
             folder / "previews",
             side=preview_side(SIDE),
             seed=0,
-            at_once=AT_ONCE * config.train_batch_size // 2,
+            at_once=WITHOUT_GRADIENTS * config.train_batch_size // 2,
         )
     return watch
 

@@ -29,6 +29,8 @@ from sdxl.training.encoder_lora import with_encoder_lora
 from sdxl.training.examples import cache_examples
 from sdxl.training.loss import DenoisingLoss, Part
 from sdxl.training.recipe import fine_tune
+from sdxl.training.taught import TaughtExample
+from sdxl.training.teaching import taught_examples
 from sdxl.training.text_conditioning import TextConditioning, read_captions
 from sdxl.training.trainable import as_base, lora
 from tests.conftest import QUICK, call, quiet_pipeline, write_captioned_zip
@@ -102,10 +104,17 @@ def test_both_encoders_change_up_to_the_pivot(prepared, optimizer: str):
 def test_the_base_as_teacher_reads_captions_with_its_own_encoders(prepared, taught: bool, narrow_base: Path):
     """With equal UNets, a difference to the teacher can come from the text only."""
     components, examples = prepared
-    config = dataclasses.replace(WITH_ENCODERS, preservation=float(taught), mask_floor=1.0)
+    config = dataclasses.replace(
+        WITH_ENCODERS, preservation=float(taught), mask_floor=1.0, train_batch_size=4, max_train_steps=8
+    )
     base_unet = as_base(components.unet, config)
     trainable = with_encoder_lora(lora(components.unet, config), components, config)
-    if not taught:  # everything is outside the mask, so that the base teaches everywhere
+    for encoder in components.text_encoders:  # the new tokens have no row yet: any id serves
+        encoder.resize_token_embeddings(len(components.tokenizers[0]), mean_resizing=False)
+    pictures = examples
+    if taught:
+        examples = taught_examples(pictures, components, base_unet, config, mixed_precision=False)
+    else:  # everything is outside the mask, so that the base teaches everywhere
         examples = ExampleDataset(
             [dataclasses.replace(one, mask=torch.zeros_like(one.mask)) for one in examples.examples]
         )
@@ -113,16 +122,13 @@ def test_the_base_as_teacher_reads_captions_with_its_own_encoders(prepared, taug
         components=components,
         config=config,
         generator=torch.Generator().manual_seed(0),
-        base_unet=base_unet,
-        base_outside_masks=not taught,
+        base_outside_masks=None if taught else base_unet,
     )
     batch = examples.collate([0, 1])
 
     def lost_on(batch: Example, captions: TextConditioning | None = None) -> Tensor:
-        return loss(Part(batch=batch, captions=captions, taught_by_base=taught))[0]
+        return loss(Part(batch=batch, captions=captions))[0]
 
-    for encoder in components.text_encoders:  # the new tokens have no row yet: any id serves
-        encoder.resize_token_embeddings(len(components.tokenizers[0]), mean_resizing=False)
     assert lost_on(batch).item() == 0  # the second matrices start at 0
     for weight in trainable.encoders.params:
         torch.nn.init.normal_(weight, std=0.1)
@@ -145,6 +151,11 @@ def test_the_base_as_teacher_reads_captions_with_its_own_encoders(prepared, taug
     fresh = lost_on(batch).item()
     loss.generator.manual_seed(0)
     assert lost_on(again, text).item() == pytest.approx(fresh, rel=1e-4)
+    if taught:  # whatever the encoders have learned by now
+        later = taught_examples(pictures, components, base_unet, config, mixed_precision=False)
+        assert isinstance(batch, TaughtExample)
+        assert torch.allclose(later.collate([0, 1]).targets, batch.targets, atol=1e-5)
+        return
     assert text is not None and text.of_base is not None
     plain = load_components(narrow_base, is_lora=True, device=CPU)
     for encoder, own in zip(plain.text_encoders, components.text_encoders, strict=True):

@@ -180,8 +180,7 @@ def test_a_step_is_what_the_formulas_say(base: Components, folders: dict[bool, P
         components=parts,
         config=config,
         generator=generator,
-        base_unet=outside,
-        base_outside_masks=outside is not None,
+        base_outside_masks=outside,
     )
     step = TrainingStep(
         loss, [batches], optimizers, tokens, config, generator, mixed_precision=trainable.mixed_precision

@@ -451,7 +451,7 @@ def test_what_cannot_fit_is_said_before_it_starts():
     common = {"parameters": SDXL_WEIGHTS, "batch": 1, "resolution": 1024}
     with pytest.raises(NotEnoughMemoryError, match=r"14\.3 GiB .* 12\.0 GiB are free: train a LoRA"):
         choose_plan(free_bytes=12 * 2**30, optimizer="adamw", **common)
-    with pytest.raises(NotEnoughMemoryError, match=r"preservation=0, which frees 4\.8 GiB"):
+    with pytest.raises(NotEnoughMemoryError, match=r"mask_base_target=false, which frees 4\.8 GiB"):
         choose_plan(free_bytes=9 * 2**30, optimizer="adamw", also_shared=2 * SDXL_WEIGHTS, **common)
     with pytest.raises(UserInputError, match="precision is 'fp16'"):
         choose_plan(free_bytes=2**40, optimizer="adamw", precision="fp16", **common)

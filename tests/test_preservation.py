@@ -15,6 +15,8 @@ from sdxl.training.contradictions import refuse_contradictions
 from sdxl.training.examples import cache_examples
 from sdxl.training.preservation import kept_examples
 from sdxl.training.recipe import fine_tune
+from sdxl.training.teaching import MOST, USES, count_of, taught_examples
+from sdxl.training.trainable import as_base, lora
 from tests.conftest import png, write_zip
 from tests.test_training import CONFIG
 
@@ -77,6 +79,48 @@ def test_other_captions_keep_what_they_mean(dataset_folder: Path, narrow_base: P
         fine_tune(components, examples, config)
         changes.append(float((predicted(components) - before).square().mean()))
     assert changes[1] < 0.8 * changes[0], changes
+
+
+@pytest.mark.parametrize("is_lora", [True, False])
+def test_what_the_base_teaches_is_what_it_predicts(dataset_folder: Path, narrow_base: Path, is_lora: bool):
+    """Also for a LoRA that has trained already: the base has none."""
+    components, examples = encoded(dataset_folder, narrow_base, is_lora=is_lora)
+    config = dataclasses.replace(
+        CONFIG, is_lora=is_lora, max_train_steps=24, preservation=1.0, train_batch_size=1
+    )
+    kept = kept_examples(examples, components, TokenMap.parse("TOK:2"), token_init="")
+    untrained, _ = encoded(dataset_folder, narrow_base, is_lora=is_lora)
+    unet = components.unet
+    if is_lora:
+        trainable = lora(unet, config)
+        for weight in trainable.weights.params:
+            torch.nn.init.normal_(weight, std=0.1)
+        unet = as_base(unet, config)
+    taught = taught_examples(kept, components, unet, config, mixed_precision=False)
+    assert len(taught) == 24 // USES
+    examples = [taught.collate([row]).take(torch.tensor(0)) for row in range(len(taught))]
+    times = [int(one.timesteps) for one in examples]
+    assert [time * len(times) // 1000 for time in times] == list(range(len(times)))
+    for one in examples:
+        assert not any(torch.equal(one.latents, other.latents) for other in kept.examples)
+        hidden, pooled = encode(untrained.text_encoders, (one.token_ids[0][None], one.token_ids[1][None]))
+        told = {"text_embeds": pooled, "time_ids": one.time_ids[None]}
+        time = one.timesteps[None]
+        with torch.no_grad():
+            expected = untrained.unet(
+                one.latents[None], time, encoder_hidden_states=hidden, added_cond_kwargs=told
+            ).sample[0]
+        assert torch.allclose(one.targets, expected, atol=1e-4)
+
+
+def test_a_run_computes_as_many_predictions_as_it_needs():
+    def count(**changes) -> int:
+        return count_of(dataclasses.replace(CONFIG, preservation=1.0, **changes))
+
+    assert count(max_train_steps=1, train_batch_size=4) == 1
+    assert count(max_train_steps=400, train_batch_size=4) == 100
+    assert count(max_train_steps=40, train_batch_size=32) == 80
+    assert count(max_train_steps=4000, train_batch_size=4) == MOST
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ import torch
 
 WARM_UP_CALLS = 3
 """Calls of a piece of work before its capture. In these, libraries allocate workspaces and choose kernels."""
+_AGAIN = 1
+"""The same after `forget`. One is needed, because what changed may compile anew, or allocate what lasts."""
 
 Result = TypeVar("Result")
 """A tensor, or a tuple of tensors."""
@@ -41,9 +43,11 @@ class GraphedWork:
         self.enabled = enabled and device.type == "cuda"
         self.generator, self._at_once = generator, at_once
         self.forget()
+        self._warm_up_calls = WARM_UP_CALLS
 
     def forget(self) -> None:
         """Drop all graphs and their memory. Call this when the work itself changes."""
+        self._warm_up_calls = _AGAIN
         self._calls: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
@@ -62,11 +66,11 @@ class GraphedWork:
             graph.replay()
             return result
         if self._at_once:
-            for _ in range(WARM_UP_CALLS):
+            for _ in range(self._warm_up_calls):
                 self._warm_up(work)
             return self._capture(key, work)
         calls = self._calls[key] = self._calls.get(key, 0) + 1
-        if calls <= WARM_UP_CALLS:
+        if calls <= self._warm_up_calls:
             return self._warm_up(work)
         return self._capture(key, work)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dataset_and_utils import Example, ExampleDataset
+from sdxl.training.taught import TaughtExample
 from sdxl.training.text_conditioning import TextConditioning
 
 
@@ -55,23 +56,26 @@ class Batches:
         micro_batches: int = 1,
         seed: int,
         weight: float = 1.0,
-        taught_by_base: bool = False,
     ) -> None:
         """Batches of `micro_batches` × `size` examples of one shape.
 
         weight: factor of their loss, for steps that add the losses of several datasets.
-        taught_by_base: whether their target is what the base predicts, instead of what their pictures show.
         """
-        self.weight, self.taught_by_base = weight, taught_by_base
+        self.weight = weight
         self.generator = torch.Generator().manual_seed(seed)
         self.buckets: list[Bucket] = []
-        for indices in _by_shape(dataset):
+        for indices in by_shape(dataset):
             examples = dataset.collate(indices)
             chosen = torch.zeros(micro_batches, size, dtype=torch.long, device=examples.latents.device)
             shares = torch.tensor([dataset.examples[index].share for index in indices], dtype=torch.float64)
             self.buckets.append(Bucket(examples=examples, chosen=chosen, shares=shares))
         self._queues = [torch.empty(0, dtype=torch.long) for _ in self.buckets]
         self._shares = torch.stack([bucket.shares.sum() for bucket in self.buckets])
+
+    @property
+    def taught_by_base(self) -> bool:
+        """Whether the base teaches them."""
+        return isinstance(self.buckets[0].examples, TaughtExample)
 
     @property
     def queues(self) -> list[Tensor]:
@@ -107,7 +111,7 @@ class Batches:
         return rows[torch.randperm(len(rows), generator=self.generator)]
 
 
-def _by_shape(dataset: ExampleDataset) -> list[list[int]]:
+def by_shape(dataset: ExampleDataset) -> list[list[int]]:
     """The indices of the examples of each shape of latents."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, example in enumerate(dataset.examples):

@@ -25,6 +25,7 @@ from sdxl.training.diffusion import (
     training_target,
 )
 from sdxl.training.half_copies import exact
+from sdxl.training.taught import TaughtExample
 from sdxl.training.text_conditioning import TextConditioning, read_captions
 
 
@@ -35,8 +36,6 @@ class Part:
     batch: Example
     captions: TextConditioning | None = None
     """As they are read by now; None reads them in the loss, so that what trains of the text gets gradients."""
-    taught_by_base: bool = False
-    """Whether the target is what the base predicts, instead of what the pictures show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +61,16 @@ class DenoisingLoss:
     config: TrainingConfig
     generator: torch.Generator
     """Draws noise, timesteps and dropped captions."""
-    base_unet: Callable[..., Any] | None
-    """Called like the base's UNet; None if nothing needs it."""
-    base_outside_masks: bool = False
-    """Whether the base teaches outside masks what it would predict there."""
+    base_outside_masks: Callable[..., Any] | None
+    """Called like the base's UNet: outside masks it teaches what it would predict there. None: the pictures do."""
     subject_below: float = 1.0
     """The share of the timesteps, those with less noise, in which the subject is learned."""
 
     @property
     def base_reads_apart(self) -> bool:
-        """Whether there is a base as teacher that reads captions otherwise than the fine-tune: without the LoRA of the text
-        encoders."""
-        return self.base_unet is not None and self.config.text_encoder_lora
+        """Whether the base teaches outside masks, and reads captions otherwise than the fine-tune: without the LoRA of the
+        text encoders."""
+        return self.base_outside_masks is not None and self.config.text_encoder_lora
 
     @cached_property
     def _dtype(self) -> torch.dtype:
@@ -94,30 +91,35 @@ class DenoisingLoss:
         """What the UNet is shown of a part, and what it should predict."""
         components, config, generator, batch = self.components, self.config, self.generator, part.batch
         scheduler, dtype = components.noise_scheduler, self._dtype
-        teaches = part.taught_by_base or self.base_outside_masks
 
         # The captions. Dropping some trains the unconditional branch of classifier-free guidance (arXiv:2207.12598).
         text = part.captions or read_captions(
-            components.text_encoders, batch.token_ids, also_as_base=teaches and self.base_reads_apart
+            components.text_encoders, batch.token_ids, also_as_base=self.base_reads_apart
         )
-        if not part.taught_by_base:
-            text = text.dropped(config.caption_dropout, generator)
+        if isinstance(batch, TaughtExample):
+            return Noised(
+                noisy=batch.latents,
+                timesteps=batch.timesteps,
+                text=text,
+                time_ids=batch.time_ids,
+                target=batch.targets,
+                mask=batch.mask,
+            )
+        text = text.dropped(config.caption_dropout, generator)
 
         # Noise at a random time: x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (DDPM, eq. 4).
         noise = sample_noise(batch.latents.shape, config.noise_offset, generator)
         timesteps = sample_timesteps(scheduler, len(batch.latents), generator)
-        if not part.taught_by_base:
-            timesteps = (timesteps * self.subject_below).long()
+        timesteps = (timesteps * self.subject_below).long()
         noisy = scheduler.add_noise(batch.latents, noise, timesteps).to(dtype)  # type: ignore[arg-type]
         target = training_target(scheduler, batch.latents, noise, timesteps)
 
-        # The base is the teacher of other captions. It is outside masks too: the fine-tune must not learn the background.
-        if teaches:
-            assert self.base_unet is not None
+        # The base is the teacher outside masks: the fine-tune must not learn the background.
+        if self.base_outside_masks is not None:
             known = _condition(text.of_base or text, batch.time_ids, dtype)
             with torch.no_grad():
-                from_base = self.base_unet(noisy, timesteps, **known).sample.to(target.dtype)
-            target = from_base if part.taught_by_base else torch.lerp(from_base, target, batch.mask)
+                from_base = self.base_outside_masks(noisy, timesteps, **known).sample.to(target.dtype)
+            target = torch.lerp(from_base, target, batch.mask)
         return Noised(
             noisy=noisy,
             timesteps=timesteps,

@@ -33,6 +33,7 @@ from sdxl.training.run_state import RunState, undisturbed
 from sdxl.training.starting_point import StartingPoint
 from sdxl.training.states import RunStates
 from sdxl.training.step import TrainingStep
+from sdxl.training.teaching import taught_examples
 from sdxl.training.token_rows import NewTokens
 from sdxl.training.trainable import Trainable, as_base, full_unet, lora
 from sdxl.training.watch import Watch
@@ -87,23 +88,23 @@ def fine_tune(
 
     # What trains: the new token rows up to the pivot, the UNet's weights or LoRA matrices in every step. Processes that
     # train together start from equal weights. From then on each draws its own noise.
-    base_unet, outside_masks = _teacher(components, dataset, config)
+    outside_masks = _outside_masks(components, dataset, config)
     # The weights come before the rows, because peft freezes all that it finds in a model.
-    trainable = _trainable(components, config, base_unet)
+    trainable = _trainable(components, config, outside_masks)
     tokens = NewTokens(components, TokenMap.parse(config.token_map), config.token_init, generator)
     generator.manual_seed(config.seed + rank())
     states, watch, mixed = states or RunStates(), watch or Watch(), trainable.mixed_precision
     watch.begin(components, config, mixed_precision=mixed, goes_on=states.goes_on)
+
+    # What a step sees: a batch of the subject, one of the prior, and one that the base teaches while nothing has trained.
+    sources = _sources(components, dataset, prior, config, mixed_precision=mixed)
+    below = learned_below(config.preservation, pictures=dataset.pictures)
+    loss = DenoisingLoss(components, config, generator, outside_masks, below)
     if begin_with is not None:
         begin_with.apply(components.unet, tokens)
     weights, encoders = trainable.weights, trainable.encoders
     rows, device = Group(params=tokens.parameters, lr=config.ti_lr), components.device
     optimizers = Optimizers(trainable.optimizer, weights=weights, rows=rows, encoders=encoders, device=device)
-
-    # What a step sees: a batch of the subject, one of the prior, and one that the base teaches.
-    sources = _sources(components, dataset, prior, config)
-    below = learned_below(config.preservation, pictures=dataset.pictures)
-    loss = DenoisingLoss(components, config, generator, base_unet, outside_masks, below)
     step = TrainingStep(loss, sources, optimizers, tokens, config, generator, mixed_precision=mixed)
 
     # A state is all that has changed since here. A run that goes on from one starts after its step.
@@ -153,11 +154,11 @@ def learning_rate_share(schedule: Schedule, step: int, *, warmup: int, total: in
 
 
 def _trainable(
-    components: Components, config: TrainingConfig, base_unet: Callable[..., Any] | None
+    components: Components, config: TrainingConfig, outside_masks: Callable[..., Any] | None
 ) -> Trainable:
     """What trains beside the token rows."""
     if not config.is_lora:
-        return full_unet(components.unet, config, base_unet, components.device)
+        return full_unet(components.unet, config, outside_masks, components.device)
     trainable = lora(components.unet, config, components.device)
     return with_encoder_lora(trainable, components, config) if config.text_encoder_lora else trainable
 
@@ -169,25 +170,27 @@ def _rate_share(config: TrainingConfig, step: int) -> float:
 
 
 def _sources(
-    components: Components, dataset: ExampleDataset, prior: ExampleDataset | None, config: TrainingConfig
+    components: Components,
+    dataset: ExampleDataset,
+    prior: ExampleDataset | None,
+    config: TrainingConfig,
+    *,
+    mixed_precision: bool,
 ) -> list[Batches]:
     """The batches of a step: the subject's first, then those of captions without new tokens. These are encoded here, unless
     the text encoders are still to change.
 
     Of these, the prior's pictures are learned like the subject's. With `preservation` the base teaches a part of the batch:
-    the subject's pictures under other captions.
+    the subject's pictures under other captions. What it says of them is computed here too, so nothing may have trained yet.
     """
 
-    def batches(
-        examples: ExampleDataset, number: int, size: int, weight: float, *, taught: bool = False
-    ) -> Batches:
+    def batches(examples: ExampleDataset, number: int, size: int, weight: float) -> Batches:
         return Batches(
             examples,
             size,
             micro_batches=config.gradient_accumulation_steps,
             seed=config.seed + number * world_size() + rank(),
             weight=weight,
-            taught_by_base=taught,
         )
 
     sources = [batches(dataset, 0, config.learned_at_once, 1.0)]
@@ -198,20 +201,23 @@ def _sources(
         prompts = prompts_of(named, name="preservation_prompts") if named else PROMPTS
         token_map = TokenMap.parse(config.token_map)
         kept = kept_examples(dataset, components, token_map, token_init=config.token_init, prompts=prompts)
+        # The UNet is the base itself, which nothing has trained, or will be it without the LoRA.
+        base_unet = as_base(components.unet, config) if config.is_lora else components.unet
+        taught = taught_examples(kept, components, base_unet, config, mixed_precision=mixed_precision)
         weight = weight_for(config.preservation, pictures=dataset.pictures)
-        sources.append(batches(kept, 2, config.taught_at_once, weight, taught=True))
+        sources.append(batches(taught, 2, config.taught_at_once, weight))
     if not config.text_encoder_lora:
         encode_captions(components, sources[1:])
     return sources
 
 
-def _teacher(
+def _outside_masks(
     components: Components, dataset: ExampleDataset, config: TrainingConfig
-) -> tuple[Callable[..., Any] | None, bool]:
-    """The base's UNet if it teaches anything, and whether it teaches outside masks: if any leaves something out."""
-    outside = config.mask_base_target and any(bool((e.mask < 1).any()) for e in dataset.examples)
-    teaches = outside or config.preservation
-    return as_base(components.unet, config, components.device) if teaches else None, outside
+) -> Callable[..., Any] | None:
+    """The base's UNet if it is to teach outside masks, and any leaves something out."""
+    if not config.mask_base_target or not any(bool((one.mask < 1).any()) for one in dataset.examples):
+        return None
+    return as_base(components.unet, config, components.device)
 
 
 def _snapshot(trainable: Trainable, tokens: NewTokens) -> TrainedFineTune:

@@ -130,5 +130,4 @@ def _parts(source: Batches, number: int) -> Iterator[tuple[Part, float]]:
     """What was drawn of a source's bucket, one part for each micro-batch, with the weight of its loss."""
     bucket = source.buckets[number]
     for batch, captions in bucket.micro_batches():
-        part = Part(batch=batch, captions=captions, taught_by_base=source.taught_by_base)
-        yield part, source.weight / len(bucket.chosen)
+        yield Part(batch=batch, captions=captions), source.weight / len(bucket.chosen)

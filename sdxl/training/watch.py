@@ -23,14 +23,12 @@ from sdxl.training import kept_previews
 from sdxl.training.best_moment import choice_of, has_fallen, with_scores
 from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.data_parallel import agreed, world_size
+from sdxl.training.memory_plan import WITHOUT_GRADIENTS
 from sdxl.training.preservation import PROMPTS
 from sdxl.training.signals import Meter
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 4
-"""Pictures in a call of the UNet without gradients, for each picture of a training batch. Without activations to keep, a
-picture takes a tenth of the memory."""
 PREVIEWED = 2
 """Previews are drawn at every so many looks, and of the last moment if it is chosen."""
 
@@ -99,7 +97,7 @@ class Watch:
                 texts=texts_beside(config),
                 seed=config.seed,
                 mixed_precision=mixed_precision,
-                at_once=AT_ONCE * config.train_batch_size,
+                at_once=WITHOUT_GRADIENTS * config.train_batch_size,
             )
             if not goes_on:
                 self._preview(0)

@@ -1,0 +1,91 @@
+"""What the base teaches: its predictions for noisy pictures, under captions that are to keep their meaning.
+
+They are computed before anything trains. So a step needs no call of the base, and full training no second UNet. Knows
+examples, noise and the UNet; does not know losses or steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dataset_and_utils import Example, ExampleDataset
+from sdxl.model.components import Components
+from sdxl.speed.autocast import autocast
+from sdxl.training.batches import by_shape
+from sdxl.training.config import TrainingConfig
+from sdxl.training.data_parallel import world_size
+from sdxl.training.diffusion import sample_noise
+from sdxl.training.half_copies import exact
+from sdxl.training.memory_plan import WITHOUT_GRADIENTS
+from sdxl.training.taught import TaughtDataset, TaughtExample
+from sdxl.training.text_conditioning import read_captions
+
+USES = 4
+"""How often a run learns each prediction. With more, fewer must be computed, but a run sees less different noise."""
+MOST = 256
+"""Predictions of one run."""
+
+
+@torch.no_grad()
+def taught_examples(
+    kept: ExampleDataset,
+    components: Components,
+    base_unet: Callable[..., Any],
+    config: TrainingConfig,
+    *,
+    mixed_precision: bool,
+) -> TaughtDataset:
+    """Examples of `kept` with noise at random times, and what the base predicts for them. Equal in all processes.
+
+    base_unet: called like the base's UNet. Nothing in it may have trained yet.
+    mixed_precision: whether it needs autocast.
+    """
+    noisy, times = _with_noise(kept, components, config)
+    stacked, taught = ExampleDataset(noisy), {}
+    most = WITHOUT_GRADIENTS * config.train_batch_size
+    batches = [
+        rows[start : start + most] for rows in by_shape(stacked) for start in range(0, len(rows), most)
+    ]
+    # Compiled blocks would compile anew for these shapes and for calls without gradients.
+    with torch.compiler.set_stance("force_eager"):
+        for rows in batches:
+            batch, at = stacked.collate(rows), times[rows]
+            with autocast(components.device):
+                text = read_captions(
+                    components.text_encoders, batch.token_ids, also_as_base=config.text_encoder_lora
+                )
+            text, dtype = text.of_base or text, batch.latents.dtype
+            added = {"text_embeds": text.pooled.to(dtype), "time_ids": batch.time_ids}
+            told = {"encoder_hidden_states": text.hidden.to(dtype), "added_cond_kwargs": added}
+            with autocast(components.device, mixed_precision):
+                targets = base_unet(batch.latents, at, **told).sample
+            for row, time, target in zip(rows, at, targets, strict=True):
+                taught[row] = TaughtExample(**vars(noisy[row]), timesteps=time, targets=target)
+    return TaughtDataset([taught[row] for row in range(len(noisy))])
+
+
+def count_of(config: TrainingConfig) -> int:
+    """How many predictions a run learns from."""
+    draws = config.max_train_steps * config.gradient_accumulation_steps * config.taught_at_once
+    return min(max(draws * world_size() // USES, 1), MOST)
+
+
+def _with_noise(
+    kept: ExampleDataset, components: Components, config: TrainingConfig
+) -> tuple[list[Example], torch.Tensor]:
+    """Random examples with noise, and their timesteps [n]: one in each n-th of all timesteps."""
+    generator = torch.Generator().manual_seed(config.seed)
+    scheduler, count = components.noise_scheduler, count_of(config)
+    shuffled = [torch.randperm(len(kept), generator=generator) for _ in range(-(-count // len(kept)))]
+    shares = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    times = (shares * scheduler.config["num_train_timesteps"]).long().to(components.device)
+    dtype = exact(next(components.unet.parameters())).dtype
+    noisy = []
+    for row, time in zip(torch.cat(shuffled)[:count].tolist(), times, strict=True):
+        example = kept[row]
+        noise = sample_noise(example.latents[None].shape, config.noise_offset, generator)
+        latents = scheduler.add_noise(example.latents[None], noise.to(times.device), time[None])  # type: ignore[arg-type]
+        noisy.append(replace(example, latents=latents[0].to(dtype)))
+    return noisy, times
