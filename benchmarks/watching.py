@@ -28,9 +28,9 @@ from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.process import keep_compiled_kernels
 from sdxl.serving.previews import PreviewDrawer, preview_prompts, preview_side
 from sdxl.training.config import TrainingConfig, TrainingOptions
+from sdxl.training.memory_plan import WITHOUT_GRADIENTS
 from sdxl.training.presets import PRESETS
 from sdxl.training.recipe import StepReport, fine_tune
-from sdxl.training.memory_plan import WITHOUT_GRADIENTS
 from sdxl.training.watch import Watch
 
 SIDE, PICTURES = 1024, 8
