@@ -17,6 +17,7 @@ _TRAINED = {
     "lora_default": "default LoRA, 1024×1024, batch 4",
     "lora_1024": "LoRA, 1024×1024, batch 4",
     "lora_768": "LoRA, 768×768, batch 4",
+    "lora_768_h200": "LoRA, 768×768, batch 4",
     "full": "full UNet, 1024×1024, batch 4",
     "lora_fp8": "default LoRA, 1024×1024, batch 4",
     "lora_8gb": "default LoRA, 1024×1024, batch 1",
