@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from dataset_and_utils import Example, ExampleDataset
 from sdxl.model.components import Components
@@ -20,7 +21,7 @@ from sdxl.training.diffusion import sample_noise
 from sdxl.training.half_copies import exact
 from sdxl.training.memory_plan import WITHOUT_GRADIENTS
 from sdxl.training.taught import TaughtDataset, TaughtExample
-from sdxl.training.text_conditioning import read_captions
+from sdxl.training.text_conditioning import TextConditioning, read_captions
 
 USES = 4
 """How often a run learns each prediction. With more, fewer must be computed, but a run sees less different noise."""
@@ -43,27 +44,25 @@ def taught_examples(
     mixed_precision: whether it needs autocast.
     """
     noisy, times = _with_noise(kept, components, config)
-    stacked, taught = ExampleDataset(noisy), {}
+    stacked, targets = ExampleDataset(noisy), {}
     most = WITHOUT_GRADIENTS * config.train_batch_size
     batches = [
         rows[start : start + most] for rows in by_shape(stacked) for start in range(0, len(rows), most)
     ]
-    # Compiled blocks would compile anew for these shapes and for calls without gradients.
-    with torch.compiler.set_stance("force_eager"):
+    with tqdm(total=len(noisy), desc="Asking the base", unit="prediction") as progress:
         for rows in batches:
-            batch, at = stacked.collate(rows), times[rows]
-            with autocast(components.device):
-                text = read_captions(
-                    components.text_encoders, batch.token_ids, also_as_base=config.text_encoder_lora
-                )
-            text, dtype = text.of_base or text, batch.latents.dtype
-            added = {"text_embeds": text.pooled.to(dtype), "time_ids": batch.time_ids}
-            told = {"encoder_hidden_states": text.hidden.to(dtype), "added_cond_kwargs": added}
+            batch = stacked.collate(rows)
+            text = _read(components, batch, config)
             with autocast(components.device, mixed_precision):
-                targets = base_unet(batch.latents, at, **told).sample
-            for row, time, target in zip(rows, at, targets, strict=True):
-                taught[row] = TaughtExample(**vars(noisy[row]), timesteps=time, targets=target)
-    return TaughtDataset([taught[row] for row in range(len(noisy))])
+                found = _predictions(base_unet, batch, times[rows], text)
+            targets.update(zip(rows, found, strict=True))
+            progress.update(len(rows))
+    return TaughtDataset(
+        [
+            TaughtExample(**vars(example), timesteps=times[row], targets=targets[row])
+            for row, example in enumerate(noisy)
+        ]
+    )
 
 
 def count_of(config: TrainingConfig) -> int:
@@ -89,3 +88,23 @@ def _with_noise(
         latents = scheduler.add_noise(example.latents[None], noise.to(times.device), time[None])  # type: ignore[arg-type]
         noisy.append(replace(example, latents=latents[0].to(dtype)))
     return noisy, times
+
+
+def _read(components: Components, batch: Example, config: TrainingConfig) -> TextConditioning:
+    """The captions of a batch as the base reads them."""
+    with autocast(components.device):
+        text = read_captions(components.text_encoders, batch.token_ids, also_as_base=config.text_encoder_lora)
+    return text.of_base or text
+
+
+def _predictions(
+    base_unet: Callable[..., Any], batch: Example, times: torch.Tensor, text: TextConditioning
+) -> torch.Tensor:
+    """What the base predicts for noisy latents [b, 4, h, w] at `times` [b]."""
+    dtype = batch.latents.dtype
+    added = {"text_embeds": text.pooled.to(dtype), "time_ids": batch.time_ids}
+    # Compiled blocks would compile anew for these shapes and for calls without gradients.
+    with torch.compiler.set_stance("force_eager"):
+        return base_unet(
+            batch.latents, times, encoder_hidden_states=text.hidden.to(dtype), added_cond_kwargs=added
+        ).sample
