@@ -97,7 +97,7 @@ def _of_check(check: Check) -> Iterator[tuple[str, float]]:
 def _picture(tag: str, path: Path) -> Any:
     """A picture's file as an event. `add_image` would encode it anew, as PNG: a second for four previews."""
     from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportMissingImports]
 
     with Image.open(path) as opened:
         width, height = opened.size
