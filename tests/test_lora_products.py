@@ -10,7 +10,8 @@ from torch import nn
 from benchmarks import full_size
 from sdxl import gpu
 from sdxl.speed import fp8_products, lora_products
-from sdxl.speed.int8_weights import restored, rounded
+from sdxl.speed.int8_weights import hold_in_int8, restored, rounded
+from sdxl.training.trainable import LORA_TARGETS, add_lora
 from tests.test_training import CONFIG, run  # noqa: F401 - a fixture
 from tests.test_unet_runner import inputs as unet_inputs
 from tests.tiny_helpers import narrow_unet
@@ -190,3 +191,20 @@ def test_memory_decides_whether_a_base_gets_copies_in_fp8(
         assert lora_memory.in_fp8(unet, config, card) == fits
         assert ("stay in bf16" in caplog.text) == (able and not fits)
     assert not lora_memory.in_fp8(unet, dataclasses.replace(config, fp8=False), card)
+
+
+@pytest.mark.parametrize("precision", ["as it is", "int8", "fp8"])
+def test_blocks_with_a_lora_are_traced_as_one_graph(precision: str):
+    """As training compiles them. What torch.compile can trace depends on the version of Python too."""
+    unet = narrow_unet().requires_grad_(False)
+    if precision == "int8":
+        hold_in_int8(unet)
+    if precision == "fp8":
+        fp8_products.multiply_in_fp8(unet)
+    add_lora(unet, dataclasses.replace(CONFIG, is_lora=True), LORA_TARGETS["transformer"])
+    inputs = unet_inputs(unet, 1, 8) | {"timestep": torch.tensor(500)}
+    plain = unet(**inputs).sample
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="eager")
+    compiled = unet(**inputs).sample
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)

@@ -83,7 +83,8 @@ def _linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     downs, ups = [down for down, _ in matrices], [up for _, up in matrices]
     # Stack the A matrices [rank, in]: reading x takes longer than these thin products, so read it once for all layers.
     down = torch.cat(downs) if len(downs) > 1 else downs[0]  # cat would copy even a single matrix
-    scales = [scale for base in bases if (scale := scale_of(base)) is not None]
+    # No `:=` here: before Python 3.12, torch.compile cannot trace one in a comprehension.
+    scales = [scale for scale in map(scale_of, bases) if scale is not None]
     copies = [copy for base in bases for copy in copies_of(base)]
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
     return lora_products(x, weights, biases, down, ups, scales, copies)
