@@ -15,7 +15,7 @@ from sdxl.training.contradictions import refuse_contradictions
 from sdxl.training.examples import cache_examples
 from sdxl.training.preservation import kept_examples
 from sdxl.training.recipe import fine_tune
-from sdxl.training.teaching import MOST, USES, count_of, taught_examples
+from sdxl.training.teaching import MOST, USES, _with_noise, count_of, taught_examples
 from sdxl.training.trainable import as_base, lora
 from tests.conftest import png, write_zip
 from tests.test_training import CONFIG
@@ -111,6 +111,17 @@ def test_what_the_base_teaches_is_what_it_predicts(dataset_folder: Path, narrow_
                 one.latents[None], time, encoder_hidden_states=hidden, added_cond_kwargs=told
             ).sample[0]
         assert torch.allclose(one.targets, expected, atol=1e-4)
+
+
+def test_no_time_is_beyond_the_last(dataset_folder: Path, narrow_base: Path):
+    """With this seed the last share of the timesteps is nearer to 1 than fp32 can tell."""
+    components, examples = encoded(dataset_folder, narrow_base, is_lora=True)
+    kept = ExampleDataset([examples[0]] * 24)
+    config = dataclasses.replace(
+        CONFIG, seed=132324, max_train_steps=1024, preservation=1.0, train_batch_size=4
+    )
+    _, times = _with_noise(kept, components, config)
+    assert len(times) == MOST and int(times.max()) == 999
 
 
 def test_a_run_computes_as_many_predictions_as_it_needs():

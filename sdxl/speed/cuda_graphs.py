@@ -10,8 +10,6 @@ import torch
 
 WARM_UP_CALLS = 3
 """Calls of a piece of work before its capture. In these, libraries allocate workspaces and choose kernels."""
-_AGAIN = 1
-"""The same after `forget`. One is needed, because what changed may compile anew, or allocate what lasts."""
 
 Result = TypeVar("Result")
 """A tensor, or a tuple of tensors."""
@@ -43,11 +41,13 @@ class GraphedWork:
         self.enabled = enabled and device.type == "cuda"
         self.generator, self._at_once = generator, at_once
         self.forget()
-        self._warm_up_calls = WARM_UP_CALLS
 
-    def forget(self) -> None:
-        """Drop all graphs and their memory. Call this when the work itself changes."""
-        self._warm_up_calls = _AGAIN
+    def forget(self, *, warm_up_calls: int = WARM_UP_CALLS) -> None:
+        """Drop all graphs and their memory. Call this when the work itself changes.
+
+        warm_up_calls: before each capture from now on. 1 suffices for work that was captured before and changes little.
+        """
+        self._warm_up_calls = warm_up_calls
         self._calls: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None

@@ -94,7 +94,9 @@ class DenoisingLoss:
 
         # The captions. Dropping some trains the unconditional branch of classifier-free guidance (arXiv:2207.12598).
         text = part.captions or read_captions(
-            components.text_encoders, batch.token_ids, also_as_base=self.base_reads_apart
+            components.text_encoders,
+            batch.token_ids,
+            also_as_base=self.base_reads_apart and not isinstance(batch, TaughtExample),
         )
         if isinstance(batch, TaughtExample):
             return Noised(

@@ -201,7 +201,7 @@ def _sources(
         prompts = prompts_of(named, name="preservation_prompts") if named else PROMPTS
         token_map = TokenMap.parse(config.token_map)
         kept = kept_examples(dataset, components, token_map, token_init=config.token_init, prompts=prompts)
-        # The UNet is the base itself, which nothing has trained, or will be it without the LoRA.
+        # Nothing has trained yet, so a full UNet is the base. With a LoRA, the UNet is the base while its adapter is off.
         base_unet = as_base(components.unet, config) if config.is_lora else components.unet
         taught = taught_examples(kept, components, base_unet, config, mixed_precision=mixed_precision)
         weight = weight_for(config.preservation, pictures=dataset.pictures)

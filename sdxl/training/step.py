@@ -80,7 +80,7 @@ class TrainingStep:
 
     def freeze_text(self) -> None:
         """Drop all graphs, because what trains is about to change; the next steps capture new ones."""
-        self._graphed.forget()
+        self._graphed.forget(warm_up_calls=1)
 
     def _compute_gradients(self, drawn: tuple[int, ...]) -> Tensor:
         # With several buckets there is one graph for each, and all must add to the same gradients: fill these with

@@ -24,7 +24,7 @@ from sdxl.training.taught import TaughtDataset, TaughtExample
 from sdxl.training.text_conditioning import TextConditioning, read_captions
 
 USES = 4
-"""How often a run learns each prediction. With more, fewer must be computed, but a run sees less different noise."""
+"""How often a run learns each prediction, at least. With more, fewer must be computed, but a run sees less varied noise."""
 MOST = 256
 """Predictions of one run."""
 
@@ -78,7 +78,8 @@ def _with_noise(
     generator = torch.Generator().manual_seed(config.seed)
     scheduler, count = components.noise_scheduler, count_of(config)
     shuffled = [torch.randperm(len(kept), generator=generator) for _ in range(-(-count // len(kept)))]
-    shares = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    # In fp64: in fp32 the last share may be rounded up to 1, which is no timestep.
+    shares = (torch.arange(count).double() + torch.rand(count, generator=generator)) / count
     times = (shares * scheduler.config["num_train_timesteps"]).long().to(components.device)
     dtype = exact(next(components.unet.parameters())).dtype
     noisy = []
