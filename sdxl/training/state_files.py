@@ -25,7 +25,7 @@ from sdxl.files.weight_image import WeightImage
 from sdxl.training.run_state import Scalars
 
 TENSORS, STATE, RECORD = "state.safetensors", "state.json", "training.json"
-FORMAT = "sdxl-training-state/1"
+FORMAT = "sdxl-training-state/2"
 """Raise the number when the meaning of a state changes."""
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchao", "prodigyopt")
 """What computes a step. With other versions the result could be another one."""
