@@ -48,10 +48,10 @@ def learn(folder: Path, name: str, base: Path) -> None:
     torch.save({**learned, "pictures": digest((data,)), "count": len(data)}, folder / f"{name}.pt")
 
 
-def go_on(state: Path, config: TrainingConfig) -> tuple[TrainedFineTune, list[float]]:
+def go_on(state: Path, config: TrainingConfig, *, masks: bool = False) -> tuple[TrainedFineTune, list[float]]:
     """Train, go back to the state amid the run, and end at the same weights. Returns them and the losses."""
     runs = Runs(narrow_components(torch.device("cpu")), state)
-    whole, losses = runs.train(config, every=2)
+    whole, losses = runs.train(config, every=2, masks=masks)
     if data_parallel.agreed(data_parallel.rank()) == data_parallel.rank():  # the states are complete
         [last] = runs.state.glob("*/step-000004")
         orders = json.loads((last / STATE).read_text())["orders"]
@@ -59,7 +59,7 @@ def go_on(state: Path, config: TrainingConfig) -> tuple[TrainedFineTune, list[fl
         assert first != second, "each draws its own noise"
         shutil.rmtree(last)
     data_parallel.agreed(0)
-    resumed, after = runs.train(config, go_on=True)
+    resumed, after = runs.train(config, go_on=True, masks=masks)
     assert after == losses[2:]
     assert_equal(whole, resumed)
     return whole, losses
@@ -67,10 +67,11 @@ def go_on(state: Path, config: TrainingConfig) -> tuple[TrainedFineTune, list[fl
 
 def share(folder: Path) -> dict[str, float]:
     """Full training with a UNet that the processes share, next to one with copies. Returns the largest differences."""
-    config = dataclasses.replace(FULL, preservation=1.0, shard=True)  # with the base as teacher
+    # With the base as teacher: before training, and outside masks.
+    config = dataclasses.replace(FULL, preservation=1.0, shard=True)
     copied = Runs(narrow_components(torch.device("cpu")), folder / "none")
-    plain, losses = copied.train(dataclasses.replace(config, shard=False))
-    shared, of_shared = go_on(folder / "shared", config)
+    plain, losses = copied.train(dataclasses.replace(config, shard=False), masks=True)
+    shared, of_shared = go_on(folder / "shared", config, masks=True)
     assert bool(shared.weights) == (data_parallel.rank() == 0), "the first process alone gets the weights"
     moved = [
         (value.float() - plain.weights[name].float()).abs().max() for name, value in shared.weights.items()
