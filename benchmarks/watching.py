@@ -28,7 +28,6 @@ from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.process import keep_compiled_kernels
 from sdxl.serving.previews import PreviewDrawer, preview_prompts, preview_side
 from sdxl.training.config import TrainingConfig, TrainingOptions
-from sdxl.training.memory_plan import WITHOUT_GRADIENTS
 from sdxl.training.presets import PRESETS
 from sdxl.training.recipe import StepReport, fine_tune
 from sdxl.training.watch import Watch
@@ -83,7 +82,7 @@ def _watch(way: str, parts: Any, data: ExampleDataset, config: TrainingConfig, f
             folder / "previews",
             side=preview_side(SIDE),
             seed=0,
-            at_once=WITHOUT_GRADIENTS * config.train_batch_size // 2,
+            at_once=config.at_once_without_gradients // 2,
         )
     return watch
 

@@ -36,7 +36,6 @@ from sdxl.training.early_check import early_check
 from sdxl.training.examples import cache_examples, held_out_examples, kept_out
 from sdxl.training.inputs import TrainInputs
 from sdxl.training.lora_memory import waits_on_cpu
-from sdxl.training.memory_plan import WITHOUT_GRADIENTS
 from sdxl.training.preview_scores import preview_scorer
 from sdxl.training.prior import PriorConfig, prior_dataset
 from sdxl.training.recipe import StepReport, fine_tune
@@ -205,7 +204,7 @@ def _watch(
             output / PREVIEWS,
             side=preview_side(config.resolution),
             seed=config.seed,
-            at_once=WITHOUT_GRADIENTS * config.train_batch_size // 2,  # with guidance a picture has two rows
+            at_once=config.at_once_without_gradients // 2,  # with guidance a picture has two rows
         )
         if data_parallel.rank() == 0:
             watch.score = preview_scorer(config, history, pictures, folder=output, device=components.device)

@@ -24,6 +24,7 @@ from sdxl.serving.samplers import make_scheduler
 from sdxl.serving.shallow_unet import ReusingUNet
 from sdxl.serving.shortcuts import Call
 from sdxl.speed.autocast import autocast
+from sdxl.speed.compiled_blocks import uncompiled
 
 SAMPLER = "K_EULER"
 STEPS, GUIDANCE = 8, 5.0
@@ -115,8 +116,7 @@ class PreviewDrawer:
         self._folder.mkdir(parents=True, exist_ok=True)
         names = []
         device = self._components.device
-        # Compiled blocks would compile anew for these shapes.
-        with autocast(device), torch.compiler.set_stance("force_eager"), lent(self._components.vae, device):
+        with autocast(device), uncompiled(), lent(self._components.vae, device):
             read = self._read or self._conditionings()
             for some in _batches(read, self._at_once):
                 for picture in self._drawn(Conditioning.joined(some)):

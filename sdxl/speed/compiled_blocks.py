@@ -4,6 +4,7 @@ The transformer blocks repeat, so compiling only them takes seconds instead of m
 torch.compile; does not know training or requests.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ def compile_blocks(unet: UNet2DConditionModel, *, fullgraph: bool = True, dynami
     if dynamic:  # tensors that a module holds, such as a prompt's keys, have any size too
         config.force_nn_module_property_static_shapes = False
     unet.compile_repeated_blocks(fullgraph=fullgraph, dynamic=dynamic)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """In this context compiled blocks run uncompiled. A training uses it for calls without gradients, and of other shapes than its
+    own, for which blocks would compile anew."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def fuse_blocks(model: nn.Module) -> None:

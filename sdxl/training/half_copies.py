@@ -76,6 +76,12 @@ def exact(weight: Tensor) -> Tensor:
     return getattr(weight, "_weight_of_copy", weight)
 
 
+def input_dtype(unet: nn.Module) -> torch.dtype:
+    """The dtype of what a training shows the UNet, that of its weights: fp32 also where it computes with copies, so that gradients
+    of captions add up in fp32."""
+    return exact(next(unet.parameters())).dtype
+
+
 @torch.no_grad()
 def set_exactly(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter of a module, shared or not, to the whole `value`; if it is a copy, also the weight."""

@@ -24,7 +24,7 @@ from sdxl.training.diffusion import (
     sample_timesteps,
     training_target,
 )
-from sdxl.training.half_copies import exact
+from sdxl.training.half_copies import input_dtype
 from sdxl.training.taught import TaughtExample
 from sdxl.training.text_conditioning import TextConditioning, read_captions
 
@@ -74,8 +74,7 @@ class DenoisingLoss:
 
     @cached_property
     def _dtype(self) -> torch.dtype:
-        """Of the UNet's weights: fp32 also where it computes with copies, so that gradients of captions add up in fp32."""
-        return exact(next(self.components.unet.parameters())).dtype
+        return input_dtype(self.components.unet)
 
     def __call__(self, *parts: Part) -> list[Tensor]:
         """The loss of each part, a scalar. Parts of one shape go through the UNet together."""
@@ -92,7 +91,6 @@ class DenoisingLoss:
         components, config, generator, batch = self.components, self.config, self.generator, part.batch
         scheduler, dtype = components.noise_scheduler, self._dtype
 
-        # The captions. Dropping some trains the unconditional branch of classifier-free guidance (arXiv:2207.12598).
         text = part.captions or read_captions(
             components.text_encoders,
             batch.token_ids,
@@ -107,6 +105,7 @@ class DenoisingLoss:
                 target=batch.targets,
                 mask=batch.mask,
             )
+        # Dropping some captions trains the unconditional branch of classifier-free guidance (arXiv:2207.12598).
         text = text.dropped(config.caption_dropout, generator)
 
         # Noise at a random time: x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (DDPM, eq. 4).
@@ -118,7 +117,7 @@ class DenoisingLoss:
 
         # The base is the teacher outside masks: the fine-tune must not learn the background.
         if self.base_outside_masks is not None:
-            known = _condition(text.of_base or text, batch.time_ids, dtype)
+            known = (text.of_base or text).for_unet(batch.time_ids, dtype)
             with torch.no_grad():
                 from_base = self.base_outside_masks(noisy, timesteps, **known).sample.to(target.dtype)
             target = torch.lerp(from_base, target, batch.mask)
@@ -137,7 +136,7 @@ class DenoisingLoss:
             return [self._predictions([one])[0] for one in parts]
         unet = self.components.unet
         text = TextConditioning.joined([replace(one.text, of_base=None) for one in parts])
-        given = _condition(text, torch.cat([one.time_ids for one in parts]), self._dtype)
+        given = text.for_unet(torch.cat([one.time_ids for one in parts]), self._dtype)
         hidden = given["encoder_hidden_states"]
         if hidden.is_cuda and not hidden.requires_grad:
             # Encoded captions need no gradient. But one without would compile all blocks again at the pivot;
@@ -147,12 +146,6 @@ class DenoisingLoss:
             torch.cat([getattr(one, name) for one in parts]) for name in ("noisy", "timesteps")
         )
         return list(unet(noisy, timesteps, **given).sample.split([len(one.noisy) for one in parts]))
-
-
-def _condition(text: TextConditioning, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """The UNet's arguments beside the noisy latents and timesteps."""
-    added = {"text_embeds": text.pooled.to(dtype), "time_ids": time_ids}
-    return {"encoder_hidden_states": text.hidden.to(dtype), "added_cond_kwargs": added}
 
 
 def min_snr_weights(scheduler: DDPMScheduler, timesteps_b: Tensor, gamma: float) -> Tensor:

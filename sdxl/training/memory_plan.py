@@ -81,9 +81,6 @@ _PLANS = {
 """Requested optimizer → plans to choose from, best first. No maintained library has Adafactor or Prodigy with stochastic
 rounding, and Adafactor in fp32 is about as small as 8-bit AdamW in bf16."""
 
-WITHOUT_GRADIENTS = 4
-"""Pictures in a call of the UNet without gradients, for each picture of a training batch. Without activations to keep, a
-picture takes a tenth of the memory."""
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _SDXL_WEIGHTS = 2.567e9
 _ACTIVATION_BYTES = 6 * 2**30

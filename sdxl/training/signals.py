@@ -15,6 +15,7 @@ from dataset_and_utils import ExampleDataset, TokenMap
 from sdxl.model.components import Components
 from sdxl.model.prompt_chunks import token_ids
 from sdxl.speed.autocast import autocast
+from sdxl.speed.compiled_blocks import uncompiled
 from sdxl.training.diffusion import training_target
 from sdxl.training.text_conditioning import TextConditioning, read_captions
 
@@ -154,13 +155,9 @@ class Meter:
         )
         texts = TextConditioning.joined([one.texts for one in questions])
         unet, rows = self._components.unet, []
-        # Compiled blocks would compile anew for these shapes and for calls without gradients.
-        with torch.compiler.set_stance("force_eager"), autocast(self._device, self._mixed):
-            for start in range(0, len(noisy), self._at_once):
-                some = slice(start, start + self._at_once)
-                added = {"text_embeds": texts.pooled[some].to(unet.dtype), "time_ids": time_ids[some]}
-                hidden = texts.hidden[some].to(unet.dtype)
-                told = {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+        with uncompiled(), autocast(self._device, self._mixed):
+            for some in torch.arange(len(noisy), device=self._device).split(self._at_once):
+                told = texts.take(some).for_unet(time_ids[some], unet.dtype)
                 rows.append(unet(noisy[some].to(unet.dtype), times[some], **told).sample.float())
         return list(torch.cat(rows).split([len(one.noisy) for one in questions]))
 

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from dataset_and_utils import Example, ExampleDataset
 from sdxl.model.components import Components
 from sdxl.speed.autocast import autocast
+from sdxl.speed.compiled_blocks import uncompiled
 from sdxl.training.batches import by_shape
 from sdxl.training.config import TrainingConfig
 from sdxl.training.data_parallel import world_size
 from sdxl.training.diffusion import sample_noise
-from sdxl.training.half_copies import exact
-from sdxl.training.memory_plan import WITHOUT_GRADIENTS
+from sdxl.training.half_copies import input_dtype
 from sdxl.training.taught import TaughtDataset, TaughtExample
 from sdxl.training.text_conditioning import TextConditioning, read_captions
 
@@ -45,7 +45,7 @@ def taught_examples(
     """
     noisy, times = _with_noise(kept, components, config)
     stacked, targets = ExampleDataset(noisy), {}
-    most = WITHOUT_GRADIENTS * config.train_batch_size
+    most = config.at_once_without_gradients
     batches = [
         rows[start : start + most] for rows in by_shape(stacked) for start in range(0, len(rows), most)
     ]
@@ -53,8 +53,9 @@ def taught_examples(
         for rows in batches:
             batch = stacked.collate(rows)
             text = _read(components, batch, config)
-            with autocast(components.device, mixed_precision):
-                found = _predictions(base_unet, batch, times[rows], text)
+            told = text.for_unet(batch.time_ids, batch.latents.dtype)
+            with uncompiled(), autocast(components.device, mixed_precision):
+                found = base_unet(batch.latents, times[rows], **told).sample
             targets.update(zip(rows, found, strict=True))
             progress.update(len(rows))
     return TaughtDataset(
@@ -81,7 +82,7 @@ def _with_noise(
     # In fp64: in fp32 the last share may be rounded up to 1, which is no timestep.
     shares = (torch.arange(count).double() + torch.rand(count, generator=generator)) / count
     times = (shares * scheduler.config["num_train_timesteps"]).long().to(components.device)
-    dtype = exact(next(components.unet.parameters())).dtype
+    dtype = input_dtype(components.unet)
     noisy = []
     for row, time in zip(torch.cat(shuffled)[:count].tolist(), times, strict=True):
         example = kept[row]
@@ -96,16 +97,3 @@ def _read(components: Components, batch: Example, config: TrainingConfig) -> Tex
     with autocast(components.device):
         text = read_captions(components.text_encoders, batch.token_ids, also_as_base=config.text_encoder_lora)
     return text.of_base or text
-
-
-def _predictions(
-    base_unet: Callable[..., Any], batch: Example, times: torch.Tensor, text: TextConditioning
-) -> torch.Tensor:
-    """What the base predicts for noisy latents [b, 4, h, w] at `times` [b]."""
-    dtype = batch.latents.dtype
-    added = {"text_embeds": text.pooled.to(dtype), "time_ids": batch.time_ids}
-    # Compiled blocks would compile anew for these shapes and for calls without gradients.
-    with torch.compiler.set_stance("force_eager"):
-        return base_unet(
-            batch.latents, times, encoder_hidden_states=text.hidden.to(dtype), added_cond_kwargs=added
-        ).sample

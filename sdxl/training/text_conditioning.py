@@ -30,6 +30,11 @@ class TextConditioning:
         base = None if self.of_base is None else self.of_base.take(rows)
         return TextConditioning(hidden=self.hidden[rows], pooled=self.pooled[rows], of_base=base)
 
+    def for_unet(self, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """The UNet's arguments beside noisy latents and timesteps: the captions in `dtype`, and the size conditioning [b, 6]."""
+        added = {"text_embeds": self.pooled.to(dtype), "time_ids": time_ids}
+        return {"encoder_hidden_states": self.hidden.to(dtype), "added_cond_kwargs": added}
+
     def dropped(self, share: float, generator: torch.Generator) -> "TextConditioning":
         """The same with about a `share` (0 to 1) of the captions replaced by zeros, SDXL's unconditional branch."""
         if not share:

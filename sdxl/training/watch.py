@@ -23,7 +23,6 @@ from sdxl.training import kept_previews
 from sdxl.training.best_moment import choice_of, has_fallen, with_scores
 from sdxl.training.config import TrainingConfig, prompts_of
 from sdxl.training.data_parallel import agreed, world_size
-from sdxl.training.memory_plan import WITHOUT_GRADIENTS
 from sdxl.training.preservation import PROMPTS
 from sdxl.training.signals import Meter
 
@@ -97,7 +96,7 @@ class Watch:
                 texts=texts_beside(config),
                 seed=config.seed,
                 mixed_precision=mixed_precision,
-                at_once=WITHOUT_GRADIENTS * config.train_batch_size,
+                at_once=config.at_once_without_gradients,
             )
             if not goes_on:
                 self._preview(0)
